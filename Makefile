@@ -1,0 +1,47 @@
+# Every command runs in .venv, made on first use. PYTHON names the interpreter to make it with.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
+# Threads that wait for each other do so asleep: with more than one process on few cores (the
+# tests, a kernel beside a terminal) the default, spinning, costs several times the work itself.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.DEFAULT_GOAL := help
+.PHONY: help demo lab test notebooks lint format clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# Versions come from constraints.txt, so that two installs are alike; see README.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[notebooks,dev]'
+	touch $@
+
+demo: $(VENV)/installed ## the whole experiment on drawn birds, about 2 minutes
+	$(BIN)/python -m lib demo
+
+lab: $(VENV)/installed ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab notebooks
+
+test: lint ## lint, all tests, all notebooks
+	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 $(NOTEBOOKS)
+
+notebooks: $(VENV)/installed ## execute the notebooks in place and tidy them
+	$(BIN)/python tools/execute_notebooks.py $(NOTEBOOKS)
+
+lint: $(VENV)/installed ## ruff on code and notebooks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/installed ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove caches; keeps .venv, datasets, models, and what you trained (runs, result)
+	rm -rf build .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name .ipynb_checkpoints -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,206 @@
+"""The mathematics of an attention edit: pure tensors, no model.
+
+A query row of attention logits `x` (scaled by 1/sqrt(head dim)) is read by a person through a
+sigmoid, s = sigmoid(x - c) in (0, 1), edited there, and carried back through the inverse sigmoid,
+x' = logit(s') + c; softmax(x') is what the block then uses. The idea of reading and editing the
+class row through a sigmoid is that of Matsumoto, Ozawa, Okuno and Miura, PRMU2024-9 (2024);
+the constant c (`offset`) and the rule that an unedited cell keeps its own logit are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+# An edit of exactly 0 or 1 has an infinite logit; it is clamped to EPS and 1 - EPS, which is
+# -13.8 and +13.8 and representable in float32 on both sides.
+EPS = 1e-6
+
+
+def row_offset(logits: Tensor, offset: str, num_prefix: int) -> Tensor:
+    """The constant c of each row.
+
+    Args:
+        logits: `[..., N]`, N = `num_prefix` + patches.
+        offset: "none" gives 0, the paper's definition. "centred" gives the log of the mean of
+            exp(x) over the patches, so that a patch that gets exactly the mean patch's attention
+            reads one half, and s / (1 - s) is its attention as a multiple of that mean.
+        num_prefix: class, distillation and register tokens in front of the patches; left out of
+            the mean, so that a class token that looks at itself does not darken the whole map.
+
+    Returns:
+        c, `[..., 1]`, float32 at least.
+
+    Raises:
+        ValueError: for any other `offset`.
+    """
+    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    if offset == "none":
+        return torch.zeros_like(logits[..., :1])
+    if offset == "centred":
+        patches = logits[..., num_prefix:]
+        count = torch.tensor(float(patches.shape[-1]), dtype=logits.dtype, device=logits.device)
+        return torch.logsumexp(patches, dim=-1, keepdim=True) - count.log()
+    raise ValueError(f'offset is "{offset}"; use "none" or "centred"')
+
+
+def sigmoid_attention(logits: Tensor, offset: str, num_prefix: int) -> Tensor:
+    """What a person reads and edits: s = sigmoid(x - c) of the patches, `[..., P]` in (0, 1)."""
+    centred = logits - row_offset(logits, offset, num_prefix)
+    return torch.sigmoid(centred[..., num_prefix:])
+
+
+@dataclass(frozen=True)
+class AttentionEdit:
+    """What a person asks of the attention: where, which values, and in which part of the model.
+
+    `mask` and `values` speak of patches, row by row from the top left, and are one of
+
+    - `[P]` or `[gh, gw]`: the same edit for every image of the batch,
+    - `[B, P]` or `[B, gh, gw]`: one edit an image,
+    - `[B, H, P]`: one edit an image and head, H = all heads of the model.
+    """
+
+    mask: Tensor  # bool; True where the cell is edited
+    values: Tensor | float  # wanted sigmoid attention in [0, 1], shaped like mask; or one number
+    blocks: Literal["last", "last2", "all"] | tuple[int, ...] = "last"
+    heads: Literal["all"] | tuple[int, ...] = "all"
+    queries: Literal["cls", "all"] = "cls"  # rows the classifier reads, or the rows of all tokens
+    offset: Literal["none", "centred"] = "none"
+
+    def __post_init__(self) -> None:
+        if self.mask.dtype != torch.bool:
+            raise TypeError(f"mask is {self.mask.dtype}; pass a bool tensor, True where edited")
+        values = torch.as_tensor(self.values, device=self.mask.device)
+        values = values.double() if values.dtype == torch.float64 else values.float()
+        values = values.broadcast_to(self.mask.shape)
+        asked = values[self.mask]
+        if not bool(((asked >= 0) & (asked <= 1)).all()):
+            worst = asked[~((asked >= 0) & (asked <= 1))][0].item()
+            raise ValueError(f"an edited value is {worst:g}; sigmoid attention is between 0 and 1")
+        if self.queries not in ("cls", "all"):
+            raise ValueError(f'queries is "{self.queries}"; use "cls" or "all"')
+        if self.offset not in ("none", "centred"):
+            raise ValueError(f'offset is "{self.offset}"; use "none" or "centred"')
+        object.__setattr__(self, "values", values)
+
+    def per_head(self, batch: int, heads: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Mask and values for one forward pass.
+
+        Args:
+            batch: number of images B.
+            heads: number of heads H of the model.
+            grid: rows and columns of patches.
+
+        Returns:
+            mask (bool) and values (float), each `[B, H, P]`; heads not named are all False.
+
+        Raises:
+            ValueError: when the mask fits neither the grid nor the batch, or a head is not there.
+        """
+        patches = grid[0] * grid[1]
+        shape = tuple(self.mask.shape)
+        if shape in ((patches,), grid):
+            view = (1, 1, patches)
+        elif shape in ((batch, patches), (batch, *grid)):
+            view = (batch, 1, patches)
+        elif shape == (batch, heads, patches):
+            view = shape
+        else:
+            raise ValueError(
+                f"mask is {list(shape)}; the model has a grid of {grid[0]} x {grid[1]} patches, "
+                f"{heads} heads and the batch {batch} images: use [P], [B, P] or [B, H, P]"
+            )
+        named = resolve_heads(self.heads, heads)
+        chosen = torch.zeros(heads, dtype=torch.bool, device=self.mask.device)
+        chosen[list(named)] = True
+        mask = self.mask.reshape(view) & chosen[None, :, None]
+        values = self.values.reshape(view)
+        return mask.expand(batch, heads, patches), values.expand(batch, heads, patches)
+
+
+def resolve_blocks(blocks: str | tuple[int, ...], depth: int) -> tuple[int, ...]:
+    """Block names to indices: "last", "last2", "all", or indices (negative ones from the end).
+
+    Raises:
+        ValueError: for an unknown word or an index outside the model.
+    """
+    words = {"last": (depth - 1,), "last2": tuple(range(max(depth - 2, 0), depth))}
+    words["all"] = tuple(range(depth))
+    if isinstance(blocks, str):
+        if blocks not in words:
+            raise ValueError(f'blocks is "{blocks}"; use "last", "last2", "all" or indices')
+        return words[blocks]
+    return _indices("block", blocks, depth)
+
+
+def resolve_heads(heads: str | tuple[int, ...], count: int) -> tuple[int, ...]:
+    """Head names to indices: "all", or indices (negative ones from the end).
+
+    Raises:
+        ValueError: for an unknown word or an index outside the model.
+    """
+    if isinstance(heads, str):
+        if heads != "all":
+            raise ValueError(f'heads is "{heads}"; use "all" or indices')
+        return tuple(range(count))
+    return _indices("head", heads, count)
+
+
+def _indices(what: str, wanted: tuple[int, ...], count: int) -> tuple[int, ...]:
+    for index in wanted:
+        if not -count <= index < count:
+            raise ValueError(f"{what} {index} is named, but the model has {count} {what}s")
+    if not wanted:
+        raise ValueError(f"no {what} is named; name at least one of {count}")
+    return tuple(sorted({index % count for index in wanted}))
+
+
+def edit_logits(
+    logits: Tensor, mask: Tensor, values: Tensor, offset: str, num_prefix: int
+) -> Tensor:
+    """x' = where(M, logit(clamp(V, EPS, 1 - EPS)) + c, x), computed in float32 or better.
+
+    A cell outside the mask keeps its logit bit for bit, and so does a cell that is asked for the
+    value it already has (within EPS): a saturated cell that reads 1.0 and is asked for 1.0 stays.
+    Going through sigmoid and logit with every cell would not do: the sigmoid rounds to 1 from
+    x = 16.6 in float32, 8.3 in float16 and 6.2 in bfloat16, and the row turns to NaN.
+
+    Args:
+        logits: `[B, H, Q, N]`, any floating type.
+        mask: `[B, H, P]`, bool. values: `[B, H, P]` in [0, 1].
+        offset: "none" or "centred", see `row_offset`.
+        num_prefix: N - P.
+
+    Returns:
+        `[B, H, Q, N]` in the type of `logits`.
+    """
+    offsets = row_offset(logits, offset, num_prefix)  # [B, H, Q, 1]
+    patches = logits[..., num_prefix:]  # [B, H, Q, P]
+    wanted = values[:, :, None, :].to(offsets)  # float32, or float64 where the logits are
+    current = torch.sigmoid(patches - offsets)
+    asks = mask[:, :, None, :] & ((wanted - current).abs() > EPS)
+    edited = (torch.logit(wanted.clamp(EPS, 1 - EPS)) + offsets).to(logits.dtype)
+    return torch.cat([logits[..., :num_prefix], torch.where(asks, edited, patches)], dim=-1)
+
+
+def rollout(matrices: Sequence[Tensor]) -> Tensor:
+    """Attention rollout of Abnar and Zuidema ("Quantifying Attention Flow", ACL 2020).
+
+    Args:
+        matrices: softmax attention of every block in order, each `[B, H, N, N]`.
+
+    Returns:
+        `[B, N, N]`, rows sum to 1: the product over blocks of (mean over heads + identity) / 2,
+        the identity standing for the residual path.
+    """
+    rolled = None
+    for matrix in matrices:
+        mixed = matrix.float().mean(dim=1)
+        mixed = (mixed + torch.eye(mixed.shape[-1], device=mixed.device)) / 2
+        rolled = mixed if rolled is None else mixed @ rolled
+    return rolled

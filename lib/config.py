@@ -1,0 +1,210 @@
+"""Everything that a run depends on, as dataclasses: one comment a field, one preset a data set.
+
+`preset()` reads the environment variable PRESET ("toy" when unset), so one variable flips every
+notebook and command. Folder locations and the backbone can come from the environment as well:
+DATA_DIR (holds CUB_200_2011 and CUB_GHA), WEIGHTS (a file), MODEL (a timm name) and
+RUNS_DIR (where trained models go).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
+
+T = TypeVar("T")
+
+ROOT = Path(__file__).resolve().parents[1]
+PRESETS = ("toy", "cub2011")
+
+
+@dataclass
+class DataConfig:
+    """Which images, which human maps, and how an image is cut before the model sees it."""
+
+    name: Literal["toy", "cub2011"] = "toy"
+    root: Path = ROOT / "datasets"  # folder that holds CUB_200_2011 and CUB_GHA (unused by toy)
+    image_size: tuple[int, int] = (64, 64)  # height, width in pixels, as the model sees them
+    sigma: float = 1.0  # width of one fixation's Gaussian, in patches of the full image
+    weight: Literal["duration", "count"] = "duration"  # what one fixation weighs
+    crop_scale: tuple[float, float] = (0.6, 1.0)  # share of the area a random training crop keeps
+    flip: float = 0.5  # probability of a horizontal flip in training
+    val_share: float = 0.1  # cub2011: share of each class's training images kept for validation
+    toy_train: int = 600  # toy: number of training images
+    toy_val: int = 200  # toy: number of validation images, decoy as in training
+    toy_test: int = 800  # toy: number of test images, decoy uninformative
+    agreement: float = 0.95  # toy: share of training images whose decoy agrees with the label
+    seed: int = 0  # seed of the drawn data and of the validation split
+
+
+@dataclass
+class ModelConfig:
+    """Which timm VisionTransformer, and the weights it starts from."""
+
+    name: str = "vit_small_patch16_224"  # timm name
+    weights: Path | None = None  # .safetensors or .pt state dict; None starts from random weights
+    overrides: dict[str, int | float] = field(default_factory=dict)  # passed to timm.create_model
+
+
+@dataclass
+class HumanConfig:
+    """How the human maps enter the loss: cross entropy + lam * human attention loss."""
+
+    loss: Literal["mse", "mse_zero", "bce", "kl", "cosine", "energy"] = "energy"  # lib/losses.py
+    lam: float = 1.0  # weight of the human attention loss; 0 is the control without maps
+    blocks: Literal["last", "last2", "all"] | tuple[int, ...] = "last"  # supervised blocks
+    heads: Literal["all"] | tuple[int, ...] = "all"  # supervised heads; the others stay free
+    offset: Literal["none", "centred"] = "none"  # constant of the sigmoid (mse, bce, cosine)
+
+
+@dataclass
+class TrainConfig:
+    """One stage of training: fine-tuning, or human in the loop (HITL) on top of it."""
+
+    epochs: int = 6  # passes over the training images
+    batch_size: int = 32  # images a step
+    lr: float = 3e-4  # peak learning rate of AdamW
+    head_lr_factor: float = 1.0  # learning rate of the classifier head, as a multiple of lr
+    weight_decay: float = 0.05  # on matrices only: norms, biases, tokens are left alone
+    warmup: float = 0.1  # share of all steps with a rising rate; a cosine to 0 follows
+    clip: float = 1.0  # gradients are scaled down to this norm at most
+    label_smoothing: float = 0.0  # of the cross entropy
+    trainable: Literal["all", "last_block", "head"] = "all"  # the rest is frozen
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # as Accelerate names it
+    workers: int = 0  # processes that load images; 0 loads in the main process
+    seed: int = 0  # of the head's weights, the order of the images, and the crops
+    human: HumanConfig = field(default_factory=lambda: HumanConfig(lam=0.0))
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("batch_size", 1), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be {least} or more")
+        if self.lr <= 0 or self.human.lam < 0:
+            raise ValueError(
+                f"lr is {self.lr:g} and lam {self.human.lam:g}; lr must be above 0 and lam not "
+                "below it"
+            )
+
+
+@dataclass
+class RunConfig:
+    """All that decides one trained model: what `Run` keeps in its folder as config.json."""
+
+    data: DataConfig
+    model: ModelConfig
+    train: TrainConfig
+    init: str | None = None  # folder name of the run whose weights it starts from
+
+
+@dataclass
+class Config:
+    """One preset: the data, the model, and both stages of training."""
+
+    preset: str
+    data: DataConfig
+    model: ModelConfig
+    ft: TrainConfig
+    hitl: TrainConfig
+    variants: dict[str, dict[str, Any]]  # models of the comparison: changes to hitl.human
+    runs: Path = ROOT / "runs"  # one folder a trained model
+
+
+def preset(name: str | None = None) -> Config:
+    """The configuration of a preset, by name or from the environment variable PRESET.
+
+    Raises:
+        ValueError: for a preset that does not exist.
+    """
+    name = name or os.environ.get("PRESET") or "toy"
+    if name not in PRESETS:
+        raise ValueError(f'PRESET is "{name}"; use one of {", ".join(PRESETS)}')
+    config = _toy() if name == "toy" else _cub2011()
+    config.runs = Path(os.environ.get("RUNS_DIR", config.runs)) / name
+    return config
+
+
+def _toy() -> Config:
+    """Drawn birds, a small ViT whose trunk is part of the repository: minutes on a CPU."""
+    return Config(
+        preset="toy",
+        data=DataConfig(),
+        model=ModelConfig(
+            name="vit_tiny_patch16_224",
+            weights=ROOT / "models" / "toybirds_vit.safetensors",
+            overrides={"patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4},
+        ),
+        ft=TrainConfig(epochs=6, batch_size=32, lr=3e-4),
+        hitl=TrainConfig(epochs=6, batch_size=32, lr=3e-4, human=HumanConfig()),
+        variants={
+            "control": {"lam": 0.0},
+            "HITL last block": {"blocks": "last"},
+            "HITL all blocks": {"blocks": "all"},
+        },
+    )
+
+
+def _cub2011() -> Config:
+    """CUB-200-2011 with CUB-GHA gaze, ViT-Small: a GPU for everything, a CPU for the last block."""
+    model = os.environ.get("MODEL", "vit_small_patch16_224")
+    weights = Path(os.environ.get("WEIGHTS", ROOT / "models" / f"{model}.pt"))
+    stage = {"batch_size": 32, "lr": 1e-4, "head_lr_factor": 10.0, "trainable": "last_block"}
+    stage |= {"epochs": 10, "workers": 2}
+    return Config(
+        preset="cub2011",
+        data=DataConfig(
+            name="cub2011",
+            root=Path(os.environ.get("DATA_DIR", ROOT / "datasets")),
+            image_size=(224, 224),
+        ),
+        model=ModelConfig(name=model, weights=weights),
+        ft=TrainConfig(**stage),
+        hitl=TrainConfig(**stage, human=HumanConfig(loss="kl", lam=0.1)),
+        variants={
+            "control": {"lam": 0.0},
+            "HITL mse": {"loss": "mse", "lam": 1.0},
+            "HITL kl": {"loss": "kl", "lam": 0.1},
+        },
+    )
+
+
+# ------------------------------------------------------------------------------- to JSON and back
+
+
+def to_json(config: Any) -> str:
+    """A dataclass as JSON, paths as text: what stands beside a trained model."""
+    return json.dumps(dataclasses.asdict(config), indent=2, default=str)
+
+
+def from_json(kind: type[T], text: str) -> T:
+    """The dataclass `kind` from JSON made by `to_json`."""
+    return _build(kind, json.loads(text))
+
+
+def _build(kind: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(**{name: _build(hints[name], part) for name, part in value.items()})
+    if Path in (kind, *get_args(kind)) and value is not None:
+        return Path(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def difference(config: Any, text: str) -> str | None:
+    """The first field in which a dataclass differs from JSON made by `to_json`, in words."""
+    ours, theirs = _flatten(json.loads(to_json(config))), _flatten(json.loads(text))
+    for key in sorted(ours.keys() | theirs.keys()):
+        if ours.get(key) != theirs.get(key):
+            return f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
+    return None
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
+    return flat

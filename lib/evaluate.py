@@ -1,0 +1,338 @@
+"""From trained runs to tables and figures: everything about one evaluation in one result folder.
+
+`per_image` is one row an image; every table is a mean over such rows, so that a reader can ask
+their own question of the saved CSV.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lib import config as cfg
+from lib import metrics, plots
+from lib.attention import AttentionEdit, resolve_blocks
+from lib.config import Config
+from lib.data import BirdDataset
+from lib.gaze import box_map
+from lib.model import SigmoidViT
+from lib.train import (
+    Run,
+    dataset_for,
+    fine_tuning,
+    human_in_the_loop,
+    predict,
+    train_run,
+    write_text,
+)
+
+# An edit, wider rung by rung: where in the model it is made. One class row of one block at first.
+LADDER: dict[str, dict[str, str]] = {
+    "last block": {"blocks": "last", "queries": "cls"},
+    "last two": {"blocks": "last2", "queries": "cls"},
+    "all blocks": {"blocks": "all", "queries": "cls"},
+    "all blocks, all rows": {"blocks": "all", "queries": "all"},
+}
+
+# What the tables show, in this order, with the words of the reader.
+COLUMNS: dict[str, str] = {
+    "top1": "accuracy",
+    "conflicting": "conflicting-decoy accuracy",
+    "nss": "NSS",
+    "cc": "CC",
+    "class_token": "class-token mass",
+    "sigmoid": "mean sigmoid",
+}
+
+
+def per_image(
+    model: SigmoidViT, dataset: BirdDataset, block: int = -1, batch_size: int = 64, workers: int = 0
+) -> pd.DataFrame:
+    """Prediction and alignment of every image of a data set.
+
+    Args:
+        model: any SigmoidViT on the data set's grid.
+        dataset: without augmentation.
+        block: whose class row is compared with people's gaze; the last by default.
+
+    Returns:
+        the data set's own table plus: predicted (label), top1 to top5 (bool), p_true (probability
+        of the true class), nss, cc, sim, kl, class_token (softmax mass the class token keeps),
+        sigmoid (mean raw sigmoid attention), and where a decoy is drawn: conflicting (bool, the
+        decoy is another class's) and on_decoy (share of the patches' attention on it).
+    """
+    index = resolve_blocks((block,), model.depth)[0]
+    decoys = decoy_cover(dataset)
+    found: list[pd.DataFrame] = []
+    batches = predict(model, dataset, batch_size, workers, rows=(index,))
+    total = -(-len(dataset) // batch_size)
+    for batch, scores, rows in tqdm(batches, total=total, desc="evaluating", leave=False):
+        row = rows[index].float()
+        attention = metrics.patch_attention(row, model.num_prefix)
+        labels = batch["label"]
+        columns = {
+            "predicted": scores.argmax(-1),
+            **{f"top{k}": metrics.top_k(scores, labels, k) for k in range(1, 6)},
+            "p_true": scores.softmax(-1).gather(1, labels[:, None])[:, 0],
+            "nss": metrics.nss(attention, batch["fixations"]),
+            "cc": metrics.cc(attention, batch["human"]),
+            "sim": metrics.sim(attention, batch["human"]),
+            "kl": metrics.kl(attention, batch["human"]),
+            "class_token": metrics.class_token_mass(row),
+            "sigmoid": torch.sigmoid(row[..., model.num_prefix :]).mean((1, 2)),
+        }
+        if decoys is not None:
+            cover = decoys[batch["index"].cpu()].to(attention)
+            columns["on_decoy"] = metrics.energy_inside(attention, cover)
+        found.append(pd.DataFrame({key: value.cpu().numpy() for key, value in columns.items()}))
+    frame = pd.concat(
+        [dataset.table.reset_index(drop=True), pd.concat(found, ignore_index=True)], axis=1
+    )
+    if decoys is not None:
+        frame["conflicting"] = (frame["decoy"] != frame["label"]) & (frame["decoy"] >= 0)
+    return frame
+
+
+def decoy_cover(dataset: BirdDataset) -> Tensor | None:
+    """Share of every cell that the decoy covers, `[n, P]` in [0, 1]; None without decoys."""
+    if "dx0" not in dataset.table:
+        return None
+    boxes = dataset.table[["dx0", "dy0", "dx1", "dy1"]].to_numpy(np.float32)
+    size = tuple(dataset.config.image_size)
+    maps = [
+        np.zeros(dataset.grid) if np.isnan(b).any() else box_map(b, size, dataset.grid)
+        for b in boxes
+    ]
+    return torch.from_numpy(np.stack(maps)).flatten(1).float()
+
+
+def summarise(frame: pd.DataFrame) -> dict[str, float]:
+    """Means over images, the columns of `COLUMNS` plus top-k, p_true (mean, min, max) and more."""
+    numbers = ["top1", "top2", "top3", "top4", "top5", "p_true", "nss", "cc", "sim", "kl"]
+    numbers += ["class_token", "sigmoid"]
+    summary = {name: float(frame[name].mean()) for name in numbers}
+    summary |= {"p_true_min": frame["p_true"].min(), "p_true_max": frame["p_true"].max()}
+    if "conflicting" in frame:
+        summary["conflicting"] = float(frame.loc[frame["conflicting"], "top1"].mean())
+        summary["agreeing"] = float(frame.loc[~frame["conflicting"], "top1"].mean())
+        summary["on_decoy"] = float(frame["on_decoy"].mean())
+    return summary
+
+
+def human_baselines(dataset: BirdDataset) -> pd.DataFrame:
+    """The same metrics for maps that no model made: what a model's are to be held against.
+
+    Returns:
+        one row a baseline: human (each reader against all others, the ceiling), mean map (of the
+        whole set), another image's map, uniform; columns nss, cc, sim, kl. All are measured
+        against readers that did not draw the map: the leave-one-out scheme of the ceiling.
+    """
+    items = [dataset.readers(i) for i in range(len(dataset))]
+    items = [(maps, counts) for maps, counts in items if len(maps) > 1]
+    whole = torch.stack([maps.sum(0) for maps, _ in items])
+    rows: dict[str, list[dict[str, Tensor]]] = {"human": [], "mean map": [], "another image": []}
+    mean = whole.mean(0)
+    for i, (maps, counts) in enumerate(items):
+        others, other_counts = maps.sum(0) - maps, counts.sum(0) - counts  # [R, P]
+        candidates = {
+            "human": maps,
+            "mean map": mean.expand_as(maps),
+            "another image": whole[(i + 1) % len(whole)].expand_as(maps),
+        }
+        for name, candidate in candidates.items():
+            rows[name].append(_alignment(candidate, others, other_counts))
+    table = {
+        name: {key: torch.cat([r[key] for r in found]).nanmean().item() for key in found[0]}
+        for name, found in rows.items()
+    }
+    return pd.DataFrame(table).T.rename_axis("map").reset_index()
+
+
+def _alignment(attention: Tensor, human: Tensor, fixations: Tensor) -> dict[str, Tensor]:
+    return {
+        "nss": metrics.nss(attention, fixations),
+        "cc": metrics.cc(attention, human),
+        "sim": metrics.sim(attention, human),
+        "kl": metrics.kl(attention, human),
+    }
+
+
+# --------------------------------------------------------------------------------- the edit ladder
+
+
+@torch.no_grad()
+def edit_ladder(
+    model: SigmoidViT, dataset: BirdDataset, masks: Tensor, value: float = 0.0, batch_size: int = 64
+) -> pd.DataFrame:
+    """What the same edit does, made ever wider in the model.
+
+    Args:
+        masks: bool `[n, P]`, the cells of each image to edit. value: their sigmoid attention.
+
+    Returns:
+        one row an image and rung ("no edit" and those of `LADDER`): index, rung, predicted, top1,
+        p_true.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    found = []
+    loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size)
+    for batch in tqdm(loader, desc="ladder", leave=False):
+        images, labels = batch["image"].to(device), batch["label"]
+        mask = masks[batch["index"]].to(device)
+        for rung in ("no edit", *LADDER):
+            scope = LADDER.get(rung)
+            edit = None if scope is None else AttentionEdit(mask, value, **scope)
+            scores = model(images, edit=edit).float().cpu()
+            columns = {
+                "index": batch["index"],
+                "predicted": scores.argmax(-1),
+                "top1": scores.argmax(-1) == labels,
+                "p_true": scores.softmax(-1).gather(1, labels[:, None])[:, 0],
+            }
+            found.append(pd.DataFrame({k: v.numpy() for k, v in columns.items()}).assign(rung=rung))
+    return pd.concat(found, ignore_index=True)
+
+
+# ------------------------------------------------------------------------------------ a comparison
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trained model of a comparison."""
+
+    variant: str  # what the tables call it
+    seed: int
+    run: Run
+
+
+def train_comparison(config: Config, seeds: Sequence[int], overwrite: bool = False) -> list[Trial]:
+    """Fine-tunes, then trains every variant of the preset on top, for every seed.
+
+    Runs that are there already are loaded; see `lib.train.train_run`.
+    """
+    trials = []
+    for seed in seeds:
+        fine_tuned = train_run(f"ft-s{seed}", fine_tuning(config, seed), config.runs, overwrite)
+        trials.append(Trial("fine-tuned", seed, fine_tuned))
+        for variant, human in config.variants.items():
+            settings = human_in_the_loop(config, fine_tuned.name, seed, **human)
+            name = f"{variant.lower().replace(' ', '-')}-s{seed}"
+            trials.append(Trial(variant, seed, train_run(name, settings, config.runs, overwrite)))
+    return trials
+
+
+def evaluate_trials(trials: Sequence[Trial], split: str = "test") -> pd.DataFrame:
+    """`per_image` of every trial, with columns variant and seed."""
+    dataset = None
+    frames = []
+    for trial in tqdm(trials, desc="evaluating runs", leave=False):
+        model = trial.run.model()
+        dataset = dataset or dataset_for(model, trial.run.config, split, augment=False)
+        frame = per_image(model, dataset, workers=trial.run.config.train.workers)
+        frames.append(frame.assign(variant=trial.variant, seed=trial.seed))
+    return pd.concat(frames, ignore_index=True)
+
+
+def by_seed(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row a variant and seed: the summaries of `evaluate_trials`' images."""
+    rows = [
+        {"variant": variant, "seed": seed, **summarise(part)}
+        for (variant, seed), part in frame.groupby(["variant", "seed"], sort=False)
+    ]
+    return pd.DataFrame(rows)
+
+
+def comparison_table(seeds: pd.DataFrame) -> pd.DataFrame:
+    """One row a variant, one column a figure: "mean ± standard deviation" over the seeds."""
+    columns = {key: words for key, words in COLUMNS.items() if key in seeds}
+    rows = {}
+    for variant, part in seeds.groupby("variant", sort=False):
+        rows[variant] = {words: _mean_and_std(part[key]) for key, words in columns.items()}
+    return pd.DataFrame(rows).T.rename_axis("model")
+
+
+def _mean_and_std(values: pd.Series) -> str:
+    spread = f" ± {values.std():.3f}" if len(values) > 1 else ""
+    return f"{values.mean():.3f}{spread}"
+
+
+def write_report(
+    config: Config, trials: Sequence[Trial], images: pd.DataFrame, folder: Path | None = None
+) -> Path:
+    """Tables, figures and configuration of a comparison in one folder.
+
+    Args:
+        folder: where to write; `result/result%Y%m%d_%H%M` below the repository by default, with
+            a number behind it when that is taken.
+
+    Returns:
+        the folder: result.txt, table.csv, seeds.csv, images.csv, baselines.csv, misclassified.csv,
+        config.json and figures (.png).
+    """
+    folder = folder or _new_folder(cfg.ROOT / "result")
+    folder.mkdir(parents=True, exist_ok=True)
+    seeds = by_seed(images)
+    table = comparison_table(seeds)
+    model = trials[0].run.model()
+    dataset = dataset_for(model, trials[0].run.config, "test", augment=False)
+    baselines = human_baselines(dataset)
+    write_text(folder / "table.csv", table.to_csv())
+    write_text(folder / "seeds.csv", seeds.to_csv(index=False))
+    write_text(folder / "images.csv", images.to_csv(index=False))
+    write_text(folder / "baselines.csv", baselines.to_csv(index=False))
+    write_text(folder / "misclassified.csv", images[~images["top1"]].to_csv(index=False))
+    write_text(folder / "config.json", cfg.to_json(config))
+    text = f"{table.to_string()}\n\nmaps that no model made:\n{baselines.round(3).to_string()}\n"
+    write_text(folder / "result.txt", text)
+    first = {t.variant: t.run for t in trials if t.seed == trials[0].seed}
+    figures = {
+        "comparison": plots.comparison(seeds, COLUMNS),
+        "p_true": plots.true_class_density(images),
+        "history": plots.histories({name: run.history for name, run in first.items()}),
+        "attention": attention_gallery(first, dataset),
+    }
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
+    return folder
+
+
+def attention_gallery(
+    runs: dict[str, Run], dataset: BirdDataset, chosen: Sequence[int] = range(5)
+) -> plots.Figure:
+    """Rows of images: the picture with people's gaze, then each model's class row on it."""
+    columns: dict[str, list] = {}
+    batch = torch.utils.data.default_collate([dataset[i] for i in chosen])
+    for name, run in runs.items():
+        model = run.model()
+        with torch.no_grad():
+            scores, rows = model(batch["image"], rows="last")
+        attention = metrics.patch_attention(rows[model.depth - 1], model.num_prefix)
+        right = scores.argmax(-1) == batch["label"]
+        columns[name] = [
+            (map_.reshape(dataset.grid).numpy(), bool(ok))
+            for map_, ok in zip(attention, right, strict=True)
+        ]
+    human = [item.reshape(dataset.grid).numpy() for item in batch["human"]]
+    return plots.gallery([dataset.image(i) for i in chosen], human, columns)
+
+
+def _new_folder(parent: Path) -> Path:
+    """result%Y%m%d_%H%M, with _2, _3, ... behind it when that minute has one already."""
+    stem = datetime.now().strftime("result%Y%m%d_%H%M")
+    for number in range(1, 1000):
+        folder = parent / (stem if number == 1 else f"{stem}_{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise FileExistsError(f"{parent} has a thousand results of this minute; move some away")

@@ -1,0 +1,288 @@
+"""From where people looked to maps on a patch grid.
+
+A fixation is a row (x, y, duration): a position in pixels of the picture, measured from its top
+left corner, and milliseconds. A map is an array [gh, gw] over the patches of the model, cell
+(0, 0) top left. The grid is always an argument: 14 x 14 is only one of many.
+
+The gaze files are those of CUB-GHA (Rong et al., "Human Attention in Fine-grained
+Classification", BMVC 2021, https://github.com/yaorong0921/CUB-GHA).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+Weight = Literal["count", "duration"]
+
+# Values before the first fixation. A fixation adds three, so a line's length modulo 3 tells which.
+SHORT_HEADER = 3  # image_id, width, height: fixations in pixels of the original picture
+LONG_HEADER = 7  # ... and shown_width, shown_height, shown_x, shown_y: fixations in screen pixels
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What one reader (or one run of the collection) looked at in one picture."""
+
+    image_id: int  # id of the picture in the data set
+    width: int  # of the picture, pixels
+    height: int  # of the picture, pixels
+    fixations: np.ndarray  # float32 [F, 3]: x, y in pixels of the picture, duration in ms
+
+
+def read_fixations(path: str | Path) -> dict[int, Recording]:
+    """Read one gaze file of CUB-GHA, a line a picture, and return its recordings by image id.
+
+    Two layouts are read, both in whole or decimal numbers without a title line:
+    `image_id,width,height,(x,y,ms)*` (the files in data_5runs, original pixels) and
+    `image_id,width,height,shown_width,shown_height,shown_x,shown_y,(x,y,ms)*` (the layout that the
+    data set's README gives for Fixation.txt, in pixels of the screen that showed the picture
+    scaled and shifted; converted here to original pixels). All lines of a file have one layout.
+    Lines of one image id are joined: run 1 has up to four lines for some pictures.
+
+    Raises ValueError with file, line number, value and remedy for a line that is neither, and
+    FileNotFoundError where there is no file.
+    """
+    recordings: dict[int, Recording] = {}
+    first = 0  # number of the first line that is not blank
+    header = 0
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        values = _numbers(line, where)
+        if not header:
+            header, first = _header(values, where), number
+        if len(values) < header or (len(values) - header) % 3:
+            raise ValueError(
+                f"{where} has {len(values)} values, but {header} and 3 more for each fixation are "
+                f"expected as in line {first}; restore the line from the published file."
+            )
+        recording = _recording(values, header, where)
+        known = recordings.get(recording.image_id)
+        recordings[recording.image_id] = _join(known, recording, where) if known else recording
+    return recordings
+
+
+def _lines(path: str | Path) -> list[str]:
+    # errors="replace": a binary file then fails in _numbers with file and line
+    return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def _numbers(line: str, where: str) -> np.ndarray:
+    """The comma-separated numbers of a line, float64."""
+    try:
+        values = np.array(line.split(","), dtype=np.float64)
+    except ValueError:
+        values = np.array([np.nan])
+    if np.isfinite(values).all():
+        return values
+    wrong = next(text for text in line.split(",") if not _is_number(text))
+    raise ValueError(
+        f"{where} has {wrong.strip()[:40]!r} where a number is expected; "
+        "restore the line from the published file."
+    )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return bool(np.isfinite(float(text)))
+    except ValueError:
+        return False
+
+
+def _header(values: np.ndarray, where: str) -> int:
+    for header in (SHORT_HEADER, LONG_HEADER):
+        if len(values) >= header and (len(values) - header) % 3 == 0:
+            return header
+    raise ValueError(
+        f"{where} has {len(values)} values, but 3 or 7 and 3 more for each fixation are expected; "
+        "restore the line from the published file."
+    )
+
+
+def _recording(values: np.ndarray, header: int, where: str) -> Recording:
+    fixations = values[header:].reshape(-1, 3).copy()
+    for name, value in zip(("image_id", "width", "height"), values, strict=False):
+        if value < 1 or value != int(value):
+            raise ValueError(
+                f"{where} has {name} {value:g}, which is no whole number above 0; "
+                "restore the line from the published file."
+            )
+    if (fixations[:, 2] < 0).any():
+        raise ValueError(
+            f"{where} has the duration {fixations[:, 2].min():g} ms, which is below 0; "
+            "restore the line from the published file."
+        )
+    if header == LONG_HEADER:
+        shown, start = values[3:5], values[5:7]
+        if (shown <= 0).any():
+            raise ValueError(
+                f"{where} has the size on screen {shown[0]:g} x {shown[1]:g}, which is empty; "
+                "restore the line from the published file."
+            )
+        fixations[:, :2] = (fixations[:, :2] - start) * values[1:3] / shown
+    image_id, width, height = (int(value) for value in values[:3])
+    return Recording(image_id, width, height, fixations.astype(np.float32))
+
+
+def _join(known: Recording, more: Recording, where: str) -> Recording:
+    if (known.width, known.height) != (more.width, more.height):
+        raise ValueError(
+            f"{where} gives image {more.image_id} the size {more.width} x {more.height}, an earlier"
+            f" line {known.width} x {known.height}; restore the line from the published file."
+        )
+    fixations = np.concatenate([known.fixations, more.fixations])
+    return Recording(known.image_id, known.width, known.height, fixations)
+
+
+def fixation_counts(
+    fixations: np.ndarray,
+    size: tuple[int, int],
+    grid: tuple[int, int],
+    weight: Weight = "count",
+) -> np.ndarray:
+    """Sum the fixations that fall into each cell.
+
+    `fixations` is [F, 3], `size` (height, width) of the frame they are measured in, `grid`
+    (gh, gw). Returns float32 [gh, gw]: a number of fixations, or milliseconds with
+    weight="duration". Fixations outside the frame are dropped; the right and the bottom border
+    are outside.
+    """
+    position, weights = _in_frame(fixations, size, grid, weight)
+    cell = np.floor(position).astype(np.int64)
+    flat = cell[:, 0] * grid[1] + cell[:, 1]
+    counts = np.bincount(flat, weights=weights, minlength=grid[0] * grid[1])
+    return counts.reshape(grid).astype(np.float32)
+
+
+def fixation_map(
+    fixations: np.ndarray,
+    size: tuple[int, int],
+    grid: tuple[int, int],
+    sigma: float = 1.0,
+    weight: Weight = "duration",
+    truncate: float = 3.0,
+) -> np.ndarray:
+    """Blur the fixations to a human attention map.
+
+    A sum of Gaussians around the exact fixations, evaluated at the cell centres, divided by its
+    maximum. `sigma` is their standard deviation along both axes in grid cells; a cell farther
+    than `truncate * sigma` cells from every fixation is exactly 0, because some losses need a
+    region where nobody looked. A fixation weighs its duration or 1.
+
+    `fixations` is [F, 3], `size` (height, width) of the frame they are measured in, `grid`
+    (gh, gw). Returns float32 [gh, gw] in [0, 1] with maximum 1, or zeros when no fixation with a
+    weight lies in the frame (those outside are dropped). Raises ValueError when `truncate * sigma`
+    is so small that a fixation could fall between the cell centres.
+    """
+    radius = truncate * sigma
+    if not radius >= 0.5**0.5:
+        raise ValueError(
+            f"truncate * sigma is {radius:g} cells, below 0.71: a fixation on a cell's corner "
+            "would vanish; use a larger sigma."
+        )
+    position, weights = _in_frame(fixations, size, grid, weight)
+    # Only the window of cells around a fixation that its Gaussian can reach: the cost does not grow
+    # with the grid, which the fine maps for training are large in.
+    extent = min(np.ceil(radius), max(grid))
+    reach = np.arange(-extent, extent + 1)
+    row, row_distance = _window(position[:, 0], reach)  # [F, K] both
+    column, column_distance = _window(position[:, 1], reach)
+    # Outer products over the windows, [F, K, K]
+    distance = row_distance[:, :, None] ** 2 + column_distance[:, None, :] ** 2  # squared
+    values = weights[:, None, None] * np.exp(distance * (-0.5 / sigma**2))
+    inside = _on_line(row, grid[0])[:, :, None] & _on_line(column, grid[1])[:, None, :]
+    keep = inside & (distance <= radius**2 + 1e-9)
+    flat = row[:, :, None] * grid[1] + column[:, None, :]
+    total = np.bincount(flat[keep], weights=values[keep], minlength=grid[0] * grid[1])
+    peak = total.max()
+    return (total / peak if peak > 0 else total).reshape(grid).astype(np.float32)
+
+
+def _in_frame(
+    fixations: np.ndarray, size: tuple[int, int], grid: tuple[int, int], weight: Weight
+) -> tuple[np.ndarray, np.ndarray]:
+    """Position (row, column) in cells [F, 2] and weight [F] of fixations in the frame, float64."""
+    if weight not in ("count", "duration"):
+        raise ValueError(f"weight is {weight!r}; use 'count' or 'duration'.")
+    # float64: a position just below the border must not round up into a cell that does not exist
+    fixations = np.asarray(fixations, dtype=np.float64).reshape(-1, 3)
+    x, y, duration = fixations.T
+    inside = (x >= 0) & (x < size[1]) & (y >= 0) & (y < size[0])
+    position = np.stack([y * grid[0] / size[0], x * grid[1] / size[1]], axis=1)
+    weights = duration if weight == "duration" else np.ones_like(duration)
+    return position[inside], weights[inside]
+
+
+def _window(position: np.ndarray, reach: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the cells around each position [F, K] and the distance of their centres."""
+    index = np.floor(position)[:, None] + reach
+    return index.astype(np.int64), index + 0.5 - position[:, None]
+
+
+def _on_line(index: np.ndarray, cells: int) -> np.ndarray:
+    return (index >= 0) & (index < cells)
+
+
+def box_map(
+    box: np.ndarray | tuple[float, float, float, float],
+    size: tuple[int, int],
+    grid: tuple[int, int],
+) -> np.ndarray:
+    """Share of each cell that a box covers.
+
+    `box` is (x0, y0, x1, y1) in pixels of a frame of `size` (height, width). Returns float32
+    [gh, gw] in [0, 1]; what lies outside the frame is cut, and a box of NaN (there is none)
+    covers nothing. Raises ValueError when a corner pair is the wrong way round.
+    """
+    x0, y0, x1, y1 = (float(value) for value in box)
+    if x1 < x0 or y1 < y0:
+        raise ValueError(f"box {x0, y0, x1, y1} ends before it starts; give (x0, y0, x1, y1).")
+    if np.isnan([x0, y0, x1, y1]).any():
+        return np.zeros(grid, dtype=np.float32)
+    rows = _covered(y0 * grid[0] / size[0], y1 * grid[0] / size[0], grid[0])
+    columns = _covered(x0 * grid[1] / size[1], x1 * grid[1] / size[1], grid[1])
+    return np.outer(rows, columns).astype(np.float32)
+
+
+def _covered(start: float, end: float, cells: int) -> np.ndarray:
+    """Share of each of `cells` unit intervals that lies between start and end, [cells]."""
+    left = np.arange(cells)
+    return np.clip(np.minimum(end, left + 1) - np.maximum(start, left), 0, 1)
+
+
+def to_grid(
+    dense: torch.Tensor, valid: torch.Tensor, grid: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pool a dense map onto a grid by the mean over the valid area of each cell.
+
+    `dense` is float [H, W], `valid` [H, W] (bool, or 0 and 1); H and W need not be multiples of
+    the grid: a pixel on the border of two cells counts for both by its share. Returns the map,
+    float32 [gh, gw], and bool [gh, gw]: a cell is valid when at least half of its area is. Invalid
+    cells hold 0, whatever the dense map holds there (NaN included).
+    """
+    known = valid.bool()
+    values = torch.where(known, dense.float(), 0.0)
+    rows = _overlap(dense.shape[0], grid[0])  # [gh, H]
+    columns = _overlap(dense.shape[1], grid[1]).T  # [W, gw]
+    share = rows @ known.float() @ columns  # valid share of each cell's area [gh, gw]
+    enough = share >= 0.5 - 1e-5  # half, but for the rounding of the shares
+    pooled = rows @ values @ columns / share.clamp(min=1e-5)
+    return torch.where(enough, pooled, 0.0), enough
+
+
+@lru_cache(maxsize=64)
+def _overlap(pixels: int, cells: int) -> torch.Tensor:
+    """Share of each cell that each pixel of a line covers, float32 [cells, pixels], rows sum 1."""
+    edges = np.linspace(0, pixels, cells + 1)
+    pixel = np.arange(pixels)
+    end = np.minimum(edges[1:, None], pixel + 1)
+    start = np.maximum(edges[:-1, None], pixel)
+    share = np.clip(end - start, 0, None) * (cells / pixels)
+    return torch.from_numpy(share.astype(np.float32))

@@ -1,0 +1,139 @@
+"""Human attention losses: how far a class row is from where people look.
+
+Every loss takes the class row's logits of all heads and the human map on the patch grid, counts
+valid cells only, and returns one number per image and head. `attention_loss` averages them over
+heads, and over the whole batch with images without a map counted as 0: such an image contributes
+nothing, and the value of a batch does not depend on how its images are spread over processes.
+
+`mse` is the loss of Matsumoto et al. (PRMU2024-9, 2024), `mse_zero` their "denoise" variant.
+Beware of `mse` with offset "none": on sparse maps it is won mostly by pushing every sigmoid to 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lib.attention import resolve_heads, row_offset
+
+# A cell belongs to the human region when its map reaches this share of the map's maximum.
+REGION = 0.1
+TINY = 1e-8
+
+
+def attention_loss(
+    name: str,
+    rows: dict[int, Tensor],
+    human: Tensor,
+    valid: Tensor,
+    offset: str = "none",
+    heads: str | tuple[int, ...] = "all",
+) -> Tensor:
+    """The human attention loss of a batch, averaged over supervised blocks, heads and images.
+
+    Args:
+        name: one of `LOSSES`.
+        rows: `{block: [B, H, N]}`, class-row logits as `SigmoidViT` returns them.
+        human: `[B, P]` in [0, 1], the human map on the patch grid.
+        valid: `[B, P]`, bool; False where undecided. An image with no valid cell, or whose valid
+            map is 0 everywhere, has no map and contributes 0.
+        offset: constant of the sigmoid, see `lib.attention.row_offset`.
+        heads: supervised heads; the others are left free.
+
+    Returns:
+        A scalar in float32, differentiable with respect to the rows.
+
+    Raises:
+        ValueError: for an unknown loss, offset or head, or when no block is supervised.
+    """
+    if name not in LOSSES:
+        raise ValueError(f'loss is "{name}"; use one of {", ".join(LOSSES)}')
+    if not rows:
+        raise ValueError("no block is supervised; name at least one in rows")
+    human, seen = human.float(), valid & (human > 0)
+    has_map = seen.any(dim=-1).float()  # [B]
+    per_block = []
+    for logits in rows.values():
+        logits = logits[:, list(resolve_heads(heads, logits.shape[1]))].float()
+        losses = LOSSES[name](logits, human[:, None], valid[:, None], offset)  # [B, H]
+        per_block.append((losses.mean(dim=1) * has_map).mean())
+    return torch.stack(per_block).mean()
+
+
+def _patch_logits(logits: Tensor, human: Tensor, offset: str) -> Tensor:
+    """x - c of the patches, `[B, H, P]`."""
+    num_prefix = logits.shape[-1] - human.shape[-1]
+    return (logits - row_offset(logits, offset, num_prefix))[..., num_prefix:]
+
+
+def _mean(cells: Tensor, chosen: Tensor) -> Tensor:
+    """Mean over the chosen cells, `[B, H, P]` to `[B, H]`; 0 where none is chosen."""
+    return (cells * chosen).sum(-1) / chosen.sum(-1).clamp(min=1)
+
+
+def mse(logits: Tensor, human: Tensor, valid: Tensor, offset: str) -> Tensor:
+    """Mean squared difference between sigmoid attention and the human map."""
+    return _mean((torch.sigmoid(_patch_logits(logits, human, offset)) - human) ** 2, valid)
+
+
+def mse_zero(logits: Tensor, human: Tensor, valid: Tensor, offset: str) -> Tensor:
+    """Mean squared sigmoid attention where the human map is 0; elsewhere the row is free."""
+    attention = torch.sigmoid(_patch_logits(logits, human, offset))
+    return _mean(attention**2, valid & (human == 0))
+
+
+def bce(logits: Tensor, human: Tensor, valid: Tensor, offset: str) -> Tensor:
+    """Binary cross entropy of every cell, the human map as its target probability."""
+    x = _patch_logits(logits, human, offset)
+    return _mean(F.binary_cross_entropy_with_logits(x, human.expand_as(x), reduction="none"), valid)
+
+
+def kl(logits: Tensor, human: Tensor, valid: Tensor, offset: str) -> Tensor:
+    """KL(human || softmax) over the valid patches, both made to sum to 1 there.
+
+    The shape of the attention among the patches alone: blind to what the class token keeps for
+    itself and to `offset`.
+    """
+    log_attention = torch.log_softmax(_hide(_patch_logits(logits, human, "none"), ~valid), dim=-1)
+    target = human * valid
+    target = target / target.sum(-1, keepdim=True).clamp(min=TINY)
+    terms = target * (target.clamp(min=TINY).log() - log_attention)
+    return torch.where(valid & (target > 0), terms, 0.0).sum(-1)
+
+
+def cosine(logits: Tensor, human: Tensor, valid: Tensor, offset: str) -> Tensor:
+    """1 - cosine similarity of the sigmoid attention and the human map over valid cells."""
+    attention = torch.sigmoid(_patch_logits(logits, human, offset)) * valid
+    return 1 - F.cosine_similarity(attention, (human * valid).expand_as(attention), dim=-1)
+
+
+def energy(logits: Tensor, human: Tensor, valid: Tensor, offset: str) -> Tensor:
+    """-log of the softmax mass inside the human region (cells of at least REGION of the maximum).
+
+    The whole row counts as outside but for undecided cells, class token included: mass that the
+    class token keeps for itself is not on the region either. Independent of `offset`.
+    """
+    num_prefix = logits.shape[-1] - human.shape[-1]
+    peak = (human * valid).amax(-1, keepdim=True)
+    region = valid & (human >= REGION * peak) & (human > 0)
+    row = torch.cat([logits[..., :num_prefix], _hide(logits[..., num_prefix:], ~valid)], dim=-1)
+    inside = torch.logsumexp(_hide(logits[..., num_prefix:], ~region), dim=-1)
+    return torch.logsumexp(row, dim=-1) - inside
+
+
+def _hide(logits: Tensor, hidden: Tensor) -> Tensor:
+    # Finite, so that an image without any cell left has a gradient of 0 and not NaN.
+    return logits.masked_fill(hidden, -1e4)
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, str], Tensor]] = {
+    "mse": mse,
+    "mse_zero": mse_zero,
+    "bce": bce,
+    "kl": kl,
+    "cosine": cosine,
+    "energy": energy,
+}

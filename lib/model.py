@@ -1,0 +1,355 @@
+"""SigmoidViT: a timm VisionTransformer whose class row can be read, supervised and edited.
+
+Nothing of the model is copied or changed: `SigmoidViT(vit)` holds the very timm module and runs
+its parts. Without an edit the scores are those of timm. Two things make it cheaper than timm's
+own forward pass in spite of the rows that it returns:
+
+- only the rows that the classifier reads (the class token, for distilled models the distillation
+  token too) leave the last block, so that block computes one or two queries, not N;
+- supervision needs class rows only, so no N x N matrix is ever built for it, and every other
+  attention stays on PyTorch's fused scaled_dot_product_attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import resolve_model_data_config
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import (
+    Attention,
+    Block,
+    VisionTransformer,
+    checkpoint_filter_fn,
+)
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lib.attention import AttentionEdit, edit_logits, resolve_blocks
+
+
+class UnsupportedModelError(ValueError):
+    """The model's prediction is not decided by class rows that this project can edit."""
+
+
+class SigmoidViT(nn.Module):
+    """A timm ViT with class rows on request and attention edits.
+
+    Args:
+        vit: `VisionTransformer` or `VisionTransformerDistilled` of timm whose head reads the class
+            token (`global_pool="token"`); register tokens, layer scale, qk-norm, any patch size,
+            non-square and dynamic image sizes are fine.
+        one_query: False runs the last block for all N queries as timm does: slower, and bit for
+            bit the plain model in every dtype. For checks and side-by-side timings.
+
+    Raises:
+        UnsupportedModelError: names what the model has that decides its prediction otherwise.
+    """
+
+    def __init__(self, vit: nn.Module, one_query: bool = True) -> None:
+        super().__init__()
+        _refuse_unsupported(vit)
+        self.vit = vit
+        self.one_query = one_query
+        self.depth = len(vit.blocks)
+        self.num_heads = vit.blocks[0].attn.num_heads
+        self.num_prefix = vit.num_prefix_tokens
+        # Rows that forward_head reads: the distilled model averages a second head's opinion.
+        self.num_read = 2 if isinstance(vit, VisionTransformerDistilled) else 1
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches at the model's own image size."""
+        return tuple(self.vit.patch_embed.grid_size)
+
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of the channels that the weights were trained with."""
+        data = resolve_model_data_config(self.vit)
+        return tuple(data["mean"]), tuple(data["std"])
+
+    def forward(
+        self,
+        images: Tensor,
+        edit: AttentionEdit | None = None,
+        rows: str | Sequence[int] | None = None,
+    ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
+        """Class scores, and the class rows of chosen blocks.
+
+        Args:
+            images: `[B, 3, H, W]`, normalised.
+            edit: what a person changed; None or an all-False mask runs the plain model.
+            rows: blocks whose class-row logits are wanted ("last", "last2", "all" or indices).
+
+        Returns:
+            scores `[B, classes]`; with `rows` also `{block: [B, heads, N]}`, the class token's
+            logits (before any edit, scaled by 1/sqrt(head dim)), with gradient.
+        """
+        grid = tuple(self.vit.patch_embed.dynamic_feat_size(images.shape[-2:]))
+        return self.forward_tokens(self.embed(images), 0, edit, rows, grid)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images `[B, 3, H, W]` to the tokens that enter block 0, `[B, N, dim]`."""
+        tokens = self.vit._pos_embed(self.vit.patch_embed(images))
+        return self.vit.norm_pre(tokens)
+
+    def tokens(self, images: Tensor, block: int) -> Tensor:
+        """The tokens `[B, N, dim]` that enter `block`: what a frozen trunk computes once."""
+        tokens = self.embed(images)
+        for index in range(resolve_blocks((block,), self.depth)[0]):
+            tokens = self.vit.blocks[index](tokens)
+        return tokens
+
+    def attention_matrices(self, images: Tensor) -> list[Tensor]:
+        """Softmax attention of every block, `[B, heads, N, N]` each: for figures, not training."""
+        tokens, found = self.embed(images), []
+        for block in self.vit.blocks:
+            q, k, _ = _queries_keys_values(block.attn, block.norm1(tokens))
+            found.append(torch.softmax(_logits(block.attn, q, k), dim=-1))
+            tokens = block(tokens)
+        return found
+
+    def forward_tokens(
+        self,
+        tokens: Tensor,
+        start: int,
+        edit: AttentionEdit | None = None,
+        rows: str | Sequence[int] | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
+        """`forward` from the tokens `[B, N, dim]` that enter block `start` on."""
+        wanted = () if rows is None else resolve_blocks(_as_blocks(rows), self.depth)
+        edited = self._edited_blocks(edit)
+        for block in (*wanted, *edited):
+            if block < start:
+                raise ValueError(f"block {block} is asked for, but the tokens enter block {start}")
+        if edited:
+            mask, values = edit.per_head(len(tokens), self.num_heads, grid or self.grid)
+            mask, values = mask.to(tokens.device), values.to(tokens.device)
+        found: dict[int, Tensor] = {}
+        for index in range(start, self.depth):
+            row_edit = (edit, mask, values) if index in edited else None
+            tokens, row = self._block(index, tokens, index in wanted, row_edit)
+            if row is not None:
+                found[index] = row
+        scores = self.vit.forward_head(self.vit.norm(tokens))
+        return scores if rows is None else (scores, found)
+
+    def _edited_blocks(self, edit: AttentionEdit | None) -> tuple[int, ...]:
+        if edit is None or not bool(edit.mask.any()):
+            return ()
+        return resolve_blocks(edit.blocks, self.depth)
+
+    def _block(
+        self, index: int, tokens: Tensor, want_row: bool, row_edit: tuple | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """One block; its tokens, and its class row `[B, heads, N]` if wanted."""
+        block = self.vit.blocks[index]
+        read_only = self.one_query and index == self.depth - 1
+        if not (read_only or want_row or row_edit):
+            if self.vit.grad_checkpointing and torch.is_grad_enabled():
+                return checkpoint(block, tokens, use_reentrant=False), None
+            return block(tokens), None
+        normed = block.norm1(tokens)
+        if read_only:
+            tokens = tokens[:, : self.num_read]
+            attended, row = self._attend_read(block.attn, normed, want_row, row_edit)
+        else:
+            attended, row = self._attend_all(block.attn, normed, want_row, row_edit)
+        tokens = tokens + block.drop_path1(block.ls1(attended))
+        tokens = tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
+        return tokens, row
+
+    def _attend_read(
+        self, attn: nn.Module, x: Tensor, want_row: bool, row_edit: tuple | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of the rows that the head reads: `[B, N, dim]` to `[B, num_read, dim]`."""
+        width = attn.num_heads * attn.head_dim
+        weight, bias = attn.qkv.weight, attn.qkv.bias
+        query_bias, other_bias = (None, None) if bias is None else (bias[:width], bias[width:])
+        q = F.linear(x[:, : self.num_read], weight[:width], query_bias)
+        k, v = F.linear(x, weight[width:], other_bias).chunk(2, dim=-1)
+        q, k, v = (_split_heads(part, attn.num_heads) for part in (q, k, v))
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        logits = _logits(attn, q, k)  # [B, heads, num_read, N]
+        row = logits[:, :, 0] if want_row else None
+        if row_edit is not None:
+            edit, mask, values = row_edit
+            logits = edit_logits(logits, mask, values, edit.offset, self.num_prefix)
+        return _project(attn, _weigh(attn, logits, v)), row
+
+    def _attend_all(
+        self, attn: nn.Module, x: Tensor, want_row: bool, row_edit: tuple | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of all tokens, `[B, N, dim]` to the same; fused but for the edited rows."""
+        q, k, v = _queries_keys_values(attn, x)
+        dropout = attn.attn_drop.p if self.training else 0.0
+        heads = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)  # [B, heads, N, d]
+        row = _logits(attn, q[:, :, :1], k)[:, :, 0] if want_row else None
+        if row_edit is not None:
+            edit, mask, values = row_edit
+            queries = q.shape[2] if edit.queries == "all" else self.num_read
+            logits = _logits(attn, q[:, :, :queries], k)
+            logits = edit_logits(logits, mask, values, edit.offset, self.num_prefix)
+            # Images and heads that nobody edited keep the fused kernel's bits.
+            touched = mask.any(dim=-1)[:, :, None, None]
+            edited = torch.where(touched, _weigh(attn, logits, v), heads[:, :, :queries])
+            heads = torch.cat([edited, heads[:, :, queries:]], dim=2)
+        return _project(attn, heads), row
+
+
+def _as_blocks(rows: str | Sequence[int]) -> str | tuple[int, ...]:
+    return rows if isinstance(rows, str) else tuple(rows)
+
+
+def _queries_keys_values(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`[B, N, dim]` to q, k, v of all tokens, `[B, heads, N, d]` each."""
+    q, k, v = (_split_heads(part, attn.num_heads) for part in attn.qkv(x).chunk(3, dim=-1))
+    return attn.q_norm(q), attn.k_norm(k), v
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, N, dim] -> [B, heads, N, d]
+
+
+def _logits(attn: nn.Module, q: Tensor, k: Tensor) -> Tensor:
+    return (q * attn.scale) @ k.transpose(-2, -1)
+
+
+def _weigh(attn: nn.Module, logits: Tensor, v: Tensor) -> Tensor:
+    """softmax(logits) v; the softmax in float32, as saturated edits need its range."""
+    weights = torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return attn.attn_drop(weights).to(v.dtype) @ v
+
+
+def _project(attn: nn.Module, heads: Tensor) -> Tensor:
+    joined = heads.transpose(1, 2).flatten(2)  # [B, heads, Q, d] -> [B, Q, dim]
+    return attn.proj_drop(attn.proj(attn.norm(joined)))
+
+
+def _refuse_unsupported(vit: nn.Module) -> None:
+    name = type(vit).__name__
+    if type(vit) not in (VisionTransformer, VisionTransformerDistilled):
+        raise UnsupportedModelError(
+            f"{name} is not a plain timm VisionTransformer; its prediction is not decided by a "
+            "class row that can be edited. Use a vit_*, deit_* or *dino* model of timm"
+        )
+    if vit.global_pool != "token":
+        raise UnsupportedModelError(
+            f'this {name} pools its tokens with global_pool="{vit.global_pool}", so no class row '
+            'decides; create it with global_pool="token" and a class token'
+        )
+    if not isinstance(vit.patch_drop, nn.Identity):
+        raise UnsupportedModelError(
+            f"this {name} drops patches (patch_drop_rate > 0), so a row no longer matches the "
+            "patch grid; create it with patch_drop_rate=0"
+        )
+    for block in vit.blocks:
+        if type(block) is not Block or type(block.attn) is not Attention:
+            raise UnsupportedModelError(
+                f"this {name} is built of {type(block).__name__} with "
+                f"{type(getattr(block, 'attn', block)).__name__}; only timm's Block with Attention "
+                "is supported"
+            )
+        if getattr(block.attn, "gate", None) is not None:
+            raise UnsupportedModelError(f"this {name} gates its attention; that is not supported")
+
+
+# ----------------------------------------------------------------------------- weights in and out
+
+
+class WeightsError(ValueError):
+    """A weights file does not fit the model, or cannot be read."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_weights` did, by parameter name."""
+
+    loaded: tuple[str, ...]
+    new: tuple[str, ...]  # the head, when the file has none that fits
+    unused: tuple[str, ...]  # in the file, but not in the model
+
+    def __str__(self) -> str:
+        text = f"{len(self.loaded)} tensors loaded"
+        text += f"; new: {', '.join(self.new)}" if self.new else ""
+        return text + (f"; in the file but unused: {', '.join(self.unused)}" if self.unused else "")
+
+
+def create_model(
+    name: str, num_classes: int, image_size: tuple[int, int], **overrides: object
+) -> SigmoidViT:
+    """A SigmoidViT around `timm.create_model(name)` with random weights.
+
+    Args:
+        name: timm model name. num_classes: size of the head.
+        image_size: height and width in pixels; a multiple of the patch size.
+        overrides: passed to timm, e.g. `embed_dim`, `depth`, `drop_path_rate`.
+    """
+    try:
+        vit = timm.create_model(name, num_classes=num_classes, img_size=image_size, **overrides)
+    except TypeError as error:  # not a ViT: its constructor knows no img_size
+        raise UnsupportedModelError(f"{name} is no timm VisionTransformer: {error}") from error
+    return SigmoidViT(vit)
+
+
+def load_weights(model: SigmoidViT, path: Path) -> LoadReport:
+    """Reads a timm or SigmoidViT state dict (.pt, .pth or .safetensors) into `model`.
+
+    Position and patch embeddings are resampled to the model by timm's `checkpoint_filter_fn`.
+    A head of another size, or none, leaves the model's own head in place and is reported as new.
+
+    Raises:
+        FileNotFoundError: with the path. WeightsError: unreadable, or anything but the head is
+            missing or of another shape; nothing is loaded then.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}; set WEIGHTS to a .safetensors or .pt file")
+    state = {key.removeprefix("vit."): value for key, value in _read_state(path).items()}
+    state = checkpoint_filter_fn(state, model.vit)
+    own = model.vit.state_dict()
+    heads = [key for key in own if key.startswith(("head.", "head_dist."))]
+    misfit = [key for key in own if key not in state or state[key].shape != own[key].shape]
+    wrong = [key for key in misfit if key not in heads]
+    if wrong:
+        raise WeightsError(
+            f"{path} does not fit {type(model.vit).__name__}: {len(wrong)} tensors are missing or "
+            f"of another shape ({', '.join(wrong[:6])}{', ...' if len(wrong) > 6 else ''}); use "
+            "weights of the same architecture"
+        )
+    loaded = {key: state[key] for key in own if key not in misfit}
+    model.vit.load_state_dict(loaded, strict=False)
+    unused = tuple(key for key in state if key not in own)
+    return LoadReport(tuple(loaded), tuple(misfit), unused)
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and header errors have no common class
+        raise WeightsError(f"{path} cannot be read as weights: {error}") from error
+    state = state.get("model", state.get("state_dict", state)) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise WeightsError(f"{path} holds no state dict of tensors; save model.state_dict()")
+    return state
+
+
+def save_weights(model: SigmoidViT, path: Path) -> None:
+    """Writes the timm state dict as .safetensors: to a temporary name first, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {
+        key: value.detach().cpu().contiguous() for key, value in model.vit.state_dict().items()
+    }
+    temporary = path.with_suffix(".tmp")
+    safetensors.torch.save_file(state, temporary)
+    temporary.replace(path)

@@ -1,0 +1,327 @@
+"""SigmoidViT against the timm model that it holds, and weights in and out."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from conftest import images_for, tiny_vit
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib.attention import AttentionEdit, sigmoid_attention
+from lib.losses import attention_loss
+from lib.model import (
+    SigmoidViT,
+    UnsupportedModelError,
+    WeightsError,
+    create_model,
+    load_weights,
+    save_weights,
+)
+
+QUERIES = ["cls", "all"]
+
+
+def patch_mask(model: SigmoidViT, images: int, seed: int = 0) -> torch.Tensor:
+    patches = model.grid[0] * model.grid[1]
+    return torch.rand(images, patches, generator=torch.Generator().manual_seed(seed)) < 0.4
+
+
+@torch.no_grad()
+def test_no_edit_equals_timm(any_model):
+    images = images_for(any_model)
+    plain = any_model.vit(images)
+    assert (any_model(images) - plain).abs().max() < 1e-5 * plain.abs().max().clamp(min=1)
+    any_model.one_query = False
+    assert torch.equal(any_model(images), plain)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_no_edit_equals_timm_in_half_precision(any_model, dtype):
+    model, images = any_model.to(dtype), images_for(any_model).to(dtype)
+    plain = model.vit(images)
+    close = (model(images) - plain).abs().max() / plain.abs().max()
+    assert close < 20 * torch.finfo(dtype).eps
+    model.one_query = False
+    assert torch.equal(model(images), plain)
+    nothing = AttentionEdit(torch.zeros_like(patch_mask(model, 3)), 0.0, blocks="all")
+    assert torch.equal(model(images, edit=nothing), plain)
+
+
+@torch.no_grad()
+def test_rows_are_the_attention_that_timm_uses(any_model):
+    images = images_for(any_model)
+    seen = {}
+    for index, block in enumerate(any_model.vit.blocks):
+        block.attn.fused_attn = False  # or the hook below captures nothing
+        keep = lambda _m, _i, out, index=index: seen.__setitem__(index, out)  # noqa: E731
+        block.attn.attn_drop.register_forward_hook(keep)
+    any_model.vit(images)
+    expected = dict(seen)
+    _, rows = any_model(images, rows="all")
+    assert list(rows) == [0, 1, 2]
+    for index, row in rows.items():
+        assert torch.allclose(torch.softmax(row, -1), expected[index][:, :, 0], atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("queries", QUERIES)
+def test_only_what_is_named_changes(any_model, queries):
+    model, images = any_model, images_for(any_model)
+    mask = patch_mask(model, 3)
+    mask[1] = False
+    plain, rows = model(images, rows="all")
+    edit = AttentionEdit(mask, 0.0, blocks="all", queries=queries)
+    edited = model(images, edit=edit)
+    assert torch.equal(edited[1], plain[1])  # an image without an edit keeps its bits
+    assert not torch.equal(edited[0], plain[0])
+    # The rows of blocks up to the edited one are those of the plain model.
+    _, edited_rows = model(images, rows="all", edit=AttentionEdit(mask, 0.0, blocks=(1,)))
+    assert all(torch.equal(rows[index], edited_rows[index]) for index in (0, 1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("queries", QUERIES)
+@pytest.mark.parametrize("one_query", [True, False])
+def test_heads_that_are_not_named_do_not_change(queries, one_query):
+    model = SigmoidViT(tiny_vit(), one_query)
+    mask = patch_mask(model, 3)
+    seen = []
+    last = model.vit.blocks[-1].attn.proj
+    handle = last.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    model(images_for(model))
+    model(images_for(model), edit=AttentionEdit(mask, 1.0, heads=(2,), queries=queries))
+    handle.remove()
+    before, after = (x.unflatten(-1, (4, -1))[:, 0] for x in seen)  # [B, heads, d] of the class row
+    assert torch.equal(before[:, [0, 1, 3]], after[:, [0, 1, 3]])
+    assert not torch.equal(before[:, 2], after[:, 2])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("offset", ["none", "centred"])
+@pytest.mark.parametrize("queries", QUERIES)
+def test_an_edit_is_what_a_model_with_those_logits_computes(offset, queries):
+    """Against a plain N x N attention in which the edited logits are written by hand."""
+    model = SigmoidViT(tiny_vit("registers"))
+    images, mask = images_for(model), patch_mask(model, 3)
+    edit = AttentionEdit(mask, 0.7, blocks=(1,), queries=queries, offset=offset)
+    tokens = model.tokens(images, 1)
+    block, attn = model.vit.blocks[1], model.vit.blocks[1].attn
+    qkv = attn.qkv(block.norm1(tokens)).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unbind(0)
+    x = (q * attn.scale) @ k.mT
+    patches = x[..., 5:]
+    c = patches.exp().mean(-1, keepdim=True).log() if offset == "centred" else 0.0
+    new = torch.where(mask[:, None, None], torch.logit(torch.tensor(0.7)) + c, patches)
+    y = torch.cat([x[..., :5], new], -1)
+    if queries == "cls":
+        y = torch.cat([y[:, :, :1], x[:, :, 1:]], 2)
+    mixed = (y.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    tokens = tokens + block.ls1(attn.proj(mixed))
+    tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)))
+    expected = model.vit.forward_head(model.vit.norm(model.vit.blocks[2](tokens)))
+    assert torch.allclose(model(images, edit=edit), expected, atol=1e-4)
+
+
+@torch.no_grad()
+def test_distilled_edit_reaches_both_rows_that_the_head_reads():
+    model = SigmoidViT(tiny_vit("distilled"))
+    seen = []
+    model.vit.head_dist.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    model(images_for(model))
+    model(images_for(model), edit=AttentionEdit(patch_mask(model, 3), 1.0))
+    assert not torch.allclose(*seen, atol=1e-4)
+
+
+@given(seed=st.integers(0, 1000), value=st.sampled_from([0.0, 1e-9, 0.5, 1 - 1e-9, 1.0]))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_saturated_models_survive_extreme_edits(dtype, seed, value):
+    model = SigmoidViT(tiny_vit(seed=seed % 3))
+    for block in model.vit.blocks:
+        block.attn.scale = 20.0  # logits of plus or minus 40 and more
+    model, images = model.to(dtype), images_for(model, seed=seed).to(dtype)
+    mask = patch_mask(model, 3, seed)
+    for queries in QUERIES:
+        scores = model(images, edit=AttentionEdit(mask, value, blocks="all", queries=queries))
+        assert torch.isfinite(scores).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("offset", ["none", "centred"])
+def test_asking_for_the_current_attention_changes_nothing(any_model, offset):
+    images = images_for(any_model)
+    plain, rows = any_model(images, rows="last")
+    current = sigmoid_attention(rows[2], offset, any_model.num_prefix)
+    edit = AttentionEdit(torch.ones_like(current).bool(), current, offset=offset)
+    if any_model.num_read == 1:  # a distilled model's second row has another current value
+        assert (any_model(images, edit=edit) - plain).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("blocks", ["last", "last2", "all"])
+def test_gradient_reaches_queries_and_keys_of_supervised_blocks_only(any_model, blocks):
+    images = images_for(any_model)
+    patches = any_model.grid[0] * any_model.grid[1]
+    human = torch.rand(3, patches)
+    _, rows = any_model(images, rows=blocks)
+    attention_loss("kl", rows, human, torch.ones(3, patches, dtype=torch.bool)).backward()
+    for index, block in enumerate(any_model.vit.blocks):
+        gradient = block.attn.qkv.weight.grad
+        width = any_model.vit.embed_dim
+        if index in rows:
+            assert gradient[:width].abs().max() > 0 and gradient[width : 2 * width].abs().max() > 0
+    assert any_model.vit.head.weight.grad is None  # the loss of a row does not reach the head
+    if blocks == "last":  # values of the last block do not influence its own row
+        assert any_model.vit.blocks[2].attn.qkv.weight.grad[2 * width :].abs().max() == 0
+
+
+def test_training_gradients_equal_those_of_timm(any_model):
+    images, labels = images_for(any_model), torch.tensor([0, 1, 2])
+    gradients = []
+    for forward in (any_model, any_model.vit):
+        any_model.zero_grad()
+        torch.nn.functional.cross_entropy(forward(images), labels).backward()
+        gradients.append([p.grad.clone() for p in any_model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1])
+    for ours, theirs in zip(*gradients, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4 * theirs.abs().max().clamp(min=1e-3))
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model = SigmoidViT(tiny_vit())
+    images, found = images_for(model), []
+    for enable in (False, True):
+        model.zero_grad()
+        model.vit.set_grad_checkpointing(enable)
+        model(images).sum().backward()
+        found.append(model.vit.blocks[0].attn.qkv.weight.grad.clone())
+    assert torch.allclose(*found)
+
+
+@torch.no_grad()
+def test_the_trunk_can_be_computed_once(any_model):
+    images = images_for(any_model)
+    tokens = any_model.tokens(images, -1)
+    assert torch.equal(any_model.forward_tokens(tokens, start=2), any_model(images))
+    with pytest.raises(ValueError, match="block 0"):
+        any_model.forward_tokens(tokens, start=2, rows="all")
+
+
+@torch.no_grad()
+def test_dynamic_image_size_is_read_from_the_images():
+    model = SigmoidViT(tiny_vit(dynamic_img_size=True))
+    images = torch.randn(2, 3, 32, 80)
+    _, rows = model(images, rows="last")
+    assert rows[2].shape == (2, 4, 1 + 2 * 5)
+    mask = torch.zeros(2, 5, dtype=torch.bool)
+    mask[0] = True
+    assert not torch.equal(model(images, edit=AttentionEdit(mask, 0.0)), model.vit(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "says"),
+    [
+        ("swin_tiny_patch4_window7_224", {}, "SwinTransformer"),
+        ("resnet18", {}, "ResNet"),
+        ("vit_tiny_patch16_224", {"global_pool": "avg"}, 'global_pool="avg"'),
+        ("vit_tiny_patch16_224", {"global_pool": "map"}, 'global_pool="map"'),
+        ("vit_tiny_patch16_224", {"patch_drop_rate": 0.5}, "patch_drop_rate"),
+        ("eva02_tiny_patch14_224", {}, "Eva"),
+        ("vit_small_patch16_36x1_224", {"depth": 1}, None),
+        ("vit_small_patch16_18x2_224", {"depth": 1}, "ParallelThingsBlock"),
+    ],
+)
+def test_models_whose_class_row_does_not_decide_are_refused_by_name(name, changes, says):
+    vit = timm.create_model(name, num_classes=3, **changes)
+    if says is None:
+        SigmoidViT(vit)
+    else:
+        with pytest.raises(UnsupportedModelError, match=says):
+            SigmoidViT(vit)
+
+
+def test_create_model_refuses_what_has_no_image_size():
+    with pytest.raises(UnsupportedModelError, match="resnet18"):
+        create_model("resnet18", 3, (64, 64))
+
+
+# ------------------------------------------------------------------------------------------ weights
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@torch.no_grad()
+def test_weights_round_trip(any_model, tmp_path, suffix):
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pt":
+        torch.save(any_model.vit.state_dict(), path)
+    else:
+        save_weights(any_model, path)
+    other = SigmoidViT(_like(any_model))
+    report = load_weights(other, path)
+    assert not report.new and not report.unused
+    assert torch.equal(other(images_for(any_model)), any_model(images_for(any_model)))
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def _like(model: SigmoidViT) -> torch.nn.Module:
+    """The same architecture with other weights."""
+    vit = copy.deepcopy(model.vit)
+    for parameter in vit.parameters():
+        torch.nn.init.normal_(parameter)
+    return vit
+
+
+def test_a_new_head_and_another_image_size_are_reported(tmp_path):
+    small = SigmoidViT(tiny_vit(classes=5))
+    save_weights(small, tmp_path / "w.safetensors")
+    large = SigmoidViT(tiny_vit(classes=7, seed=3, img_size=96))
+    report = load_weights(large, tmp_path / "w.safetensors")
+    assert report.new == ("head.weight", "head.bias")
+    assert "new: head.weight" in str(report)
+    assert torch.equal(large.vit.blocks[0].mlp.fc1.weight, small.vit.blocks[0].mlp.fc1.weight)
+
+
+def test_anything_missing_but_the_head_is_an_error_and_loads_nothing(tmp_path):
+    source = tiny_vit()
+    state = {k: v for k, v in source.state_dict().items() if k != "blocks.1.mlp.fc1.weight"}
+    safetensors.torch.save_file(state, tmp_path / "w.safetensors")
+    target = SigmoidViT(tiny_vit(seed=3))
+    before = target.vit.blocks[0].mlp.fc1.weight.clone()
+    with pytest.raises(WeightsError, match=r"blocks\.1\.mlp\.fc1\.weight"):
+        load_weights(target, tmp_path / "w.safetensors")
+    assert torch.equal(target.vit.blocks[0].mlp.fc1.weight, before)
+
+
+def test_files_that_are_no_weights_are_refused_in_words(tmp_path, model):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pt"):
+        load_weights(model, tmp_path / "nowhere.pt")
+    for name in ("text.pt", "text.safetensors"):
+        (tmp_path / name).write_text("no weights at all")
+        with pytest.raises(WeightsError, match=name):
+            load_weights(model, tmp_path / name)
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(WeightsError, match="state dict"):
+        load_weights(model, tmp_path / "list.pt")
+    torch.save(model, tmp_path / "pickle.pt")  # a whole module: would run code when loaded
+    with pytest.raises(WeightsError, match=r"pickle\.pt"):
+        load_weights(model, tmp_path / "pickle.pt")
+
+
+@torch.no_grad()
+def test_real_pretrained_weights_load(shared):
+    model = create_model("vit_small_patch14_dinov2", 20, (224, 224))
+    path = shared / "models" / "vit_small_patch14_dinov2_saliency.safetensors"
+    report = load_weights(model, path)
+    assert set(report.new) == {"head.weight", "head.bias"} and not report.unused
+    assert model.grid == (16, 16)
+    images = torch.randn(1, 3, 224, 224)
+    scores, rows = model(images, rows="last")
+    assert torch.allclose(scores, model.vit(images), atol=1e-5)
+    # The fact that `offset` exists for: a raw sigmoid of real weights is almost 1 everywhere.
+    assert sigmoid_attention(rows[11], "none", 1).mean() > 0.9
+    assert 0.1 < sigmoid_attention(rows[11], "centred", 1).mean() < 0.6

@@ -3,9 +3,6 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
-# Threads that wait for each other do so asleep: with more than one process on few cores (the
-# tests, a kernel beside a terminal) the default, spinning, costs several times the work itself.
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo lab test notebooks lint format clean

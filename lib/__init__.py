@@ -1,0 +1,1 @@
+"""Sigmoid Attention ViT: correct where a Vision Transformer looks."""

@@ -35,7 +35,7 @@ class DataConfig:
     val_share: float = 0.1  # cub2011: share of each class's training images kept for validation
     toy_train: int = 600  # toy: number of training images
     toy_val: int = 200  # toy: number of validation images, decoy as in training
-    toy_test: int = 800  # toy: number of test images, decoy uninformative
+    toy_test: int = 400  # toy: number of test images, decoy uninformative
     agreement: float = 0.95  # toy: share of training images whose decoy agrees with the label
     seed: int = 0  # seed of the drawn data and of the validation split
 
@@ -136,8 +136,8 @@ def _toy() -> Config:
             weights=ROOT / "models" / "toybirds_vit.safetensors",
             overrides={"patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4},
         ),
-        ft=TrainConfig(epochs=6, batch_size=32, lr=3e-4),
-        hitl=TrainConfig(epochs=6, batch_size=32, lr=3e-4, human=HumanConfig()),
+        ft=TrainConfig(epochs=5, batch_size=32, lr=3e-4),
+        hitl=TrainConfig(epochs=5, batch_size=32, lr=3e-4, human=HumanConfig()),
         variants={
             "control": {"lam": 0.0},
             "HITL last block": {"blocks": "last"},

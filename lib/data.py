@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -230,7 +231,7 @@ def _toy_records(config: DataConfig, split: Split) -> tuple[list[Record], list[s
             "give both sides the same length."
         )
     count = {"train": config.toy_train, "val": config.toy_val, "test": config.toy_test}[split]
-    birds = toybirds.make(split, count, config.seed, size=height, agreement=config.agreement)
+    birds = _drawn(split, count, config.seed, height, config.agreement)
     records = [
         Record(
             image_id=i,
@@ -244,6 +245,12 @@ def _toy_records(config: DataConfig, split: Split) -> tuple[list[Record], list[s
         for i in range(count)
     ]
     return records, [species.name for species in toybirds.SPECIES]
+
+
+@lru_cache(maxsize=8)
+def _drawn(split: str, count: int, seed: int, size: int, agreement: float) -> toybirds.ToyBirds:
+    """Drawn once a process: a comparison reads the same split for every run. Not to be changed."""
+    return toybirds.make(split, count, seed, size=size, agreement=agreement)
 
 
 def _cub2011_records(config: DataConfig, split: Split) -> tuple[list[Record], list[str]]:

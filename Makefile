@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+SEEDS  ?= 1
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 
 .DEFAULT_GOAL := help
@@ -18,7 +19,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/installed ## the whole experiment on drawn birds, about 2 minutes
-	$(BIN)/python -m lib demo
+	$(BIN)/python -m lib demo --seeds $(SEEDS)
 
 lab: $(VENV)/installed ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks

@@ -73,6 +73,7 @@ class TrainConfig:
     clip: float = 1.0  # gradients are scaled down to this norm at most
     label_smoothing: float = 0.0  # of the cross entropy
     trainable: Literal["all", "last_block", "head"] = "all"  # the rest is frozen
+    cache_tokens: bool = False  # frozen trunk: run it once an image, without crops and flips
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # as Accelerate names it
     workers: int = 0  # processes that load images; 0 loads in the main process
     seed: int = 0  # of the head's weights, the order of the images, and the crops
@@ -82,6 +83,11 @@ class TrainConfig:
         for name, least in (("epochs", 1), ("batch_size", 1), ("workers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {least} or more")
+        if self.cache_tokens and self.trainable == "all":
+            raise ValueError(
+                'cache_tokens is set, but trainable="all" changes the trunk at every step; use '
+                'trainable="last_block" or "head"'
+            )
         if self.lr <= 0 or self.human.lam < 0:
             raise ValueError(
                 f"lr is {self.lr:g} and lam {self.human.lam:g}; lr must be above 0 and lam not "
@@ -136,8 +142,8 @@ def _toy() -> Config:
             weights=ROOT / "models" / "toybirds_vit.safetensors",
             overrides={"patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4},
         ),
-        ft=TrainConfig(epochs=5, batch_size=32, lr=3e-4),
-        hitl=TrainConfig(epochs=5, batch_size=32, lr=3e-4, human=HumanConfig()),
+        ft=TrainConfig(epochs=6, batch_size=32, lr=3e-4),
+        hitl=TrainConfig(epochs=6, batch_size=32, lr=3e-4, human=HumanConfig()),
         variants={
             "control": {"lam": 0.0},
             "HITL last block": {"blocks": "last"},
@@ -151,7 +157,7 @@ def _cub2011() -> Config:
     model = os.environ.get("MODEL", "vit_small_patch16_224")
     weights = Path(os.environ.get("WEIGHTS", ROOT / "models" / f"{model}.pt"))
     stage = {"batch_size": 32, "lr": 1e-4, "head_lr_factor": 10.0, "trainable": "last_block"}
-    stage |= {"epochs": 10, "workers": 2}
+    stage |= {"epochs": 10, "workers": 2, "cache_tokens": True}
     return Config(
         preset="cub2011",
         data=DataConfig(

@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from accelerate import Accelerator
 from torch import Tensor
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from lib import config as cfg
@@ -31,6 +33,7 @@ from lib.train import (
     human_in_the_loop,
     predict,
     train_run,
+    with_cached_tokens,
     write_text,
 )
 
@@ -54,13 +57,19 @@ COLUMNS: dict[str, str] = {
 
 
 def per_image(
-    model: SigmoidViT, dataset: BirdDataset, block: int = -1, batch_size: int = 64, workers: int = 0
+    model: SigmoidViT,
+    dataset: BirdDataset,
+    items: Dataset | None = None,
+    block: int = -1,
+    batch_size: int = 64,
+    workers: int = 0,
 ) -> pd.DataFrame:
     """Prediction and alignment of every image of a data set.
 
     Args:
         model: any SigmoidViT on the data set's grid.
         dataset: without augmentation.
+        items: the same images with cached tokens, where the model's trunk has been run already.
         block: whose class row is compared with people's gaze; the last by default.
 
     Returns:
@@ -72,7 +81,7 @@ def per_image(
     index = resolve_blocks((block,), model.depth)[0]
     decoys = decoy_cover(dataset)
     found: list[pd.DataFrame] = []
-    batches = predict(model, dataset, batch_size, workers, rows=(index,))
+    batches = predict(model, items or dataset, batch_size, workers, rows=(index,))
     total = -(-len(dataset) // batch_size)
     for batch, scores, rows in tqdm(batches, total=total, desc="evaluating", leave=False):
         row = rows[index].float()
@@ -235,9 +244,12 @@ def evaluate_trials(trials: Sequence[Trial], split: str = "test") -> pd.DataFram
     dataset = None
     frames = []
     for trial in tqdm(trials, desc="evaluating runs", leave=False):
-        model = trial.run.model()
-        dataset = dataset or dataset_for(model, trial.run.config, split, augment=False)
-        frame = per_image(model, dataset, workers=trial.run.config.train.workers)
+        model, settings = trial.run.model().to(Accelerator().device), trial.run.config
+        dataset = dataset or dataset_for(model, settings, split, augment=False)
+        if settings.train.cache_tokens:
+            frame = per_image(model, dataset, with_cached_tokens(model, dataset, settings))
+        else:
+            frame = per_image(model, dataset, workers=settings.train.workers)
         frames.append(frame.assign(variant=trial.variant, seed=trial.seed))
     return pd.concat(frames, ignore_index=True)
 
@@ -302,6 +314,7 @@ def write_report(
     }
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
+        plots.plt.close(figure)  # saved, not shown: a notebook would draw it as well
     return folder
 
 

@@ -76,14 +76,16 @@ class SigmoidViT(nn.Module):
 
     def forward(
         self,
-        images: Tensor,
+        images: Tensor | None = None,
         edit: AttentionEdit | None = None,
         rows: str | Sequence[int] | None = None,
+        tokens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
         """Class scores, and the class rows of chosen blocks.
 
         Args:
             images: `[B, 3, H, W]`, normalised.
+            tokens: in place of images, what `tokens(images, -1)` gave: only the last block runs.
             edit: what a person changed; None or an all-False mask runs the plain model.
             rows: blocks whose class-row logits are wanted ("last", "last2", "all" or indices).
 
@@ -91,6 +93,8 @@ class SigmoidViT(nn.Module):
             scores `[B, classes]`; with `rows` also `{block: [B, heads, N]}`, the class token's
             logits (before any edit, scaled by 1/sqrt(head dim)), with gradient.
         """
+        if tokens is not None:
+            return self.forward_tokens(tokens, self.depth - 1, edit, rows)
         grid = tuple(self.vit.patch_embed.dynamic_feat_size(images.shape[-2:]))
         return self.forward_tokens(self.embed(images), 0, edit, rows, grid)
 

@@ -15,12 +15,12 @@ PALETTE = ["#0072B2", "#999999", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D
 MAP_COLOURS = "viridis"
 
 
-def overlay(axis: plt.Axes, image: np.ndarray, grid_map: np.ndarray, strength: float = 0.6) -> None:
+def overlay(axis: plt.Axes, image: np.ndarray, grid_map: np.ndarray, strength: float = 0.8) -> None:
     """Draws an image and, over it, a map of its patch grid.
 
     Args:
         image: uint8 `[H, W, 3]`. grid_map: `[gh, gw]`, non-negative; scaled to its own maximum.
-        strength: opacity of the map where it is highest; where it is 0 the image is seen dimmed.
+        strength: opacity of the map where it is highest; where it is 0 the image is only dimmed.
     """
     height, width = image.shape[:2]
     scaled = grid_map / max(float(grid_map.max()), 1e-12)
@@ -31,7 +31,7 @@ def overlay(axis: plt.Axes, image: np.ndarray, grid_map: np.ndarray, strength: f
         cmap=MAP_COLOURS,
         vmin=0,
         vmax=1,
-        alpha=strength,
+        alpha=strength * (0.4 + 0.6 * scaled),
         interpolation="nearest",
     )
     axis.set_axis_off()
@@ -149,7 +149,10 @@ def histories(runs: Mapping[str, pd.DataFrame]) -> Figure:
         "val_top1": "accuracy (validation)",
         "val_cc": "CC with people (validation)",
     }
-    figure, axes = plt.subplots(1, 4, figsize=(12, 3), layout="constrained")
+    if not any(history["human_loss"].any() for history in runs.values()):
+        del panels["human_loss"]
+    wide = len(panels)
+    figure, axes = plt.subplots(1, wide, figsize=(3 * wide, 3), layout="constrained")
     for axis, (key, words) in zip(axes, panels.items(), strict=True):
         for colour, (name, history) in zip(PALETTE, runs.items(), strict=False):
             axis.plot(history["epoch"], history[key], marker="o", ms=3, color=colour, label=name)
@@ -174,5 +177,7 @@ def ladder(table: pd.DataFrame, title: str, ylabel: str) -> Figure:
     )  # fmt: skip
     axis.set(title=title, xlabel="where in the model the edit is made", ylabel=ylabel)
     axis.set_ylim(bottom=0)
+    rungs = list(dict.fromkeys(table["rung"]))
+    axis.set_xticks(range(len(rungs)), [rung.replace(", ", ",\n") for rung in rungs])
     sns.move_legend(axis, "upper left", bbox_to_anchor=(1.0, 1.0), title="", frameon=False)
     return figure

@@ -7,6 +7,7 @@ carries devices and mixed precision.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from tqdm.auto import tqdm
 
 from lib import config as cfg
 from lib import metrics
+from lib.attention import resolve_blocks
 from lib.config import Config, RunConfig, TrainConfig
 from lib.data import BirdDataset, make_dataset
 from lib.losses import attention_loss
@@ -44,7 +46,8 @@ def loss_terms(model: nn.Module, batch: dict, config: TrainConfig) -> tuple[Tens
 
     Args:
         model: SigmoidViT, bare or wrapped for data parallelism.
-        batch: "image" `[B, 3, H, W]`, "label" `[B]`, "human" and "valid" `[B, P]`.
+        batch: "image" `[B, 3, H, W]` (or "tokens" `[B, N, dim]` of a frozen trunk), "label" `[B]`,
+            "human" and "valid" `[B, P]`.
         config: `label_smoothing` and `human` are used; lam = 0 asks for no rows at all.
 
     Returns:
@@ -52,10 +55,10 @@ def loss_terms(model: nn.Module, batch: dict, config: TrainConfig) -> tuple[Tens
     """
     human = config.human
     if human.lam == 0:
-        scores = model(batch["image"])
+        scores = model(**inputs(batch))
         human_loss = scores.new_zeros(())
     else:
-        scores, rows = model(batch["image"], rows=human.blocks)
+        scores, rows = model(**inputs(batch), rows=human.blocks)
         human_loss = attention_loss(
             human.loss, rows, batch["human"], batch["valid"], human.offset, human.heads
         )
@@ -63,6 +66,13 @@ def loss_terms(model: nn.Module, batch: dict, config: TrainConfig) -> tuple[Tens
         scores.float(), batch["label"], label_smoothing=config.label_smoothing
     )
     return cross_entropy, human_loss, scores
+
+
+def inputs(batch: dict) -> dict[str, Tensor]:
+    """What the model is called with: cached tokens of a frozen trunk, else images."""
+    if "tokens" in batch:
+        return {"tokens": batch["tokens"].float()}
+    return {"images": batch["image"]}
 
 
 def train_one_epoch(
@@ -125,14 +135,16 @@ def fit(
     set_seed(config.seed)
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     freeze(model, config.trainable)
+    refuse_frozen_supervision(model, config)
+    workers = 0 if isinstance(train_set, CachedTokens) else config.workers
     order = torch.Generator().manual_seed(config.seed)
     loader = DataLoader(
         train_set,
         batch_size=config.batch_size,
         shuffle=True,
         generator=order,
-        num_workers=config.workers,
-        persistent_workers=config.workers > 0,
+        num_workers=workers,
+        persistent_workers=workers > 0,
         pin_memory=accelerator.device.type == "cuda",
     )
     optimizer = torch.optim.AdamW(parameter_groups(model, config))
@@ -147,7 +159,7 @@ def fit(
         for epoch in range(1, config.epochs + 1):
             row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
             row |= train_one_epoch(wrapped, loader, optimizer, scheduler, accelerator, config, bar)
-            row |= validate(model, val_set, config)
+            row |= validate(model, val_set, config.batch_size, workers)
             history.append(row)
             bar.set_postfix(loss=f"{row['cross_entropy']:.3f}", val=f"{row['val_top1']:.3f}")
             save_weights(model, folder / "last.safetensors")
@@ -159,10 +171,12 @@ def fit(
 
 
 @torch.no_grad()
-def validate(model: SigmoidViT, dataset: Dataset, config: TrainConfig) -> dict[str, float]:
+def validate(
+    model: SigmoidViT, dataset: Dataset, batch_size: int, workers: int = 0
+) -> dict[str, float]:
     """Accuracy, and the alignment of the last block, on images as they are."""
     parts: dict[str, list[Tensor]] = {}
-    for batch, scores, rows in predict(model, dataset, config.batch_size, config.workers):
+    for batch, scores, rows in predict(model, dataset, batch_size, workers):
         row = rows[model.depth - 1]
         attention = metrics.patch_attention(row, model.num_prefix)
         found = {
@@ -190,7 +204,7 @@ def predict(
     model.eval()
     for batch in DataLoader(dataset, batch_size=batch_size, num_workers=workers):
         batch = {key: value.to(device) for key, value in batch.items()}
-        scores, found = model(batch["image"], rows=rows)
+        scores, found = model(**inputs(batch), rows=rows)
         yield batch, scores.float(), found
 
 
@@ -215,6 +229,18 @@ def freeze(model: SigmoidViT, trainable: str) -> None:
     model.requires_grad_(False)
     for module in trained_modules(model, trainable):
         module.requires_grad_(True)
+
+
+def refuse_frozen_supervision(model: SigmoidViT, config: TrainConfig) -> None:
+    """ValueError when human maps are to move the attention of a block that cannot learn."""
+    if config.human.lam == 0:
+        return
+    for block in resolve_blocks(config.human.blocks, model.depth):
+        if not model.vit.blocks[block].attn.qkv.weight.requires_grad:
+            raise ValueError(
+                f'block {block} is supervised, but trainable="{config.trainable}" freezes it; '
+                'supervise blocks="last" with trainable="last_block", or train all'
+            )
 
 
 def set_train_mode(model: SigmoidViT, trainable: str) -> None:
@@ -332,10 +358,15 @@ def train_run(name: str, config: RunConfig, runs: Path, overwrite: bool = False)
             pass  # stopped half way: it is trained again
     model, train_set = starting_point(config, runs)
     val_set = dataset_for(model, config, "val", augment=False)
+    classes = train_set.classes
+    if config.train.cache_tokens:
+        train_set, val_set = (
+            with_cached_tokens(model, dataset, config) for dataset in (train_set, val_set)
+        )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "history.csv").unlink(missing_ok=True)
     write_text(folder / "config.json", cfg.to_json(config))
-    write_text(folder / "classes.json", json.dumps(train_set.classes))
+    write_text(folder / "classes.json", json.dumps(classes))
     fit(model, config.train, train_set, val_set, folder)
     return Run.load(folder)
 
@@ -348,12 +379,13 @@ def starting_point(config: RunConfig, runs: Path) -> tuple[SigmoidViT, BirdDatas
     """
     if config.init is not None:
         model = Run.load(runs / config.init).model()
-        return model, dataset_for(model, config, "train", augment=True)
+        return model, dataset_for(model, config, "train", augment=not config.train.cache_tokens)
+    set_seed(config.train.seed)
     model = bare_model(config, num_classes=0)
     if config.model.weights is not None:
         load_weights(model, config.model.weights)
-    train_set = dataset_for(model, config, "train", augment=True)
-    set_seed(config.train.seed)
+    train_set = dataset_for(model, config, "train", augment=not config.train.cache_tokens)
+    set_seed(config.train.seed)  # the new head is the same whatever the trunk drew
     model.vit.reset_classifier(len(train_set.classes))
     return model, train_set
 
@@ -367,6 +399,50 @@ def bare_model(config: RunConfig, num_classes: int) -> SigmoidViT:
 def dataset_for(model: SigmoidViT, config: RunConfig, split: str, augment: bool) -> BirdDataset:
     """A split on the model's grid, normalised as its weights expect."""
     return make_dataset(config.data, split, model.grid, *model.normalisation, augment=augment)
+
+
+class CachedTokens(Dataset):
+    """A data set whose images are replaced by the tokens `[N, dim]` that enter the last block.
+
+    `tokens` is `[n, N, dim]` in half precision; labels, maps and fixations stay as they are.
+    """
+
+    def __init__(self, dataset: BirdDataset, tokens: Tensor, items: list[dict]) -> None:
+        self.dataset, self.tokens, self.items = dataset, tokens, items
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"tokens": self.tokens[index], **self.items[index]}
+
+
+# Runs of one comparison share their frozen trunk: its tokens are computed once a process.
+_CACHE: dict[str, CachedTokens] = {}
+
+
+@torch.no_grad()
+def with_cached_tokens(model: SigmoidViT, dataset: BirdDataset, config: RunConfig) -> CachedTokens:
+    """The data set with the trunk's tokens, computed now unless this trunk met it before."""
+    digest = hashlib.sha256((cfg.to_json(config.data) + dataset.table.to_csv()).encode())
+    for name, value in model.vit.state_dict().items():
+        if not name.startswith(("norm.", "fc_norm.", "head", f"blocks.{model.depth - 1}.")):
+            digest.update(name.encode() + value.cpu().numpy().tobytes())
+    key = digest.hexdigest()
+    if key not in _CACHE:
+        device = Accelerator().device
+        model.to(device).eval()
+        tokens, items = [], []
+        loader = DataLoader(dataset, batch_size=32, num_workers=config.train.workers)
+        for batch in tqdm(loader, desc="tokens of the frozen trunk", leave=False):
+            images = batch.pop("image").to(device)
+            tokens.append(model.tokens(images, -1).half().cpu())
+            size = len(batch["label"])
+            items += [{name: value[i] for name, value in batch.items()} for i in range(size)]
+        while len(_CACHE) >= 4:  # train, val and test of one data set, and one more
+            _CACHE.pop(next(iter(_CACHE)))
+        _CACHE[key] = CachedTokens(dataset, torch.cat(tokens), items)
+    return _CACHE[key]
 
 
 def fine_tuning(config: Config, seed: int) -> RunConfig:

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "losses": {"attention"},
     "model": {"attention"},
     "data": {"gaze", "toybirds", "config"},
-    "train": {"data", "model", "losses", "metrics", "config"},
+    "train": {"data", "model", "losses", "metrics", "config", "attention"},
     "pretrain": {"toybirds", "model", "config"},
     "bench": {"model", "config", "train"},
     "evaluate": {"train", "data", "model", "losses", "metrics", "config", "plots", "attention"}

@@ -1,0 +1,28 @@
+"""The benchmark compares what it says it compares; its seconds are nobody's test."""
+
+from __future__ import annotations
+
+import torch
+from conftest import VITS, images_for, tiny_vit
+
+from lib import bench
+from lib.model import SigmoidViT
+
+
+@torch.no_grad()
+def test_the_explicit_yardstick_is_the_same_model():
+    for kind in set(VITS) - {"distilled"}:
+        model = SigmoidViT(tiny_vit(kind))
+        images = images_for(model)
+        scores, row = bench.explicit_scores(model.vit, images)
+        ours, rows = model(images, rows="last")
+        assert torch.allclose(scores, ours, atol=1e-4)
+        assert torch.allclose(row, rows[2], atol=1e-4)
+
+
+def test_a_ratio_for_every_way_and_round():
+    table = bench.training_steps("vit_tiny_patch16_224", 32, batch_size=2, rounds=2)
+    assert table.groupby("way").size().tolist() == [2] * 5
+    plain = table[table["way"] == "plain timm"]
+    assert (plain["ratio"] == 1).all() and (table["seconds"] > 0).all()
+    assert bench.medians(table).index[0] == "plain timm"

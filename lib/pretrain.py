@@ -34,7 +34,12 @@ def target_sizes() -> list[int]:
 
 
 def pretrain(
-    config: Config, path: Path, images: int = 4000, epochs: int = 7, seed: int = 0
+    config: Config,
+    path: Path,
+    images: int = 4000,
+    epochs: int = 7,
+    seed: int = 0,
+    held_out: int = 1000,
 ) -> dict[str, float]:
     """Trains a trunk on drawn birds without any bias, and saves it in half precision.
 
@@ -42,9 +47,10 @@ def pretrain(
         config: the toy preset; its model section names the architecture.
         path: where the trunk goes (.safetensors, no head).
         images: number of drawn images. epochs: passes over them. seed: of data and weights.
+        held_out: number of new images to measure on.
 
     Returns:
-        accuracy on 1,000 new images for each attribute and the decoy colour.
+        accuracy on the new images for each attribute and the decoy colour.
     """
     torch.manual_seed(seed)
     sizes = target_sizes()
@@ -53,7 +59,7 @@ def pretrain(
     )
     height = config.data.image_size[0]
     train = toybirds.make("pretrain", images, seed=seed, size=height)
-    held_out = toybirds.make("pretrain", 1000, seed=seed + 1, size=height)
+    fresh = toybirds.make("pretrain", held_out, seed=seed + 1, size=height)
     pixels, targets = normalise(model, train.images), attribute_targets(train)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     batch = 64
@@ -78,7 +84,7 @@ def pretrain(
     temporary = path.with_suffix(".tmp")
     safetensors.torch.save_file(trunk, temporary)
     temporary.replace(path)
-    return naming_accuracy(model, held_out, sizes)
+    return naming_accuracy(model, fresh, sizes)
 
 
 def naming_loss(scores: Tensor, targets: Tensor, sizes: list[int]) -> Tensor:

@@ -3,6 +3,10 @@
 A real project starts from ImageNet weights; the toy one starts from a small ViT that has learned
 to name every part of a drawn bird and the colour of the decoy, on images in which nothing goes
 with anything. It knows both languages, so that fine-tuning can choose the wrong one.
+
+It is stopped early on purpose and the decoy counts more: it names the colour in .999 of new images
+and the parts in .54 (breast) to .97 (wing). A trunk that names all parts in .996 or more learns no
+strong short cut (.92 on conflicting images after fine-tuning), and there is little to correct.
 """
 
 from __future__ import annotations

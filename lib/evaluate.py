@@ -116,10 +116,7 @@ def decoy_cover(dataset: BirdDataset) -> Tensor | None:
         return None
     boxes = dataset.table[["dx0", "dy0", "dx1", "dy1"]].to_numpy(np.float32)
     size = tuple(dataset.config.image_size)
-    maps = [
-        np.zeros(dataset.grid) if np.isnan(b).any() else box_map(b, size, dataset.grid)
-        for b in boxes
-    ]
+    maps = [box_map(box, size, dataset.grid) for box in boxes]  # no decoy, a NaN box: zeros
     return torch.from_numpy(np.stack(maps)).flatten(1).float()
 
 

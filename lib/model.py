@@ -349,11 +349,14 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 
 def save_weights(model: SigmoidViT, path: Path) -> None:
     """Writes the timm state dict as .safetensors: to a temporary name first, then renamed."""
+    write_state(model.vit.state_dict(), path)
+
+
+def write_state(state: dict[str, Tensor], path: Path) -> None:
+    """Writes tensors as .safetensors; `path` holds the old file or the new one, never half."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {
-        key: value.detach().cpu().contiguous() for key, value in model.vit.state_dict().items()
-    }
     temporary = path.with_suffix(".tmp")
-    safetensors.torch.save_file(state, temporary)
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    safetensors.torch.save_file(tensors, temporary)
     temporary.replace(path)

@@ -14,7 +14,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from tqdm.auto import tqdm
 
 from lib import toybirds
 from lib.config import Config
-from lib.model import SigmoidViT, create_model
+from lib.model import SigmoidViT, create_model, write_state
 
 DECOY_WEIGHT = 4.0
 
@@ -84,10 +83,7 @@ def pretrain(
                 bar.update()
                 bar.set_postfix(loss=f"{loss.item():.3f}")
     trunk = {k: v.half() for k, v in model.vit.state_dict().items() if not k.startswith("head.")}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    safetensors.torch.save_file(trunk, temporary)
-    temporary.replace(path)
+    write_state(trunk, path)
     return naming_accuracy(model, fresh, sizes)
 
 

@@ -407,8 +407,8 @@ class CachedTokens(Dataset):
     `tokens` is `[n, N, dim]` in half precision; labels, maps and fixations stay as they are.
     """
 
-    def __init__(self, dataset: BirdDataset, tokens: Tensor, items: list[dict]) -> None:
-        self.dataset, self.tokens, self.items = dataset, tokens, items
+    def __init__(self, tokens: Tensor, items: list[dict]) -> None:
+        self.tokens, self.items = tokens, items
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -441,7 +441,7 @@ def with_cached_tokens(model: SigmoidViT, dataset: BirdDataset, config: RunConfi
             items += [{name: value[i] for name, value in batch.items()} for i in range(size)]
         while len(_CACHE) >= 4:  # train, val and test of one data set, and one more
             _CACHE.pop(next(iter(_CACHE)))
-        _CACHE[key] = CachedTokens(dataset, torch.cat(tokens), items)
+        _CACHE[key] = CachedTokens(torch.cat(tokens), items)
     return _CACHE[key]
 
 

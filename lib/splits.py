@@ -1,0 +1,359 @@
+"""Which images train a model and which test it: made class by class, written and read as JSON.
+
+The file is the one of the original experiment, `datasets/cub200_2011_dataset.json`. Its keys are
+"train", "test" and "label_list", and "val" where validation images are named. A row of a part is
+`["001.Black_footed_Albatross/Black_Footed_Albatross_0046_18.jpg", 0, "1"]`: the image relative to
+the images folder, its label counted from 0 in label_list, and the name of its human map, which is
+the file 1.jpg in the folder of maps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import numpy as np
+
+PARTS = ("train", "val", "test")  # in this order, so that a leak runs from train to test
+REMAKE = "correct it, or make the file again with `python -m lib split`"
+
+
+class SplitError(ValueError):
+    """A split that cannot be made, or a split file that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image of a split."""
+
+    path: str  # relative to the images folder, with "/" between folders
+    label: int  # position in label_list
+    map_name: str  # name of the human map's file without ".jpg"; in CUB the image id
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images of each part and the names of the classes."""
+
+    train: tuple[Row, ...]
+    test: tuple[Row, ...]
+    label_list: tuple[str, ...]  # class names by label; in CUB the class folders
+    val: tuple[Row, ...] = ()  # empty: none are named, the reader carves them from train
+
+
+# ----------------------------------------------------------------------------------------- making
+
+
+def per_class(
+    rows: Sequence[Row],
+    label_list: Sequence[str],
+    share: float,
+    shuffle: bool = False,
+    seed: int = 0,
+) -> Split:
+    """Give the first `share` of each class's images to train and the others to test.
+
+    A class of n images gives floor(n * share) of them to train, at least 1 and at most n - 1.
+    With `shuffle` it is a random choice instead of the first images, drawn for each class by a
+    generator of its own, seeded by `seed` and the name of the class folder: what happens in one
+    class does not depend on the others. The rows of both parts keep their order.
+
+    Raises SplitError for a share outside (0, 1), no rows, a class with fewer than two images, a
+    label outside label_list, an image or a class name given twice, and a seed below 0.
+    """
+    if not 0 < share < 1:
+        raise SplitError(f"share is {share}; give the part for training, between 0 and 1.")
+    if not rows:
+        raise SplitError("there are no images to split; check the folder they are read from.")
+    _check(rows, label_list)
+    by_label = _positions(rows)
+    train: set[int] = set()
+    for label, name in enumerate(label_list):
+        images = by_label.get(label, [])
+        if len(images) < 2:
+            raise SplitError(
+                f"class {name!r} has {len(images)} image(s), but train and test need one each; "
+                "add images or leave the class out."
+            )
+        if shuffle:
+            images = _shuffled(rows, images, seed)
+        # 50 * 0.58 is 28.999999999999996 in floating point and means 29
+        count = math.floor(len(images) * share + 1e-9)
+        train.update(images[: min(max(count, 1), len(images) - 1)])
+    return _split(rows, label_list, train)
+
+
+def by_flag(rows: Sequence[Row], label_list: Sequence[str], is_train: Sequence[bool]) -> Split:
+    """Give the rows whose flag is true to train and the others to test: a published split.
+
+    Raises SplitError when the lengths differ or a part is empty, and for a label outside
+    label_list and an image or a class name given twice.
+    """
+    if len(rows) != len(is_train):
+        raise SplitError(
+            f"there are {len(rows)} images but {len(is_train)} train flags; "
+            "give one flag for each image."
+        )
+    _check(rows, label_list)
+    split = _split(rows, label_list, {i for i, flag in enumerate(is_train) if flag})
+    for part in ("train", "test"):
+        if not getattr(split, part):
+            raise SplitError(
+                f"the flags leave {part} without images ({len(rows)} images in all); "
+                "flag some images as train and some not."
+            )
+    return split
+
+
+def carve(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Take validation images out of training rows: (rows kept for training, validation rows).
+
+    round(share * n) of the n images of each class are taken, but one stays for training. They
+    are drawn by a generator seeded by `seed` and the name of the class folder, so they are the same
+    ones whatever other classes are present. The rows keep their order. A share of 0 takes none.
+
+    Raises SplitError for a share outside [0, 1) and a seed below 0.
+    """
+    if not 0 <= share < 1:
+        raise SplitError(
+            f"the validation share is {share}; give 0 for no validation images, or a part of the "
+            "training images below 1."
+        )
+    held: set[int] = set()
+    for images in _positions(rows).values():
+        count = min(round(share * len(images)), len(images) - 1)
+        held.update(_shuffled(rows, images, seed)[:count])
+    val, train = _divide(rows, held)
+    return train, val
+
+
+def with_validation(split: Split, share: float, seed: int) -> Split:
+    """The same split with validation images carved from its train, see `carve`.
+
+    Raises SplitError when the split names validation images already, and as `carve` does.
+    """
+    if split.val:
+        raise SplitError(
+            f"the split already names {len(split.val)} validation images; "
+            "use them, or start from a split without."
+        )
+    train, val = carve(split.train, share, seed)
+    return replace(split, train=tuple(train), val=tuple(val))
+
+
+def _positions(rows: Sequence[Row]) -> dict[int, list[int]]:
+    """Positions of the rows of each label, in their order."""
+    found: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):
+        found.setdefault(row.label, []).append(i)
+    return found
+
+
+def _shuffled(rows: Sequence[Row], images: Sequence[int], seed: int) -> list[int]:
+    """The positions of one class's images in random order."""
+    if seed < 0:
+        raise SplitError(f"seed is {seed}; give a whole number of 0 or more.")
+    name = PurePosixPath(rows[images[0]].path).parent.name
+    # CUB's folders start with the number of the class: "004.Groove_billed_Ani"
+    number = re.match("[0-9]{1,9}", name)
+    key = int(number.group()) if number else zlib.crc32(name.encode())
+    return np.random.default_rng([seed, key]).permutation(images).tolist()
+
+
+def _divide(rows: Sequence[Row], chosen: set[int]) -> tuple[list[Row], list[Row]]:
+    """Rows at the chosen positions, and the others."""
+    return (
+        [row for i, row in enumerate(rows) if i in chosen],
+        [row for i, row in enumerate(rows) if i not in chosen],
+    )
+
+
+def _split(rows: Sequence[Row], label_list: Sequence[str], train: set[int]) -> Split:
+    kept, others = _divide(rows, train)
+    return Split(train=tuple(kept), test=tuple(others), label_list=tuple(label_list))
+
+
+# -------------------------------------------------------------------------------------- the file
+
+
+def write_split(split: Split, path: str | Path) -> None:
+    """Write a split as JSON; the folder is made where it is missing.
+
+    `path` holds the old file or the new one, never half: the text goes to a temporary name first.
+    """
+    path = Path(path)
+    parts = {part: getattr(split, part) for part in PARTS if part != "val" or split.val}
+    content: dict[str, Any] = {
+        part: [[row.path, row.label, row.map_name] for row in rows] for part, rows in parts.items()
+    }
+    content["label_list"] = split.label_list
+    text = json.dumps(content, ensure_ascii=False, indent=4)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_split(path: str | Path) -> Split:
+    """Read a split file, also one that was made elsewhere, and check all of it.
+
+    Labels and map names may be numbers or text, a map name may end in ".jpg". label_list may be a
+    list of names, {"0": name} or {name: 0}. Image paths may have "\\" between folders, and a prefix
+    up to a folder "images" is cut off: "/data/CUB_200_2011/images/001.x/a.jpg" is "001.x/a.jpg".
+    A path that starts with a class name is left alone, as a class may have a folder "images".
+
+    Raises FileNotFoundError where there is no file, and SplitError with file, part, row (the first
+    is row 1), value and remedy for a file that is no JSON, a missing key, a train or test without
+    rows, a row that is not three values, a path or map name that leaves its folder, a label that
+    label_list does not have, a class name given twice, and an image that occurs twice.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; make it with `python -m lib split`.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # brackets nested by the thousand
+        raise SplitError(f"{path} is no JSON or is damaged ({error}); {REMAKE}.") from error
+    try:
+        return _parse(content)
+    except SplitError as error:
+        raise SplitError(f"{path}: {error}") from None
+
+
+def _parse(content: Any) -> Split:
+    keys = content if isinstance(content, dict) else {}
+    for key in ("train", "test", "label_list"):
+        if key not in keys:
+            raise SplitError(f"the key {key!r} is missing; {REMAKE}.")
+    label_list = _class_names(content["label_list"])
+    parts = {part: _rows(content[part], part, label_list) for part in PARTS if part in content}
+    for part in ("train", "test"):
+        if not parts[part]:
+            raise SplitError(f"{part} has no rows; {REMAKE}.")
+    _refuse_repeats(parts)
+    return Split(label_list=tuple(label_list), **parts)
+
+
+def _class_names(value: Any) -> list[str]:
+    names = _in_order(value) if isinstance(value, dict) else value
+    is_list = isinstance(names, list) and len(names) > 0
+    if not is_list or not all(isinstance(name, str) and name for name in names):
+        raise SplitError(
+            f"label_list is {value!r:.80} where a list of class names is expected; {REMAKE}."
+        )
+    _refuse_same_names(names)
+    return names
+
+
+def _in_order(numbered: dict[str, Any]) -> list[Any]:
+    """Class names by number, from {"0": name} or {name: 0}."""
+    by_name = all(type(number) is int for number in numbered.values())
+    pairs = [(number, name) for name, number in numbered.items()] if by_name else numbered.items()
+    names = {str(number): name for number, name in pairs}
+    wanted = [str(number) for number in range(len(numbered))]
+    if names.keys() != set(wanted):
+        raise SplitError(
+            f"label_list is {numbered!r:.80} where the numbers 0 to {len(numbered) - 1}, each "
+            f"once, are expected; {REMAKE}."
+        )
+    return [names[number] for number in wanted]
+
+
+def _rows(values: Any, part: str, label_list: Sequence[str]) -> tuple[Row, ...]:
+    if not isinstance(values, list):
+        raise SplitError(f"{part} is {values!r:.80} where a list of rows is expected; {REMAKE}.")
+    return tuple(
+        _row(value, f"row {number} of {part}", label_list)
+        for number, value in enumerate(values, start=1)
+    )
+
+
+def _row(value: Any, where: str, label_list: Sequence[str]) -> Row:
+    if not isinstance(value, list) or len(value) != 3:
+        raise SplitError(
+            f"{where} is {value!r:.80} where [path, label, map name] is expected; {REMAKE}."
+        )
+    path, label, map_name = value
+    return Row(
+        _image_path(path, where, label_list),
+        _label(label, where, label_list),
+        _map_name(map_name, where),
+    )
+
+
+def _image_path(value: Any, where: str, label_list: Sequence[str]) -> str:
+    """The path relative to the images folder, with "/" between folders."""
+    text = value.replace("\\", "/") if isinstance(value, str) else ""
+    parts = PurePosixPath(text).parts
+    inside = parts
+    if "images" in parts and parts[0] not in label_list:
+        inside = parts[len(parts) - parts[::-1].index("images") :]  # after the last one
+    path = PurePosixPath(*inside)
+    # The drive letter of a file made on Windows may be cut off with the prefix, but not be left
+    leaves = ".." in parts or path.is_absolute() or PureWindowsPath(str(path)).drive
+    if leaves or not inside:
+        raise SplitError(
+            f"{where} has the image {value!r:.200} where a path inside the images folder is "
+            f"expected; {REMAKE}."
+        )
+    return str(path)
+
+
+def _map_name(value: Any, where: str) -> str:
+    name = str(value).removesuffix(".jpg") if type(value) in (int, str) else ""
+    if not name or ".." in name or re.search(r"[/\\:]", name):
+        raise SplitError(
+            f"{where} has the map name {value!r:.200} where a file name without folders is "
+            f"expected, such as '1'; {REMAKE}."
+        )
+    return name
+
+
+# ----------------------------------------------------------------------------------------- checks
+
+
+def _check(rows: Sequence[Row], label_list: Sequence[str]) -> None:
+    _refuse_same_names(label_list)
+    for number, row in enumerate(rows, start=1):
+        _label(row.label, f"row {number} ({row.path})", label_list)
+    _refuse_repeats({"the images": rows})
+
+
+def _label(value: Any, where: str, label_list: Sequence[str]) -> int:
+    """A label of label_list, given as a number or as text."""
+    # No float and no bool: 1.0 and true are not what any tool writes, so the row is suspect
+    if re.fullmatch("[0-9]{1,9}", str(value)) and int(value) < len(label_list):
+        return int(value)
+    raise SplitError(
+        f"{where} has the label {value!r:.80} where a whole number from 0 to {len(label_list) - 1} "
+        "is expected; correct the label, or add its class to label_list."
+    )
+
+
+def _refuse_same_names(names: Sequence[str]) -> None:
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise SplitError(
+                f"label_list has the name {name!r} {count} times; give each class its own name."
+            )
+
+
+def _refuse_repeats(parts: Mapping[str, Sequence[Row]]) -> None:
+    """One image twice, within a part or across parts."""
+    seen: dict[str, tuple[str, int]] = {}
+    for part, rows in parts.items():
+        for number, row in enumerate(rows, start=1):
+            first, earlier = seen.setdefault(row.path, (part, number))
+            if (first, earlier) != (part, number):
+                leak = f", a leak from {first} to {part}" if first != part else ""
+                raise SplitError(
+                    f"row {number} of {part} is the image {row.path!r}, as is row {earlier} of "
+                    f"{first}{leak}; keep the image once."
+                )

@@ -12,15 +12,20 @@ own forward pass in spite of the rows that it returns:
 
 from __future__ import annotations
 
+import pickle
+import uuid
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
 from timm.data import resolve_model_data_config
+from timm.layers import resample_abs_pos_embed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import (
     Attention,
@@ -268,8 +273,13 @@ def _refuse_unsupported(vit: nn.Module) -> None:
 # ----------------------------------------------------------------------------- weights in and out
 
 
+FORMATS = (".safetensors", ".pt", ".pth")
+GRID_KEY = "patch_grid"  # in a file's metadata: rows and columns of its position embedding, "7x28"
+_GRID_HINT = ", and for images that are not square a file of save_weights, which records the grid"
+
+
 class WeightsError(ValueError):
-    """A weights file does not fit the model, or cannot be read."""
+    """A weights file does not fit the model, or cannot be had or read."""
 
 
 @dataclass(frozen=True)
@@ -277,13 +287,25 @@ class LoadReport:
     """What `load_weights` did, by parameter name."""
 
     loaded: tuple[str, ...]
-    new: tuple[str, ...]  # the head, when the file has none that fits
+    new: tuple[str, ...]  # the model's own head, when the file has none that fits
     unused: tuple[str, ...]  # in the file, but not in the model
+    resampled: tuple[str, ...]  # of `loaded`: embeddings brought to the model's patch grid or size
+    misfit: tuple[str, ...]  # of `new`: in the file, but for another number of classes
 
     def __str__(self) -> str:
-        text = f"{len(self.loaded)} tensors loaded"
-        text += f"; new: {', '.join(self.new)}" if self.new else ""
-        return text + (f"; in the file but unused: {', '.join(self.unused)}" if self.unused else "")
+        lists = {
+            "resampled": self.resampled,
+            "new": self.new,
+            "of another shape in the file": self.misfit,
+            "in the file but unused": self.unused,
+        }
+        told = [f"{title}: {_some(names)}" for title, names in lists.items() if names]
+        return "; ".join([f"{len(self.loaded)} tensors loaded", *told])
+
+
+def _some(names: Sequence[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def create_model(
@@ -306,8 +328,10 @@ def create_model(
 def load_weights(model: SigmoidViT, path: Path) -> LoadReport:
     """Reads a timm or SigmoidViT state dict (.pt, .pth or .safetensors) into `model`.
 
-    Position and patch embeddings are resampled to the model by timm's `checkpoint_filter_fn`.
-    A head of another size, or none, leaves the model's own head in place and is reported as new.
+    Position and patch embeddings are resampled to the model by timm's own functions. The grid
+    that they come from is in files of `save_weights`; for others it is taken as timm takes it:
+    that of timm's pretrained weights, or else a square. A head of another size, or none, leaves
+    the model's own head in place and is reported as new.
 
     Raises:
         FileNotFoundError: with the path. WeightsError: unreadable, or anything but the head is
@@ -316,47 +340,120 @@ def load_weights(model: SigmoidViT, path: Path) -> LoadReport:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}; set WEIGHTS to a .safetensors or .pt file")
-    state = {key.removeprefix("vit."): value for key, value in _read_state(path).items()}
-    state = checkpoint_filter_fn(state, model.vit)
+    state, grid = _read_state(path)
+    state = {key.removeprefix("vit."): value for key, value in state.items()}
+    kind = type(model.vit).__name__
+    try:
+        fitted = _fit_embeddings(state, grid, model.vit)
+    except Exception as error:  # timm's conversions of foreign files have no common class
+        raise WeightsError(
+            f"{path} does not fit {kind}: its embeddings cannot be resampled "
+            f"({first_sentence(error)}); use weights of the same architecture{_GRID_HINT}"
+        ) from error
     own = model.vit.state_dict()
-    heads = [key for key in own if key.startswith(("head.", "head_dist."))]
-    misfit = [key for key in own if key not in state or state[key].shape != own[key].shape]
-    wrong = [key for key in misfit if key not in heads]
+    misfit = [key for key in own if key in fitted and fitted[key].shape != own[key].shape]
+    new = [key for key in own if key not in fitted or key in misfit]
+    wrong = [key for key in new if not key.startswith(("head.", "head_dist."))]
     if wrong:
         raise WeightsError(
-            f"{path} does not fit {type(model.vit).__name__}: {len(wrong)} tensors are missing or "
-            f"of another shape ({', '.join(wrong[:6])}{', ...' if len(wrong) > 6 else ''}); use "
-            "weights of the same architecture"
+            f"{path} does not fit {kind}: missing or of another shape: {_some(wrong)}; use weights "
+            f"of the same architecture{_GRID_HINT if wrong == ['pos_embed'] else ''}"
         )
-    loaded = {key: state[key] for key in own if key not in misfit}
+    loaded = {key: fitted[key] for key in own if key not in new}
     model.vit.load_state_dict(loaded, strict=False)
-    unused = tuple(key for key in state if key not in own)
-    return LoadReport(tuple(loaded), tuple(misfit), unused)
+    unused = tuple(key for key in fitted if key not in own)
+    # Where there is nothing to resample, timm hands on the very tensor.
+    resampled = tuple(
+        key
+        for key in ("pos_embed", "patch_embed.proj.weight")
+        if key in loaded and key in state and fitted[key] is not state[key]
+    )
+    return LoadReport(tuple(loaded), tuple(new), unused, resampled, tuple(misfit))
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
+def _fit_embeddings(
+    state: dict[str, Tensor], grid: tuple[int, int] | None, vit: nn.Module
+) -> dict[str, Tensor]:
+    """The state in timm's names, its embeddings resampled from `grid` to the model's grid."""
+    # As timm itself does: these two families were trained on embeddings resized in this way.
+    name = getattr(vit, "pretrained_cfg", {}).get("architecture") or ""
+    coarse = "flexi" in name or "radio" in name
+    how = {"interpolation": "bilinear", "antialias": False} if coarse else {}
+    state = dict(state)  # timm's conversions take entries out
+    # Where the grid is known, timm must not guess: it takes 7 x 28 patches for 14 x 14.
+    position = state.pop("pos_embed", None) if grid else None
+    # adapt_layer_scale: DeiT III files have another name for layer scale
+    fitted = checkpoint_filter_fn(state, vit, adapt_layer_scale=True, **how)
+    if position is None:
+        return fitted
+    if grid != vit.patch_embed.grid_size:
+        prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+        position = resample_abs_pos_embed(position, vit.patch_embed.grid_size, grid, prefix, **how)
+    return {**fitted, "pos_embed": position}
+
+
+def _read_state(path: Path) -> tuple[dict[str, Tensor], tuple[int, int] | None]:
+    """Tensors by name, and the patch grid of the position embedding if the file records it."""
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
+            state = safetensors.torch.load_file(path)
+            with safetensors.safe_open(path, framework="pt") as file:
+                recorded = (file.metadata() or {}).get(GRID_KEY)
+            return state, _as_grid(recorded)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and header errors have no common class
-        raise WeightsError(f"{path} cannot be read as weights: {error}") from error
+    except pickle.UnpicklingError as error:  # its own text advises to run the code in the file
+        raise WeightsError(
+            f"{path} cannot be read as weights: it holds something else than tensors, which is "
+            "never run; save model.state_dict()"
+        ) from error
+    except Exception as error:  # zip and header errors have no common class
+        raise WeightsError(
+            f"{path} cannot be read as weights ({first_sentence(error)}); copy or save it again"
+        ) from error
     state = state.get("model", state.get("state_dict", state)) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise WeightsError(f"{path} holds no state dict of tensors; save model.state_dict()")
-    return state
+    metadata = getattr(state, "_metadata", {})
+    return state, _as_grid(metadata.get("", {}).get(GRID_KEY))
+
+
+def _as_grid(text: str | None) -> tuple[int, int] | None:
+    return tuple(int(number) for number in text.split("x")) if text else None
+
+
+def first_sentence(error: Exception) -> str:
+    """The first sentence of an error, without its advice."""
+    return str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
 
 
 def save_weights(model: SigmoidViT, path: Path) -> None:
-    """Writes the timm state dict as .safetensors: to a temporary name first, then renamed."""
-    write_state(model.vit.state_dict(), path)
+    """Writes the timm state dict as .safetensors, .pt or .pth, and records the patch grid."""
+    write_state(model.vit.state_dict(), path, model.grid)
 
 
-def write_state(state: dict[str, Tensor], path: Path) -> None:
-    """Writes tensors as .safetensors; `path` holds the old file or the new one, never half."""
+def write_state(state: dict[str, Tensor], path: Path, grid: tuple[int, int] | None = None) -> None:
+    """Writes tensors as .safetensors, or with torch.save as .pt or .pth.
+
+    `path` holds the old file or the new one, never half. `grid` is the patch grid of the position
+    embedding: with it the file can be loaded at any image size, not only where timm knows the grid.
+
+    Raises:
+        ValueError: another extension.
+    """
     path = Path(path)
+    if path.suffix not in FORMATS:
+        raise ValueError(f"{path} must end in one of {', '.join(FORMATS)}, which name the format")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    safetensors.torch.save_file(tensors, temporary)
-    temporary.replace(path)
+    tensors = OrderedDict((key, value.detach().cpu().contiguous()) for key, value in state.items())
+    metadata = {GRID_KEY: f"{grid[0]}x{grid[1]}"} if grid else {}
+    # A name of its own: two processes may write the same file at the same time.
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        if path.suffix == ".safetensors":
+            safetensors.torch.save_file(tensors, temporary, metadata or None)
+        else:
+            tensors._metadata = {"": metadata}  # where PyTorch keeps what goes with a state dict
+            torch.save(tensors, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # still there only after an error

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import os
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import images_for, tiny_vit
+from conftest import VITS, images_for, tiny_vit
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +23,7 @@ from lib.model import (
     create_model,
     load_weights,
     save_weights,
+    write_state,
 )
 
 QUERIES = ["cls", "all"]
@@ -253,17 +256,14 @@ def test_create_model_refuses_what_has_no_image_size():
 # ------------------------------------------------------------------------------------------ weights
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth"])
 @torch.no_grad()
 def test_weights_round_trip(any_model, tmp_path, suffix):
-    path = tmp_path / f"weights{suffix}"
-    if suffix == ".pt":
-        torch.save(any_model.vit.state_dict(), path)
-    else:
-        save_weights(any_model, path)
+    path = tmp_path / f"weights.some_tag{suffix}"
+    save_weights(any_model, path)
     other = SigmoidViT(_like(any_model))
     report = load_weights(other, path)
-    assert not report.new and not report.unused
+    assert not (report.new or report.unused or report.resampled or report.misfit)
     assert torch.equal(other(images_for(any_model)), any_model(images_for(any_model)))
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
@@ -276,14 +276,178 @@ def _like(model: SigmoidViT) -> torch.nn.Module:
     return vit
 
 
-def test_a_new_head_and_another_image_size_are_reported(tmp_path):
-    small = SigmoidViT(tiny_vit(classes=5))
-    save_weights(small, tmp_path / "w.safetensors")
-    large = SigmoidViT(tiny_vit(classes=7, seed=3, img_size=96))
-    report = load_weights(large, tmp_path / "w.safetensors")
-    assert report.new == ("head.weight", "head.bias")
-    assert "new: head.weight" in str(report)
-    assert torch.equal(large.vit.blocks[0].mlp.fc1.weight, small.vit.blocks[0].mlp.fc1.weight)
+def plain_state(path: Path) -> dict[str, torch.Tensor]:
+    """What other programs read from the file."""
+    if path.suffix == ".safetensors":
+        return safetensors.torch.load_file(path)
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_files_are_plain_state_dicts(tmp_path, suffix):
+    vit, path = tiny_vit(), tmp_path / f"w{suffix}"
+    save_weights(SigmoidViT(vit), path)
+    found = plain_state(path)
+    assert set(found) == set(vit.state_dict())
+    assert all(torch.equal(found[key], value) for key, value in vit.state_dict().items())
+    tiny_vit(seed=3).load_state_dict(found)  # strict: no key too many
+
+
+# Another image size for each of VITS: larger, smaller, turned by 90 degrees (as many patches), ...
+OTHER_SIZES = {
+    "plain": (96, 96),
+    "wide": (96, 64),
+    "distilled": (32, 80),
+    "registers": (28, 70),
+    "qk_norm": (64, 128),
+    "no_bias": (48, 48),
+}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("kind", list(VITS))
+@torch.no_grad()
+def test_position_embeddings_follow_the_image_size(kind, suffix, tmp_path):
+    source = SigmoidViT(tiny_vit(kind))
+    target = SigmoidViT(tiny_vit(kind, seed=3, img_size=OTHER_SIZES[kind]))
+    save_weights(source, tmp_path / f"w{suffix}")
+    report = load_weights(target, tmp_path / f"w{suffix}")
+    assert report.resampled == ("pos_embed",) and not report.new and not report.unused
+    assert "resampled: pos_embed" in str(report)
+
+    old, new = source.vit.pos_embed, target.vit.pos_embed
+    prefix = 0 if source.vit.no_embed_class else source.num_prefix
+    assert torch.equal(new[:, :prefix], old[:, :prefix])
+    image = old[:, prefix:].mT.unflatten(-1, source.grid)  # [1, dim, gh, gw]
+    expected = torch.nn.functional.interpolate(image, target.grid, mode="bicubic", antialias=True)
+    assert torch.allclose(new[:, prefix:], expected.flatten(2).mT, atol=1e-6)
+    assert torch.equal(target.vit.blocks[0].mlp.fc1.weight, source.vit.blocks[0].mlp.fc1.weight)
+    assert torch.isfinite(target(images_for(target))).all()
+
+
+SMALL = {"depth": 1, "embed_dim": 32, "num_heads": 4, "num_classes": 5}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("vit_tiny_patch16_224", {"img_size": (160, 96)}),
+        ("vit_tiny_patch16_224", {"img_size": (112, 448)}),  # as many patches as 224 x 224
+        ("vit_tiny_patch16_224", {"img_size": 112, "patch_size": 8}),
+        ("vit_tiny_patch16_224", {"img_size": 96, "no_embed_class": True}),
+        ("deit_tiny_distilled_patch16_224", {"img_size": 96}),
+        ("vit_small_patch14_dinov2", {"img_size": 224}),
+        ("vit_small_patch14_reg4_dinov2", {"img_size": (224, 280)}),
+        ("flexivit_small", {"img_size": 128}),  # timm resamples it in another way
+    ],
+)
+def test_pretrained_files_load_as_timm_loads_them(name, changes, tmp_path):
+    torch.manual_seed(0)
+    own = {key: value for key, value in changes.items() if key == "no_embed_class"}
+    state = timm.create_model(name, **SMALL, **own).state_dict()
+    write_state(state, tmp_path / "w.safetensors")
+    overlay = {"state_dict": state, "num_classes": 5}  # timm then fetches nothing
+    theirs = timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=overlay, **SMALL, **changes
+    )
+    ours = SigmoidViT(timm.create_model(name, **SMALL, **changes))
+    report = load_weights(ours, tmp_path / "w.safetensors")
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(ours.vit.state_dict()[key], value), key
+    changed = {k for k in state if not torch.equal(ours.vit.state_dict()[k], state[k])}
+    assert set(report.resampled) == changed
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_grid_of_as_many_patches_as_the_pretrained_one_is_not_mistaken_for_it(tmp_path, suffix):
+    source = create_model("vit_tiny_patch16_224", 5, (112, 448), depth=1)  # 7 x 28, not 14 x 14
+    target = create_model("vit_tiny_patch16_224", 5, (112, 448), depth=1)
+    save_weights(source, tmp_path / f"w{suffix}")
+    assert not load_weights(target, tmp_path / f"w{suffix}").resampled
+    assert torch.equal(target.vit.pos_embed, source.vit.pos_embed)
+
+
+@pytest.mark.parametrize("kind", ["wide", "registers"])
+def test_a_grid_that_nobody_recorded_and_that_is_no_square_is_refused(kind, tmp_path):
+    write_state(tiny_vit(kind).state_dict(), tmp_path / "w.pt")
+    target = SigmoidViT(tiny_vit(kind, seed=3, img_size=112))
+    before = copy.deepcopy(target.vit.state_dict())
+    with pytest.raises(WeightsError, match=r"w\.pt.*save_weights, which records the grid"):
+        load_weights(target, tmp_path / "w.pt")
+    assert all(torch.equal(before[k], v) for k, v in target.vit.state_dict().items())
+
+
+def test_the_head_alone_may_be_new_and_the_report_says_why(tmp_path):
+    save_weights(SigmoidViT(tiny_vit(classes=5)), tmp_path / "w.pt")
+    seven = SigmoidViT(tiny_vit(classes=7, seed=3, img_size=96))
+    own_head = seven.vit.head.weight.clone()
+    report = load_weights(seven, tmp_path / "w.pt")
+    assert report.new == report.misfit == ("head.weight", "head.bias")
+    assert torch.equal(seven.vit.head.weight, own_head)
+    assert str(report) == (
+        f"{len(report.loaded)} tensors loaded; resampled: pos_embed; new: head.weight, head.bias; "
+        "of another shape in the file: head.weight, head.bias"
+    )
+
+    state = {k: v for k, v in tiny_vit().state_dict().items() if not k.startswith("head.")}
+    write_state({**state, **{f"extra.{n}": torch.zeros(1) for n in range(9)}}, tmp_path / "w.pt")
+    report = load_weights(SigmoidViT(tiny_vit(seed=3)), tmp_path / "w.pt")
+    assert report.new == ("head.weight", "head.bias") and not report.misfit
+    assert len(report.unused) == 9 and str(report).endswith("extra.4, extra.5 and 3 more")
+
+
+def test_a_plain_file_does_not_fit_a_distilled_model(tmp_path):
+    save_weights(SigmoidViT(tiny_vit("plain")), tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match=r"w\.safetensors does not fit .*Distilled.*dist_token"):
+        load_weights(SigmoidViT(tiny_vit("distilled")), tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match=r"w\.safetensors does not fit .*Distilled"):
+        load_weights(SigmoidViT(tiny_vit("distilled", img_size=96)), tmp_path / "w.safetensors")
+
+
+def test_layer_scale_of_original_deit3_files_is_found(tmp_path):
+    vit = tiny_vit("qk_norm")
+    state = {k.replace("ls1.gamma", "gamma_1"): v for k, v in vit.state_dict().items()}
+    assert "blocks.0.gamma_1" in state
+    write_state({k.replace("ls2.gamma", "gamma_2"): v for k, v in state.items()}, tmp_path / "w.pt")
+    report = load_weights(SigmoidViT(tiny_vit("qk_norm", seed=3)), tmp_path / "w.pt")
+    assert not report.new and not report.unused
+
+
+def test_an_unknown_extension_is_refused(tmp_path, model):
+    with pytest.raises(ValueError, match=r"w\.bin must end in one of \.safetensors, \.pt, \.pth"):
+        save_weights(model, tmp_path / "w.bin")
+    with pytest.raises(ValueError, match="must end in one of"):
+        save_weights(model, tmp_path / "vit_small_patch14_dinov2.lvd142m")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "w.pt"
+    write_state({"a": torch.ones(2)}, path)
+
+    def full_disk(tensors, name):
+        Path(name).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_state({"a": torch.zeros(2)}, path)
+    assert torch.equal(torch.load(path)["a"], torch.ones(2))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path, monkeypatch):
+    path, save = tmp_path / "w.pt", torch.save
+
+    def save_while_another_writes(tensors, name):
+        save(tensors, name)
+        monkeypatch.undo()
+        write_state({"a": torch.zeros(2)}, path)
+
+    monkeypatch.setattr(torch, "save", save_while_another_writes)
+    write_state({"a": torch.ones(2)}, path)
+    assert torch.equal(torch.load(path)["a"], torch.ones(2))
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_anything_missing_but_the_head_is_an_error_and_loads_nothing(tmp_path):
@@ -307,9 +471,35 @@ def test_files_that_are_no_weights_are_refused_in_words(tmp_path, model):
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(WeightsError, match="state dict"):
         load_weights(model, tmp_path / "list.pt")
-    torch.save(model, tmp_path / "pickle.pt")  # a whole module: would run code when loaded
-    with pytest.raises(WeightsError, match=r"pickle\.pt"):
-        load_weights(model, tmp_path / "pickle.pt")
+    torch.save(model, tmp_path / "module.pt")  # a whole module: code would have to run
+    with pytest.raises(WeightsError, match=r"module\.pt cannot be read.*save model\.state_dict"):
+        load_weights(model, tmp_path / "module.pt")
+    whole = tmp_path / "whole.pt"
+    save_weights(model, whole)
+    whole.write_bytes(whole.read_bytes()[:1000])
+    with pytest.raises(WeightsError, match=r"whole\.pt cannot be read.*save it again") as caught:
+        load_weights(model, whole)
+    assert "\n" not in str(caught.value)
+
+
+class _Code:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_code_in_a_weights_file_is_not_run(tmp_path, model):
+    path, made = tmp_path / "w.pt", tmp_path / "made"
+    torch.save({**model.vit.state_dict(), "more": _Code(made)}, path)
+    with pytest.raises(WeightsError, match="never run") as caught:
+        load_weights(model, path)
+    assert not made.exists() and "weights_only" not in str(caught.value)
+    torch.load(path, weights_only=False)
+    assert made.exists()  # the file was dangerous
 
 
 @torch.no_grad()
@@ -318,6 +508,7 @@ def test_real_pretrained_weights_load(shared):
     path = shared / "models" / "vit_small_patch14_dinov2_saliency.safetensors"
     report = load_weights(model, path)
     assert set(report.new) == {"head.weight", "head.bias"} and not report.unused
+    assert report.resampled == ("pos_embed",) and not report.misfit
     assert model.grid == (16, 16)
     images = torch.randn(1, 3, 224, 224)
     scores, rows = model(images, rows="last")

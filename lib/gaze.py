@@ -1,11 +1,13 @@
-"""From where people looked to maps on a patch grid.
+"""From where people looked, or what they marked, to maps on a patch grid.
+
+`human_map` puts any source on any grid: fixations, part locations, bounding boxes, and maps that
+somebody rendered or painted (.png, .jpg, .npy). A map is an array [gh, gw] over the patches of the
+model, cell (0, 0) top left; with it goes a bool array of the cells whose value is known. The grid
+is always an argument: 14 x 14 is only one of many.
 
 A fixation is a row (x, y, duration): a position in pixels of the picture, measured from its top
-left corner, and milliseconds. A map is an array [gh, gw] over the patches of the model, cell
-(0, 0) top left. The grid is always an argument: 14 x 14 is only one of many.
-
-The gaze files are those of CUB-GHA (Rong et al., "Human Attention in Fine-grained
-Classification", BMVC 2021, https://github.com/yaorong0921/CUB-GHA).
+left corner, and milliseconds. The gaze files are those of CUB-GHA (Rong et al., "Human Attention
+in Fine-grained Classification", BMVC 2021, https://github.com/yaorong0921/CUB-GHA).
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ from typing import Literal
 
 import numpy as np
 import torch
+from PIL import Image
 
 Weight = Literal["count", "duration"]
+Unit = Literal["patch", "pixel"]
 
 # Values before the first fixation. A fixation adds three, so a line's length modulo 3 tells which.
 SHORT_HEADER = 3  # image_id, width, height: fixations in pixels of the original picture
@@ -33,6 +37,157 @@ class Recording:
     width: int  # of the picture, pixels
     height: int  # of the picture, pixels
     fixations: np.ndarray  # float32 [F, 3]: x, y in pixels of the picture, duration in ms
+
+
+@dataclass(frozen=True)
+class Box:
+    """A bounding box as a human map: look anywhere inside it."""
+
+    corners: tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of the picture
+    width: int  # of the picture, pixels
+    height: int  # of the picture, pixels
+
+
+# What a person gave for one picture. Part locations are a Recording whose durations are all 1.
+Source = tuple[Recording, ...] | Box | Path
+
+
+class MapError(ValueError):
+    """A map file cannot be read, or does not belong to its picture."""
+
+
+def human_map(
+    source: Source | None,
+    size: tuple[int, int] | None,
+    grid: tuple[int, int],
+    sigma: float = 1.0,
+    unit: Unit = "patch",
+    weight: Weight = "duration",
+    fine: int = 1,
+    shown: tuple[int, int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put what a person gave for a picture on a grid.
+
+    Args:
+        source: recordings (of any number of readers; their fixations are pooled), a Box, the path
+            of a map file, or None.
+        size: height and width of the picture in pixels; needed for a map file only.
+        grid: (gh, gw), the patches of the model.
+        sigma, unit: standard deviation of a fixation's Gaussian, in patches of the grid or in
+            pixels of the picture (the same width on both axes there, so not on the grid when the
+            picture is not square).
+        weight: what a fixation weighs.
+        fine: cells of the result per patch and axis.
+        shown: height and width of the squeezed picture that the model sees.
+
+    Returns:
+        float32 [fine * gh, fine * gw] in [0, 1], and bool of that shape: which cells are known.
+        Nothing is known of a picture without a source, without a fixation inside, or with a map of
+        zeros only. Maps of fixations and of files are scaled so that their mean over a patch has
+        the maximum 1; a box is the share of the cell that it covers.
+
+    A map file is grey or RGB (read as brightness), 8 or 16 bit, or an .npy array [h, w] of bool,
+    uint8, uint16 or float in [0, 1]. It shows the whole picture: in the picture's proportions, or
+    squeezed to exactly `shown` or `grid`. NaN in an .npy and transparent pixels are not known.
+
+    Raises:
+        MapError: names the file. OSError: where it is missing.
+    """
+    cells = (fine * grid[0], fine * grid[1])
+    unknown = torch.zeros(cells), torch.zeros(cells, dtype=torch.bool)
+    known = ~unknown[1]
+    if not source:
+        return unknown
+    if isinstance(source, Box):
+        found = torch.from_numpy(box_map(source.corners, (source.height, source.width), cells))
+    elif isinstance(source, Path):
+        dense, known = read_map(source)
+        _refuse_other_geometry(source, dense.shape, size, (shown, grid))
+        found, known = to_grid(dense, known, cells)
+    else:
+        frame = (source[0].height, source[0].width)
+        looks = np.concatenate([recording.fixations for recording in source])
+        # On both axes in cells; a pixel is another share of the height than of the width.
+        per_cell = fine if unit == "patch" else np.divide(cells, frame)
+        found = torch.from_numpy(fixation_map(looks, frame, cells, sigma * per_cell, weight))
+    if found.max() <= 0:
+        return unknown
+    if isinstance(source, Path) or (fine > 1 and not isinstance(source, Box)):
+        # Without this, training on fine maps would ask for some 15 % less attention than
+        # evaluation shows: the mean over a patch is below the fine peak.
+        found = found / to_grid(found, known, grid)[0].max().clamp(min=1e-6)
+    return found, known
+
+
+def read_map(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """A map file as float32 [h, w] in [0, 1], and bool [h, w]: where it is known.
+
+    See `human_map` for what is read. Raises MapError with file, value and remedy, and
+    FileNotFoundError where there is no file.
+    """
+    try:
+        values, opaque = _decoded(path)
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, EOFError, ValueError) as error:  # Pillow and NumPy, broken files
+        raise MapError(f"{path} cannot be read as a map: {error}; make it again.") from error
+    values, known = _unit_values(path, values)
+    return torch.from_numpy(values), torch.from_numpy(known & opaque)
+
+
+def _decoded(path: Path) -> tuple[np.ndarray, np.ndarray | bool]:
+    """The numbers of a map file as they are, and where it is not transparent."""
+    if path.suffix.lower() == ".npy":
+        return np.load(path, allow_pickle=False), True
+    with Image.open(path) as picture:
+        if picture.mode.startswith("I"):  # 16 bit; older versions of Pillow say 32
+            return np.asarray(picture).astype(np.uint16), True
+        if picture.has_transparency_data:
+            grey, alpha = picture.convert("RGBA").convert("LA").split()
+            return np.asarray(grey), np.asarray(alpha) >= 128
+        return np.asarray(picture.convert("L")), True
+
+
+def _unit_values(path: Path, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of a map file, scaled to [0, 1] by their type, and which of them are numbers."""
+    if values.ndim != 2 or not values.size:
+        raise MapError(f"{path} has the shape {values.shape}; a map is one array [height, width].")
+    known = np.ones(values.shape, dtype=bool)
+    if values.dtype in (np.uint8, np.uint16):
+        values = values / np.float32(np.iinfo(values.dtype).max)
+    elif values.dtype.kind == "f":
+        known = ~np.isnan(values)
+        values = np.where(known, values, 0)
+        if values.min() < 0 or values.max() > 1:
+            raise MapError(
+                f"{path} has values from {values.min():g} to {values.max():g}; "
+                "scale them to the range from 0 to 1."
+            )
+    elif values.dtype != bool:
+        raise MapError(
+            f"{path} holds {values.dtype}; save bool, uint8, uint16, or float from 0 to 1."
+        )
+    return values.astype(np.float32), known
+
+
+def _refuse_other_geometry(
+    path: Path,
+    found: tuple[int, int],
+    size: tuple[int, int],
+    squeezed: tuple[tuple[int, int] | None, ...],
+) -> None:
+    """A map that was cut, or that belongs to another picture, would point at the wrong place."""
+    if tuple(found) in squeezed:
+        return
+    # Proportions to the rounding of one pixel of the smaller of the two.
+    slack = max(1, found[0] / size[0], found[1] / size[1])
+    by_width = abs(found[1] * size[0] / size[1] - found[0]) <= slack
+    by_height = abs(found[0] * size[1] / size[0] - found[1]) <= slack
+    if not (by_width or by_height):
+        raise MapError(
+            f"{path} is {found[1]} x {found[0]}, but its picture is {size[1]} x {size[0]} pixels; "
+            "give a map of the whole picture in the same proportions."
+        )
 
 
 def read_fixations(path: str | Path) -> dict[int, Recording]:
@@ -165,40 +320,40 @@ def fixation_map(
     fixations: np.ndarray,
     size: tuple[int, int],
     grid: tuple[int, int],
-    sigma: float = 1.0,
+    sigma: float | np.ndarray = 1.0,
     weight: Weight = "duration",
     truncate: float = 3.0,
 ) -> np.ndarray:
     """Blur the fixations to a human attention map.
 
     A sum of Gaussians around the exact fixations, evaluated at the cell centres, divided by its
-    maximum. `sigma` is their standard deviation along both axes in grid cells; a cell farther
-    than `truncate * sigma` cells from every fixation is exactly 0, because some losses need a
-    region where nobody looked. A fixation weighs its duration or 1.
+    maximum. `sigma` is their standard deviation in grid cells, one number or (rows, columns); a
+    cell farther than `truncate` standard deviations from every fixation is exactly 0, because some
+    losses need a region where nobody looked. A fixation weighs its duration or 1.
 
     `fixations` is [F, 3], `size` (height, width) of the frame they are measured in, `grid`
     (gh, gw). Returns float32 [gh, gw] in [0, 1] with maximum 1, or zeros when no fixation with a
     weight lies in the frame (those outside are dropped). Raises ValueError when `truncate * sigma`
-    is so small that a fixation could fall between the cell centres.
+    is so small that a fixation could fall between the cell centres: below 0.71 cells.
     """
-    radius = truncate * sigma
-    if not radius >= 0.5**0.5:
+    sigmas = np.broadcast_to(np.asarray(sigma, dtype=np.float64), 2)
+    if not (sigmas > 0).all() or np.hypot(*(0.5 / sigmas)) > truncate + 1e-9:
+        shown = " x ".join(f"{value:g}" for value in np.unique(sigmas))
         raise ValueError(
-            f"truncate * sigma is {radius:g} cells, below 0.71: a fixation on a cell's corner "
+            f"sigma is {shown} cells and truncate {truncate:g}: a fixation on a cell's corner "
             "would vanish; use a larger sigma."
         )
     position, weights = _in_frame(fixations, size, grid, weight)
     # Only the window of cells around a fixation that its Gaussian can reach: the cost does not grow
-    # with the grid, which the fine maps for training are large in.
-    extent = min(np.ceil(radius), max(grid))
-    reach = np.arange(-extent, extent + 1)
-    row, row_distance = _window(position[:, 0], reach)  # [F, K] both
-    column, column_distance = _window(position[:, 1], reach)
-    # Outer products over the windows, [F, K, K]
+    # with the grid, which the fine maps for training are large in. Distances are in sigmas.
+    row, row_distance = _window(position[:, 0], truncate * sigmas[0], grid[0])  # [F, K] both
+    column, column_distance = _window(position[:, 1], truncate * sigmas[1], grid[1])
+    row_distance, column_distance = row_distance / sigmas[0], column_distance / sigmas[1]
+    # Outer products over the windows, [F, K, L]
     distance = row_distance[:, :, None] ** 2 + column_distance[:, None, :] ** 2  # squared
-    values = weights[:, None, None] * np.exp(distance * (-0.5 / sigma**2))
+    values = weights[:, None, None] * np.exp(-0.5 * distance)
     inside = _on_line(row, grid[0])[:, :, None] & _on_line(column, grid[1])[:, None, :]
-    keep = inside & (distance <= radius**2 + 1e-9)
+    keep = inside & (distance <= truncate**2 + 1e-9)
     flat = row[:, :, None] * grid[1] + column[:, None, :]
     total = np.bincount(flat[keep], weights=values[keep], minlength=grid[0] * grid[1])
     peak = total.max()
@@ -220,8 +375,10 @@ def _in_frame(
     return position[inside], weights[inside]
 
 
-def _window(position: np.ndarray, reach: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _window(position: np.ndarray, radius: float, cells: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the cells around each position [F, K] and the distance of their centres."""
+    extent = min(np.ceil(radius), cells)
+    reach = np.arange(-extent, extent + 1)
     index = np.floor(position)[:, None] + reach
     return index.astype(np.int64), index + 0.5 - position[:, None]
 

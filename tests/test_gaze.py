@@ -7,9 +7,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from lib.gaze import box_map, fixation_counts, fixation_map, read_fixations, to_grid
+from lib.gaze import (
+    Box,
+    MapError,
+    Recording,
+    _refuse_other_geometry,
+    box_map,
+    fixation_counts,
+    fixation_map,
+    human_map,
+    read_fixations,
+    to_grid,
+)
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "CUB_GHA" / "data_5runs"
 
@@ -246,3 +258,179 @@ def test_real_gaze_is_read_whole_and_lies_in_its_images():
     for recording in runs[0].values():
         counts = fixation_counts(recording.fixations, (recording.height, recording.width), (14, 14))
         assert counts.sum() == len(recording.fixations) > 0
+
+
+# ---------------------------------------------------------------- any source on any grid: human_map
+
+
+def recording(fixations, size):
+    return Recording(1, size[1], size[0], np.asarray(fixations, np.float32).reshape(-1, 3))
+
+
+def dense_pixels(fixations, size, sigma, weight):
+    """The map in another way: impulses on pixels, blurred by scipy, [h, w]."""
+    impulses = np.zeros(size)
+    for x, y, duration in fixations:
+        impulses[int(y), int(x)] += duration if weight == "duration" else 1
+    return gaussian_filter(impulses, sigma, mode="constant", truncate=3)
+
+
+@pytest.mark.parametrize("weight", ["count", "duration"])
+@pytest.mark.parametrize("unit", ["patch", "pixel"])
+@pytest.mark.parametrize(("size", "grid"), [((333, 500), (14, 14)), ((500, 375), (9, 16))])
+def test_gaze_agrees_with_a_dense_reference(size, grid, unit, weight):
+    rng = np.random.default_rng(0)
+    looks = np.column_stack([rng.uniform(0, size[1], 12), rng.uniform(0, size[0], 12)])
+    looks = np.column_stack([looks, rng.uniform(80, 900, 12)])
+    halves = (recording(looks[:5], size), recording(looks[5:], size))  # two readers are pooled
+    sigma = 1.3 if unit == "patch" else 45.0
+    per_axis = np.divide(size, grid) * sigma if unit == "patch" else sigma
+    dense = dense_pixels(looks, size, per_axis, weight)
+    rows, columns = (
+        ((np.arange(g) + 0.5) * s / g).astype(int) for g, s in zip(grid, size, strict=True)
+    )
+    expected = dense[np.ix_(rows, columns)]
+    found, known = human_map(halves, size, grid, sigma, unit, weight)
+    assert known.all() and found.max() == 1
+    # scipy cuts a square, we cut a circle, and it rounds to pixels
+    np.testing.assert_allclose(found, expected / expected.max(), atol=0.02)
+
+
+@settings(max_examples=40, deadline=None)
+@given(looks, sizes, st.integers(1, 4))
+def test_a_fine_map_pools_to_a_maximum_of_1(points, size, fine):
+    source = (recording(scaled(points, size), size),)
+    found, known = human_map(source, size, (4, 5), 1.0, fine=fine)
+    assert found.shape == known.shape == (4 * fine, 5 * fine)
+    if known.any():
+        pooled, _ = to_grid(found, known, (4, 5))
+        assert pooled.max().item() == pytest.approx(1, abs=1e-5) or fine == 1
+    else:
+        assert not found.any() and not in_frame(scaled(points, size), size)
+
+
+def test_nothing_is_known_without_a_source():
+    outside = recording([[-5, 3, 100]], (20, 20))
+    for source in (None, (), (outside,), Box((50, 50, 60, 60), 20, 20)):
+        found, known = human_map(source, (20, 20), (4, 4))
+        assert found.shape == (4, 4) and not found.any() and not known.any()
+
+
+def test_a_box_is_the_share_of_each_cell():
+    found, known = human_map(Box((5, 0, 15, 10), width=20, height=40), (40, 20), (4, 4), fine=2)
+    expected = np.zeros((8, 8))
+    expected[:2, 2:6] = 1
+    np.testing.assert_allclose(found, expected)
+    assert known.all()
+
+
+# ---------------------------------------------------------------------------------------- map files
+
+
+def ramp(size=(60, 90)):
+    """Rising to the lower right corner, the same at every resolution."""
+    rise = [(np.arange(side) + 0.5) / side for side in size]
+    return (255 * np.outer(*rise)).round().astype(np.uint8)
+
+
+def save_map(path, values):
+    if path.suffix == ".npy":
+        np.save(path, values)
+    else:
+        Image.fromarray(values).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "tolerance"),
+    [
+        ("a.png", ramp(), 1e-6),
+        ("a.jpg", ramp(), 0.02),
+        ("rgb.jpg", np.repeat(ramp()[..., None], 3, axis=2), 0.02),
+        ("rgb.png", np.repeat(ramp()[..., None], 3, axis=2), 1e-6),
+        ("deep.png", ramp().astype(np.uint16) * 257, 1e-6),
+        ("a.npy", ramp(), 1e-6),
+        ("deep.npy", ramp().astype(np.uint16) * 257, 1e-6),
+        ("float.npy", ramp() / 255, 1e-6),
+        ("half.npy", (ramp() / 255).astype(np.float16), 1e-3),
+        ("small.png", ramp((20, 30)), 0.03),  # the picture's proportions at a third of its size
+    ],
+)
+def test_every_kind_of_map_file_gives_the_same_map(tmp_path, name, values, tolerance):
+    path = save_map(tmp_path / name, values)
+    found, known = human_map(path, (60, 90), (4, 6))
+    expected = ramp().reshape(4, 15, 6, 15).mean((1, 3))
+    assert known.all() and found.dtype == torch.float32
+    np.testing.assert_allclose(found, expected / expected.max(), atol=tolerance)
+
+
+def test_a_map_rendered_from_gaze_gives_the_map_of_the_gaze(tmp_path):
+    size, grid = (300, 420), (14, 14)
+    looks = np.array([[100, 80, 300], [250, 200, 500], [270, 190, 250]], np.float32)
+    sigma = np.divide(size, grid)
+    dense = dense_pixels(looks, size, sigma, "duration")
+    path = save_map(tmp_path / "7.png", (255 * dense / dense.max()).astype(np.uint8))
+    by_file, _ = human_map(path, size, grid)
+    by_gaze, _ = human_map((recording(looks, size),), size, grid)
+    assert (by_file - by_gaze).abs().max() < 0.06  # area mean against cell centre
+
+
+def test_squeezed_maps_and_grids_are_taken_as_they_are(tmp_path):
+    values = np.random.default_rng(0).random((14, 14)).astype(np.float32)
+    found, _ = human_map(save_map(tmp_path / "a.npy", values), (333, 500), (14, 14))
+    np.testing.assert_allclose(found, values / values.max(), atol=1e-6)
+    squeezed = np.kron(values, np.ones((16, 16), np.float32))
+    path = save_map(tmp_path / "b.npy", squeezed)
+    found, _ = human_map(path, (333, 500), (14, 14), shown=(224, 224))
+    np.testing.assert_allclose(found, values / values.max(), atol=1e-5)
+
+
+def test_nan_and_transparency_are_not_known(tmp_path):
+    values = np.full((40, 40), 0.5, np.float32)
+    values[:20, :10] = np.nan
+    values[30:, 30:] = 0
+    found, known = human_map(save_map(tmp_path / "a.npy", values), (40, 40), (4, 4))
+    unknown = np.zeros((4, 4), bool)
+    unknown[:2, :1] = True
+    assert (known.numpy() == ~unknown).all()
+    assert not found[~known].any() and found[3, 3] == 0 and found[3, 0] == 1
+    pixels = np.full((40, 40, 4), 128, np.uint8)
+    pixels[..., 3] = np.where(np.isnan(values), 0, 255)
+    _, same = human_map(save_map(tmp_path / "a.png", pixels), (40, 40), (4, 4))
+    assert torch.equal(same, known)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(20, 400), st.integers(20, 400), st.floats(0.05, 3))
+def test_a_map_in_the_pictures_proportions_is_always_accepted(height, width, scale):
+    shape = (max(1, round(height * scale)), max(1, round(width * scale)))
+    _refuse_other_geometry(Path("a.png"), shape, (height, width), (None, (14, 14)))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("cut.png", ramp((60, 60)), r"cut.png is 60 x 60, but its picture is 90 x 60 pixels"),
+        ("turned.png", ramp((90, 60)), r"turned.png is 60 x 90, but its picture is 90 x 60"),
+        ("high.npy", np.full((60, 90), 1.5), r"high.npy has values from 1.5 to 1.5; scale them"),
+        ("low.npy", np.full((60, 90), -0.1), r"low.npy has values from -0.1"),
+        ("whole.npy", np.ones((60, 90), np.int64), "whole.npy holds int64; save bool"),
+        ("flat.npy", np.ones(90, np.float32), r"flat.npy has the shape \(90,\)"),
+        ("code.npy", np.array([{}] * 4, dtype=object), "code.npy cannot be read as a map"),
+    ],
+)
+def test_map_files_that_do_not_fit_are_refused(tmp_path, name, values, message):
+    path = save_map(tmp_path / name, values)
+    with pytest.raises(MapError, match=message):
+        human_map(path, (60, 90), (4, 6))
+
+
+def test_broken_and_missing_map_files_are_named(tmp_path):
+    for name in ("a.png", "a.jpg", "a.npy"):
+        path = save_map(tmp_path / name, ramp())
+        path.write_bytes(path.read_bytes()[:90])
+        with pytest.raises(MapError, match=rf"{name} cannot be read as a map"):
+            human_map(path, (60, 90), (4, 6))
+        path.unlink()
+        with pytest.raises(FileNotFoundError, match=name):
+            human_map(path, (60, 90), (4, 6))

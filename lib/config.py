@@ -2,13 +2,17 @@
 
 `preset()` reads the environment variable PRESET ("toy" when unset), so one variable flips every
 notebook and command. Folder locations and the backbone can come from the environment as well:
-DATA_DIR (holds CUB_200_2011 and CUB_GHA), WEIGHTS (a file), MODEL (a timm name) and
-RUNS_DIR (where trained models go).
+
+DATA_DIR  folder with the data            MODEL     timm name of the backbone
+MAPS      gaze, boxes, parts, none, or    WEIGHTS   a file
+          a folder of map files           RUNS_DIR  where trained models go
+SPLIT     a file of `python -m lib split` CACHE     1, or a folder: keep decoded pictures
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -18,26 +22,41 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parents[1]
-PRESETS = ("toy", "cub2011")
+PRESETS = ("toy", "cub2011", "cub2010", "folder")
+MAPS = ("gaze", "boxes", "parts", "none")  # or a folder: "files"
 
 
 @dataclass
 class DataConfig:
     """Which images, which human maps, and how an image is cut before the model sees it."""
 
-    name: Literal["toy", "cub2011"] = "toy"
-    root: Path = ROOT / "datasets"  # folder that holds CUB_200_2011 and CUB_GHA (unused by toy)
+    name: Literal["toy", "cub2011", "cub2010", "folder"] = "toy"  # a reader in lib/readers.py
+    root: Path = ROOT / "datasets"  # folder that holds the data (unused by toy)
     image_size: tuple[int, int] = (64, 64)  # height, width in pixels, as the model sees them
-    sigma: float = 1.0  # width of one fixation's Gaussian, in patches of the full image
+    maps: Literal["gaze", "files", "boxes", "parts", "none"] = "gaze"  # where human maps come from
+    maps_dir: Path | None = None  # maps="files": folder of .jpg, .png or .npy maps
+    gaze_runs: Literal["all"] | tuple[int, ...] = "all"  # which runs of the gaze collection
+    sigma: float = 1.0  # standard deviation of one fixation's Gaussian, in sigma_unit
+    sigma_unit: Literal["patch", "pixel"] = "patch"  # patch of the model, pixel of the picture
     weight: Literal["duration", "count"] = "duration"  # what one fixation weighs
     crop_scale: tuple[float, float] = (0.6, 1.0)  # share of the area a random training crop keeps
     flip: float = 0.5  # probability of a horizontal flip in training
-    val_share: float = 0.1  # cub2011: share of each class's training images kept for validation
+    split_file: Path | None = None  # made by `python -m lib split`; None is the published split
+    split_md5: str | None = None  # of that file: another split is another experiment
+    val_share: float = 0.1  # share of each class's training images kept for validation
+    cache: Path | None = None  # folder for decoded pictures; None decodes them every time
     toy_train: int = 600  # toy: number of training images
     toy_val: int = 200  # toy: number of validation images, decoy as in training
     toy_test: int = 400  # toy: number of test images, decoy uninformative
     agreement: float = 0.95  # toy: share of training images whose decoy agrees with the label
     seed: int = 0  # seed of the drawn data and of the validation split
+
+    def __post_init__(self) -> None:
+        if (self.maps == "files") != (self.maps_dir is not None):
+            raise ValueError(
+                f'maps is "{self.maps}" and maps_dir {self.maps_dir}; give a folder of map files '
+                'with maps="files", and only then'
+            )
 
 
 @dataclass
@@ -127,7 +146,7 @@ def preset(name: str | None = None) -> Config:
     name = name or os.environ.get("PRESET") or "toy"
     if name not in PRESETS:
         raise ValueError(f'PRESET is "{name}"; use one of {", ".join(PRESETS)}')
-    config = _toy() if name == "toy" else _cub2011()
+    config = _toy() if name == "toy" else _pictures(name)
     config.runs = Path(os.environ.get("RUNS_DIR", config.runs)) / name
     return config
 
@@ -152,28 +171,61 @@ def _toy() -> Config:
     )
 
 
-def _cub2011() -> Config:
-    """CUB-200-2011 with CUB-GHA gaze, ViT-Small: a GPU for everything, a CPU for the last block."""
+def _pictures(name: str) -> Config:
+    """Real pictures and a ViT-Small: a GPU for everything, a CPU for the last block.
+
+    Without human maps there is nothing to compare fine-tuning with: `variants` is empty then.
+    """
     model = os.environ.get("MODEL", "vit_small_patch16_224")
     weights = Path(os.environ.get("WEIGHTS", ROOT / "models" / f"{model}.pt"))
     stage = {"batch_size": 32, "lr": 1e-4, "head_lr_factor": 10.0, "trainable": "last_block"}
     stage |= {"epochs": 10, "workers": 2, "cache_tokens": True}
+    data = _data_from_environment(name)
+    variants = {
+        "control": {"lam": 0.0},
+        "HITL mse": {"loss": "mse", "lam": 1.0},
+        "HITL kl": {"loss": "kl", "lam": 0.1},
+    }
     return Config(
-        preset="cub2011",
-        data=DataConfig(
-            name="cub2011",
-            root=Path(os.environ.get("DATA_DIR", ROOT / "datasets")),
-            image_size=(224, 224),
-        ),
+        preset=name,
+        data=data,
         model=ModelConfig(name=model, weights=weights),
         ft=TrainConfig(**stage),
         hitl=TrainConfig(**stage, human=HumanConfig(loss="kl", lam=0.1)),
-        variants={
-            "control": {"lam": 0.0},
-            "HITL mse": {"loss": "mse", "lam": 1.0},
-            "HITL kl": {"loss": "kl", "lam": 0.1},
-        },
+        variants={} if data.maps == "none" else variants,
     )
+
+
+def _data_from_environment(name: str) -> DataConfig:
+    """What DATA_DIR, MAPS, SPLIT and CACHE say about a data set of pictures."""
+    root = Path(os.environ.get("DATA_DIR", ROOT / "datasets"))
+    maps = os.environ.get("MAPS") or _usual_maps(name, root)
+    split = os.environ.get("SPLIT")
+    cache = os.environ.get("CACHE", "0")
+    return DataConfig(
+        name=name,
+        root=root,
+        image_size=(224, 224),
+        maps=maps if maps in MAPS else "files",
+        maps_dir=None if maps in MAPS else Path(maps),
+        split_file=Path(split) if split else None,
+        split_md5=file_md5(Path(split)) if split else None,
+        cache={"0": None, "": None, "1": root / "decoded"}.get(cache, Path(cache)),
+    )
+
+
+def _usual_maps(name: str, root: Path) -> str:
+    """Gaze for CUB-200-2011, else the folder `maps` beside the pictures where there is one."""
+    if name == "cub2011":
+        return "gaze"
+    return str(root / "maps") if (root / "maps").is_dir() else "none"
+
+
+def file_md5(path: Path) -> str:
+    """The md5 of a file's content; FileNotFoundError with the remedy where it is missing."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; make it with `python -m lib split`")
+    return hashlib.md5(path.read_bytes()).hexdigest()
 
 
 # ------------------------------------------------------------------------------- to JSON and back

@@ -136,25 +136,39 @@ def summarise(frame: pd.DataFrame) -> dict[str, float]:
 def human_baselines(dataset: BirdDataset) -> pd.DataFrame:
     """The same metrics for maps that no model made: what a model's are to be held against.
 
+    Each is measured against readers that did not draw it, the leave-one-out scheme of the ceiling.
+    Maps without readers (boxes, files) have no ceiling and no NSS: they are measured whole.
+
     Returns:
-        one row a baseline: human (each reader against all others, the ceiling), mean map (of the
-        whole set), another image's map, uniform; columns nss, cc, sim, kl. All are measured
-        against readers that did not draw the map: the leave-one-out scheme of the ceiling.
+        one row a baseline: human (each reader against all others, the ceiling), mean map (of all
+        other images), another image (its map, from the other half of the set), uniform; columns
+        nss, cc, sim, kl. NaN where a metric is not defined: the CC of a constant map.
     """
     items = [dataset.readers(i) for i in range(len(dataset))]
     items = [(maps, counts) for maps, counts in items if len(maps) > 1]
+    has_readers = bool(items)
+    if not has_readers:
+        chosen = np.flatnonzero(dataset.table["has_map"])
+        maps = [dataset[int(i)]["human"][None] for i in chosen]
+        items = [(one, torch.zeros_like(one)) for one in maps]
+    if len(items) < 2:
+        return pd.DataFrame(columns=["map", "nss", "cc", "sim", "kl"])
     whole = torch.stack([maps.sum(0) for maps, _ in items])
-    rows: dict[str, list[dict[str, Tensor]]] = {"human": [], "mean map": [], "another image": []}
-    mean = whole.mean(0)
+    names = ("human", "mean map", "another image", "uniform")
+    rows: dict[str, list[dict[str, Tensor]]] = {name: [] for name in names[1 - has_readers :]}
+    total = whole.sum(0)
     for i, (maps, counts) in enumerate(items):
-        others, other_counts = maps.sum(0) - maps, counts.sum(0) - counts  # [R, P]
+        others, other_counts = (maps.sum(0) - maps, counts.sum(0) - counts)  # [R, P]
+        if not has_readers:
+            others, other_counts = maps, counts
         candidates = {
             "human": maps,
-            "mean map": mean.expand_as(maps),
-            "another image": whole[(i + 1) % len(whole)].expand_as(maps),
+            "mean map": (total - whole[i]).expand_as(maps),
+            "another image": whole[(i + len(whole) // 2) % len(whole)].expand_as(maps),
+            "uniform": torch.ones_like(maps),
         }
-        for name, candidate in candidates.items():
-            rows[name].append(_alignment(candidate, others, other_counts))
+        for name in rows:
+            rows[name].append(_alignment(candidates[name], others, other_counts))
     table = {
         name: {key: torch.cat([r[key] for r in found]).nanmean().item() for key in found[0]}
         for name, found in rows.items()
@@ -262,7 +276,8 @@ def by_seed(frame: pd.DataFrame) -> pd.DataFrame:
 
 def comparison_table(seeds: pd.DataFrame) -> pd.DataFrame:
     """One row a variant, one column a figure: "mean ± standard deviation" over the seeds."""
-    columns = {key: words for key, words in COLUMNS.items() if key in seeds}
+    # Data without maps or without gaze has no alignment to show.
+    columns = {k: words for k, words in COLUMNS.items() if k in seeds and seeds[k].notna().any()}
     rows = {}
     for variant, part in seeds.groupby("variant", sort=False):
         rows[variant] = {words: _mean_and_std(part[key]) for key, words in columns.items()}

@@ -20,10 +20,13 @@ def overlay(axis: plt.Axes, image: np.ndarray, grid_map: np.ndarray, strength: f
 
     Args:
         image: uint8 `[H, W, 3]`. grid_map: `[gh, gw]`, non-negative; scaled to its own maximum.
+            NaN, a cell of which nothing is known, is left out.
         strength: opacity of the map where it is highest; where it is 0 the image is only dimmed.
     """
     height, width = image.shape[:2]
-    scaled = grid_map / max(float(grid_map.max()), 1e-12)
+    known = np.isfinite(grid_map)
+    scaled = np.where(known, grid_map, 0)
+    scaled = scaled / max(float(scaled.max()), 1e-12)
     axis.imshow(image)
     axis.imshow(
         scaled,
@@ -31,7 +34,7 @@ def overlay(axis: plt.Axes, image: np.ndarray, grid_map: np.ndarray, strength: f
         cmap=MAP_COLOURS,
         vmin=0,
         vmax=1,
-        alpha=strength * (0.4 + 0.6 * scaled),
+        alpha=strength * (0.4 + 0.6 * scaled) * known,
         interpolation="nearest",
     )
     axis.set_axis_off()
@@ -101,7 +104,7 @@ def maps_in_a_row(
 
 def comparison(seeds: pd.DataFrame, columns: Mapping[str, str]) -> Figure:
     """One panel a figure of merit: a bar a model (mean of seeds), a dot a seed."""
-    shown = {key: words for key, words in columns.items() if key in seeds}
+    shown = {k: words for k, words in columns.items() if k in seeds and seeds[k].notna().any()}
     models = list(dict.fromkeys(seeds["variant"]))
     figure, axes = plt.subplots(
         1, len(shown), figsize=(2.3 * len(shown), 3.6), squeeze=False, layout="constrained"

@@ -33,7 +33,7 @@ from lib.losses import attention_loss
 from lib.model import SigmoidViT, create_model, load_weights, save_weights
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(FloatingPointError):
     """The loss became infinite or NaN; the last checkpoint is from the epoch before."""
 
 
@@ -243,6 +243,19 @@ def refuse_frozen_supervision(model: SigmoidViT, config: TrainConfig) -> None:
             )
 
 
+def refuse_supervision_without_maps(train_set: BirdDataset, config: TrainConfig) -> None:
+    """ValueError when human attention is to be learned, but no image has a map: a silent control.
+
+    A single map is enough: the original method corrects a few images only.
+    """
+    if config.human.lam > 0 and not train_set.table["has_map"].any():
+        raise ValueError(
+            f"lam is {config.human.lam:g}, but none of the {len(train_set)} training images has a "
+            "human map; set MAPS (gaze, boxes, parts, or a folder of map files), or train with "
+            "lam=0"
+        )
+
+
 def set_train_mode(model: SigmoidViT, trainable: str) -> None:
     """Training mode for the part that learns; a frozen part is used as in evaluation."""
     model.eval()
@@ -357,6 +370,7 @@ def train_run(name: str, config: RunConfig, runs: Path, overwrite: bool = False)
         except FileNotFoundError:
             pass  # stopped half way: it is trained again
     model, train_set = starting_point(config, runs)
+    refuse_supervision_without_maps(train_set, config.train)
     val_set = dataset_for(model, config, "val", augment=False)
     classes = train_set.classes
     if config.train.cache_tokens:
@@ -383,7 +397,8 @@ def starting_point(config: RunConfig, runs: Path) -> tuple[SigmoidViT, BirdDatas
     set_seed(config.train.seed)
     model = bare_model(config, num_classes=0)
     if config.model.weights is not None:
-        load_weights(model, config.model.weights)
+        report = load_weights(model, config.model.weights)
+        tqdm.write(f"{config.model.weights.name}: {report}; the head is new")
     train_set = dataset_for(model, config, "train", augment=not config.train.cache_tokens)
     set_seed(config.train.seed)  # the new head is the same whatever the trunk drew
     model.vit.reset_classifier(len(train_set.classes))

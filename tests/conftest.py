@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pytest
 import timm
 import torch
 from hypothesis import settings
+from PIL import Image
 
+from lib.config import DataConfig
 from lib.model import SigmoidViT
 
 matplotlib.use("Agg")
@@ -17,6 +20,12 @@ settings.register_profile("lib", deadline=None, max_examples=40)
 settings.load_profile("lib")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+# The tiny CUB-200-2011 of the fixture `cub`.
+CUB_CLASSES = ("001.Black_footed_Albatross", "004.Groove_billed_Ani")
+CUB_PER_CLASS = 10  # the first 6 are official training images
+CUB_UNSEEN = 3  # image id without gaze
+CUB_SIZE = (60, 80)  # height, width of the tiny JPEGs
 
 # Architectures that must work: name, changes, and what they stand for.
 VITS = {
@@ -62,3 +71,36 @@ def shared() -> Path:
     if not (SHARED / "data" / "CUB_200_2011").is_dir():
         pytest.skip("no development data (real birds, gaze, weights) beside this checkout")
     return SHARED
+
+
+@pytest.fixture
+def cub(tmp_path):
+    """A folder like the published one: 2 classes of 10 images, two runs of gaze."""
+    rng = np.random.default_rng(0)
+    folder, gaze = tmp_path / "CUB_200_2011", tmp_path / "CUB_GHA" / "data_5runs"
+    gaze.mkdir(parents=True)
+    tables = {name: [] for name in ("images", "image_class_labels", "train_test_split")}
+    boxes, parts, runs = [], [], [[], []]
+    for k, class_name in enumerate(CUB_CLASSES):
+        (folder / "images" / class_name).mkdir(parents=True)
+        for j in range(CUB_PER_CLASS):
+            image, name = 1 + k * CUB_PER_CLASS + j, f"{class_name}/bird_{j}.jpg"
+            pixels = rng.integers(0, 255, (*CUB_SIZE, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / name)
+            tables["images"].append(f"{image} {name}")
+            tables["image_class_labels"].append(f"{image} {int(class_name[:3])}")
+            tables["train_test_split"].append(f"{image} {int(j < 6)}")
+            boxes.append(f"{image} 20.0 15.0 40.0 30.0")
+            parts += [f"{image} 1 25.0 20.0 1", f"{image} 2 55.0 40.0 1", f"{image} 3 0.0 0.0 0"]
+            if image != CUB_UNSEEN:
+                runs[0].append(f"{image},{CUB_SIZE[1]},{CUB_SIZE[0]},10,10,200,70,50,400")
+                runs[1].append(f"{image},{CUB_SIZE[1]},{CUB_SIZE[0]},12,9,300")
+    tables["bounding_boxes"] = boxes
+    tables["classes"] = [f"{int(name[:3])} {name}" for name in CUB_CLASSES]
+    for name, lines in tables.items():
+        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    (folder / "parts").mkdir()
+    (folder / "parts" / "part_locs.txt").write_text("\n".join(parts) + "\n")
+    for k, lines in enumerate(runs):
+        (gaze / f"Fixation_run{k + 1}.txt").write_text("\n".join(lines) + "\n")
+    return DataConfig(name="cub2011", root=tmp_path, image_size=(48, 64), val_share=0.34)

@@ -5,50 +5,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import CUB_CLASSES, CUB_PER_CLASS, CUB_SIZE, CUB_UNSEEN
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from lib.config import DataConfig
-from lib.data import BirdDataset, Record, make_dataset
+from lib.data import BirdDataset, make_dataset
 from lib.gaze import Recording, fixation_map
+from lib.readers import Record
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PLAIN = (0.0,) * 3, (1.0,) * 3  # items then hold the pixels divided by 255
-CLASSES = ("001.Black_footed_Albatross", "004.Groove_billed_Ani")
-PER_CLASS = 10  # the first 6 are official training images
-UNSEEN = 3  # image id without gaze
-SIZE = (60, 80)  # height, width of the tiny JPEGs
-
-
-@pytest.fixture
-def cub(tmp_path):
-    """A folder like the published one: 2 classes of 10 images, two runs of gaze."""
-    rng = np.random.default_rng(0)
-    folder, gaze = tmp_path / "CUB_200_2011", tmp_path / "CUB_GHA" / "data_5runs"
-    gaze.mkdir(parents=True)
-    tables = {name: [] for name in ("images", "image_class_labels", "train_test_split")}
-    boxes, runs = [], [[], []]
-    for k, class_name in enumerate(CLASSES):
-        (folder / "images" / class_name).mkdir(parents=True)
-        for j in range(PER_CLASS):
-            image, name = 1 + k * PER_CLASS + j, f"{class_name}/bird_{j}.jpg"
-            pixels = rng.integers(0, 255, (*SIZE, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / "images" / name)
-            tables["images"].append(f"{image} {name}")
-            tables["image_class_labels"].append(f"{image} {int(class_name[:3])}")
-            tables["train_test_split"].append(f"{image} {int(j < 6)}")
-            boxes.append(f"{image} 20.0 15.0 40.0 30.0")
-            if image != UNSEEN:
-                runs[0].append(f"{image},{SIZE[1]},{SIZE[0]},10,10,200,70,50,400")
-                runs[1].append(f"{image},{SIZE[1]},{SIZE[0]},12,9,300")
-    tables["bounding_boxes"] = boxes
-    tables["classes"] = [f"{int(name[:3])} {name}" for name in CLASSES]
-    for name, lines in tables.items():
-        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
-    for k, lines in enumerate(runs):
-        (gaze / f"Fixation_run{k + 1}.txt").write_text("\n".join(lines) + "\n")
-    return DataConfig(name="cub2011", root=tmp_path, image_size=(48, 64), val_share=0.34)
 
 
 def landmark(rng, image_size, crop_scale=(0.6, 1.0)):
@@ -168,7 +136,7 @@ def test_cub_splits_are_disjoint_stratified_and_repeatable(cub):
         for split in ("train", "val", "test")
     }
     assert ids["val"]["label"].tolist() == [0, 0, 1, 1]  # round(0.34 * 6) of each class
-    official = {i for i in range(1, 21) if (i - 1) % PER_CLASS < 6}
+    official = {i for i in range(1, 21) if (i - 1) % CUB_PER_CLASS < 6}
     train, val, test = (set(ids[split]["image_id"]) for split in ("train", "val", "test"))
     assert train | val == official and not train & val
     assert test == set(range(1, 21)) - official
@@ -184,8 +152,8 @@ def test_cub_validation_images_do_not_depend_on_the_other_classes(cub):
     before = make_dataset(cub, "val", (3, 4), MEAN, STD).table.query("label == 1")["image_id"]
     for name in ("images", "image_class_labels", "train_test_split", "bounding_boxes"):
         path = cub.root / "CUB_200_2011" / f"{name}.txt"
-        path.write_text("\n".join(path.read_text().splitlines()[PER_CLASS:]) + "\n")
-    (cub.root / "CUB_200_2011" / "classes.txt").write_text(f"4 {CLASSES[1]}\n")
+        path.write_text("\n".join(path.read_text().splitlines()[CUB_PER_CLASS:]) + "\n")
+    (cub.root / "CUB_200_2011" / "classes.txt").write_text(f"4 {CUB_CLASSES[1]}\n")
     table = make_dataset(cub, "val", (3, 4), MEAN, STD).table
     assert table["image_id"].tolist() == before.tolist() and set(table["label"]) == {0}
 
@@ -198,7 +166,7 @@ def test_cub_map_and_boxes_are_those_of_the_squeezed_image(cub):
     assert row[["x0", "y0", "x1", "y1"]].tolist() == pytest.approx([16, 12, 48, 36])
     assert Path(row["path"]).is_file() and row["has_map"]
     looks = np.array([[10, 10, 200], [70, 50, 400], [12, 9, 300]])
-    expected = fixation_map(looks, SIZE, (3, 4), cub.sigma, cub.weight)
+    expected = fixation_map(looks, CUB_SIZE, (3, 4), cub.sigma, cub.weight)
     np.testing.assert_allclose(dataset[0]["human"].view(3, 4), expected, atol=1e-6)
 
 
@@ -215,7 +183,7 @@ def test_readers_are_apart_and_add_up(cub):
 def test_an_image_without_gaze_is_unsupervised(cub, augment):
     cub.val_share = 0.0
     dataset = make_dataset(cub, "train", (3, 4), MEAN, STD, augment=augment)
-    index = dataset.table["image_id"].tolist().index(UNSEEN)
+    index = dataset.table["image_id"].tolist().index(CUB_UNSEEN)
     item = dataset[index]
     assert not item["valid"].any() and item["human"].sum() == 0
     assert not dataset.table["has_map"][index] and dataset.table["x0"][index] == pytest.approx(16)

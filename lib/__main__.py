@@ -5,27 +5,27 @@ The environment variable PRESET chooses the data set ("toy" when unset), see lib
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 import tyro
 
-from lib import bench, evaluate
-from lib.config import ROOT, preset
-from lib.model import UnsupportedModelError, WeightsError
-from lib.pretrain import pretrain
-from lib.train import RunConflict, TrainingDiverged
+from lib.config import PRESETS, ROOT, preset
 
-# Mistakes that a person can mend: told in one sentence, exit code 2, no traceback.
-EXPECTED = (
-    OSError,
-    RunConflict,
-    TrainingDiverged,
-    UnsupportedModelError,
-    ValueError,
-    WeightsError,
-)
+# Each command imports what it needs itself: help and downloads do not wait for PyTorch.
+
+SPLIT_NAMES = {
+    "cub2011": "cub200_2011_dataset.json",
+    "cub2010": "cub200_2010_dataset.json",
+    "folder": "folder_dataset.json",
+}
+
+# Mistakes that a person can mend: told in one sentence, exit code 2, no traceback; the last one
+# is a loss that is not finite.
+EXPECTED = (OSError, ValueError, FloatingPointError)
 
 
 def demo(
@@ -39,6 +39,8 @@ def demo(
         overwrite: train again even where a finished run is there.
         out: folder of the result; result/result%Y%m%d_%H%M below the repository by default.
     """
+    from lib import evaluate
+
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}; train with 1 or more")
     config = preset()
@@ -67,6 +69,8 @@ def make_trunk(
         epochs: passes over them.
         seed: of the data and the weights.
     """
+    from lib.pretrain import pretrain
+
     accuracy = pretrain(preset("toy"), path, images, epochs, seed)
     print("accuracy on new images: " + ", ".join(f"{k} {v:.3f}" for k, v in accuracy.items()))
 
@@ -85,22 +89,161 @@ def speed(
         batch_size: images a step.
         rounds: measured turns.
     """
+    from lib import bench
+
     table = bench.medians(bench.training_steps(name, image_size, batch_size, rounds))
     print(f"{name}, {image_size} pixels, batch {batch_size}: median of {rounds} turns\n")
     print(table.round(3).to_string())
 
 
+def loading(images: int = 256, rounds: int = 5) -> None:
+    """Reading training pictures: decoded every time against the decoded cache, in turns.
+
+    Args:
+        images: how many pictures of the PRESET are read.
+        rounds: measured turns.
+    """
+    from lib import bench
+    from lib.train import bare_model, fine_tuning
+
+    config = preset()
+    if config.preset == "toy":
+        raise ValueError("toy birds are drawn, not decoded; set PRESET to another")
+    grid = bare_model(fine_tuning(config, seed=0), num_classes=0).grid
+    table, cost = bench.image_loading(config.data, grid, images, rounds)
+    found = bench.medians(table)
+    found["pictures a second"] = cost["pictures"] / found["seconds"]
+    print(f"{cost['pictures']} training pictures, one process: median of {rounds} turns\n")
+    print(found.round(3).to_string())
+    print(
+        f"\nbuilt in {cost['seconds to build']:.1f} s; a picture takes "
+        f"{cost['bytes a picture, cache'] / 1e3:.0f} kB on disk "
+        f"({cost['bytes a picture, JPEG'] / 1e3:.0f} kB as JPEG)"
+    )
+
+
+def weights(
+    model_name: str = "vit_small_patch16_224",
+    save_dir: Path = ROOT / "models",
+    overwrite: bool = False,
+) -> None:
+    """Save timm's pretrained weights to a file, where the presets look for them.
+
+    Args:
+        model_name: any timm ViT with a class token, e.g. vit_small_patch14_dinov2.
+        save_dir: folder of <model name>.pt; or the file itself, ending in .pt or .safetensors.
+        overwrite: fetch and write again even where the file is there.
+    """
+    from lib.weights import save_pretrained
+
+    print(f"{save_pretrained(model_name, save_dir, overwrite)} is ready")
+
+
+def split(
+    N: Annotated[float, tyro.conf.arg(name="N")] = 0.8,
+    shuffle: bool = False,
+    seed: int = 0,
+    official: bool = False,
+    val_share: float = 0.0,
+    out: Path | None = None,
+) -> None:
+    """Split the data set into train and test, class by class, and write it as JSON.
+
+    PRESET chooses the data set (cub2011 when unset). Set SPLIT to the file to train with it.
+
+    Args:
+        N: share of each class that is for training; the rest is for testing.
+        shuffle: shuffle each class before it is split.
+        seed: of the shuffle, and of the validation images.
+        official: the split that the data set was published with, instead of N.
+        val_share: share of each class's training images to name as validation images in the file;
+            with 0 they are carved from train when the file is read.
+        out: the file; <data folder>/cub200_2011_dataset.json by default.
+    """
+    from lib import splits
+    from lib.readers import list_pictures
+
+    name = os.environ.get("PRESET") or "cub2011"
+    if name == "toy":
+        raise ValueError("toy birds are drawn in parts and need no split; set PRESET to another")
+    config = preset(name).data
+    listing = list_pictures(config)
+    if not official:
+        made = splits.per_class(listing.rows, listing.label_list, N, shuffle, seed)
+    elif listing.published:
+        made = listing.published
+    else:
+        raise ValueError(f"{listing.home} comes without a split of its own; leave out --official")
+    if val_share:
+        made = splits.with_validation(made, val_share, seed)
+    out = out or config.root / SPLIT_NAMES[name]
+    splits.write_split(made, out)
+    parts = [f"{len(getattr(made, part))} {part}" for part in ("train", "val", "test")]
+    print(f"{out}: {', '.join(parts)} images of {len(made.label_list)} classes")
+
+
+def fetch(
+    name: tyro.conf.Positional[Literal["cub2011", "cub-gha"]], to: Path = ROOT / "datasets"
+) -> None:
+    """Download a published data set; a second call goes on where the first stopped.
+
+    Args:
+        name: cub2011 is CUB-200-2011 (1.15 GB), cub-gha the human gaze for it (6 MB).
+        to: folder that receives it.
+    """
+    from lib.download import download
+
+    download(name, to)
+
+
+def check(
+    name: tyro.conf.Positional[Literal[PRESETS] | None] = None, details: Path | None = None
+) -> int:
+    """Read every picture and every human map once and say what is wrong; exit code 1 if training
+    would fail.
+
+    Args:
+        name: the preset; PRESET when left out.
+        details: a .csv file to write every single finding to.
+    """
+    from lib.check import check_data
+    from lib.train import bare_model, fine_tuning, write_text
+
+    config = preset(name)
+    grid = bare_model(fine_tuning(config, seed=0), num_classes=0).grid
+    report = check_data(config.data, grid)
+    print(f"preset {config.preset}: what was looked for, and how often it was found\n")
+    print(report.table().to_string())
+    for example in report.examples():
+        print(f"\nfirst {example}")
+    print(f"\n{report.balance.to_string()}\n")
+    if details is not None:
+        write_text(details, report.details().to_csv(index=False))
+        print(f"{len(report.findings)} findings: {details}")
+    print("training would fail" if report.stops_training else "training can start")
+    return int(report.stops_training)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
-    commands = {"demo": demo, "pretrain": make_trunk, "bench": speed}
+    commands = {
+        "demo": demo,
+        "weights": weights,
+        "download": fetch,
+        "split": split,
+        "check": check,
+        "pretrain": make_trunk,
+        "bench": speed,
+        "bench-data": loading,
+    }
     try:
-        tyro.extras.subcommand_cli_from_dict(
+        code = tyro.extras.subcommand_cli_from_dict(
             commands, prog="python -m lib", description=__doc__, args=arguments
         )
     except EXPECTED as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return code or 0
 
 
 if __name__ == "__main__":

@@ -1,23 +1,29 @@
-"""Speed, side by side: our training step against plain timm fine-tuning of the same model.
+"""Speed, side by side: training steps against plain timm's, pictures decoded against cached.
 
-Both run in one process, in turns, on the same batch with the same optimiser; the figure is the
-ratio of a pair of neighbouring steps, so that what else the machine does falls on both.
+Both sides run in one process, in turns, on the same input; the figure is the ratio of a pair of
+neighbouring turns, so that what else the machine does falls on both.
 """
 
 from __future__ import annotations
 
 import copy
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lib.config import HumanConfig, TrainConfig
+from lib.config import DataConfig, HumanConfig, TrainConfig
+from lib.data import BirdDataset
 from lib.model import SigmoidViT, create_model
+from lib.readers import read_records
 from lib.train import loss_terms
 
 
@@ -104,6 +110,57 @@ def training_steps(
                 for way, s in seconds.items()
             ]
     return pd.DataFrame(rows)
+
+
+def image_loading(
+    config: DataConfig, grid: tuple[int, int], images: int = 256, rounds: int = 5
+) -> tuple[pd.DataFrame, dict[str, float]]:
+    """Seconds to read the same training pictures decoded every time, and from the decoded cache.
+
+    One process reads, as one worker of a DataLoader does: crop, flip and map included. The cache
+    is built in a temporary folder and lies in the system's file cache when it is read, as it does
+    from the second epoch on where memory allows.
+
+    Args:
+        config: a data set of pictures. grid: of the model. images: how many are read. rounds:
+            measured turns, after one that is thrown away.
+
+    Returns:
+        one row a way and round: way, round, seconds, ratio (to decoding in the same round); and
+        the cost: seconds to build, bytes a picture on disk and as JPEG.
+    """
+    records, classes = read_records(config, "train")
+    rng = np.random.default_rng(0)
+    chosen = [records[i] for i in rng.permutation(len(records))[:images]]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        ways = {}
+        for way, cache in (("decoded cache", Path(folder)), ("decoding", None)):
+            data = replace(config, cache=cache)
+            ways[way] = BirdDataset(chosen, classes, data, grid, (0.5,) * 3, (0.5,) * 3, True)
+            if cache:
+                built = time.perf_counter() - start
+        for number in tqdm(range(rounds + 1), desc="rounds", leave=False):
+            seconds = {}
+            for way, dataset in reversed(ways.items()):
+                start = time.perf_counter()
+                for i in range(len(dataset)):
+                    dataset[i]
+                seconds[way] = time.perf_counter() - start
+            if number > 0:
+                rows += [
+                    {"way": way, "round": number, "seconds": s, "ratio": s / seconds["decoding"]}
+                    for way, s in seconds.items()
+                ]
+        on_disk = sum(path.stat().st_size for path in Path(folder).iterdir())
+    cost = {
+        "pictures": len(chosen),
+        "seconds to build": built,
+        "bytes a picture, cache": on_disk / len(chosen),
+        "bytes a picture, JPEG": float(np.mean([r.image.stat().st_size for r in chosen])),
+    }
+    return pd.DataFrame(rows), cost
 
 
 def medians(table: pd.DataFrame) -> pd.DataFrame:

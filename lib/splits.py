@@ -69,7 +69,7 @@ def per_class(
     label outside label_list, an image or a class name given twice, and a seed below 0.
     """
     if not 0 < share < 1:
-        raise SplitError(f"share is {share}; give the part for training, between 0 and 1.")
+        raise SplitError(f"the share N for training is {share}; give a part between 0 and 1.")
     if not rows:
         raise SplitError("there are no images to split; check the folder they are read from.")
     _check(rows, label_list)

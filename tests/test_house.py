@@ -22,17 +22,24 @@ MAY_IMPORT = {
     "metrics": set(),
     "gaze": set(),
     "toybirds": set(),
+    "splits": set(),
+    "cache": set(),
+    "download": set(),
     "plots": set(),
     "config": set(),
     "losses": {"attention"},
     "model": {"attention"},
-    "data": {"gaze", "toybirds", "config"},
+    "weights": {"model"},
+    "readers": {"gaze", "toybirds", "config", "splits"},
+    "data": {"gaze", "config", "readers", "cache"},
+    "check": {"gaze", "config", "readers"},
     "train": {"data", "model", "losses", "metrics", "config", "attention"},
     "pretrain": {"toybirds", "model", "config"},
-    "bench": {"model", "config", "train"},
+    "bench": {"model", "config", "train", "data", "readers"},
     "evaluate": {"train", "data", "model", "losses", "metrics", "config", "plots", "attention"}
     | {"gaze"},
-    "__main__": {"evaluate", "train", "bench", "pretrain", "config", "model"},
+    "__main__": {"evaluate", "train", "bench", "pretrain", "config", "check", "download"}
+    | {"readers", "splits", "weights"},
     "__init__": set(),
 }
 NOTEBOOK_ONLY = {"IPython", "ipywidgets", "anywidget", "jupyter", "jupyterlab", "notebook"}

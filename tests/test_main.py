@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import CUB_CLASSES
+
+from lib.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,8 +29,22 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 def test_help_names_the_commands():
     done = command("--help")
     assert done.returncode == 0
-    for word in ("demo", "pretrain", "bench"):
+    for word in ("demo", "weights", "download", "split", "check", "pretrain", "bench"):
         assert word in done.stdout
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    """Runs a command in this process, which spares a start of several seconds."""
+
+    def run(*arguments: str, **environment: str) -> tuple[int, str, str]:
+        for name in ("PRESET", "DATA_DIR", "MAPS", "SPLIT", "CACHE", "MODEL", "WEIGHTS"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return main(list(arguments)), *capsys.readouterr()
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -36,10 +54,48 @@ def test_help_names_the_commands():
         (("demo", "--seeds", "0"), {"PRESET": "toy"}, "seeds is 0"),
         (("demo",), {"PRESET": "cub2011", "WEIGHTS": "/nowhere.pt"}, "no weights at /nowhere.pt"),
         (("bench", "--name", "resnet18"), {}, "resnet18"),
+        (("split", "--N", "1.5"), {"PRESET": "folder", "DATA_DIR": "/nowhere"}, "/nowhere is miss"),
+        (("split",), {"PRESET": "toy"}, "toy birds are drawn in parts"),
     ],
 )
-def test_mistakes_are_one_sentence_and_exit_code_2(arguments, environment, says, tmp_path):
-    done = command(*arguments, RUNS_DIR=str(tmp_path), **environment)
-    assert done.returncode == 2
-    assert says in done.stderr and "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()[-1]) < 400
+def test_mistakes_are_one_sentence_and_exit_code_2(
+    arguments, environment, says, tmp_path, run_main
+):
+    code, _, stderr = run_main(*arguments, RUNS_DIR=str(tmp_path), **environment)
+    assert code == 2
+    assert says in stderr and "Traceback" not in stderr
+    assert len(stderr.strip().splitlines()[-1]) < 400
+
+
+def test_split_writes_the_file_of_the_original_experiment(cub, run_main):
+    environment = {"DATA_DIR": str(cub.root)}
+    code, out, error = run_main("split", "--N", "0.7", "--shuffle", "--seed", "1", **environment)
+    assert code == 0, error
+    path = cub.root / "cub200_2011_dataset.json"
+    assert f"{path}: 14 train, 0 val, 6 test images of 2 classes" in out
+    content = json.loads(path.read_text())
+    assert list(content) == ["train", "test", "label_list"]
+    assert content["label_list"] == list(CUB_CLASSES)
+    name, label, map_name = content["train"][0]
+    assert (cub.root / "CUB_200_2011" / "images" / name).is_file()
+    assert label == 0 and map_name.isdigit()
+    code, out, error = run_main(
+        "split", "--official", "--val-share", "0.34", "--out", str(path), **environment
+    )
+    assert "8 train, 4 val, 8 test images" in out
+    first = json.loads(path.read_text())["test"][0]
+    assert first == [f"{CUB_CLASSES[0]}/bird_6.jpg", 0, "7"]
+
+
+def test_check_prints_a_table_and_its_exit_code_is_the_verdict(cub, run_main):
+    environment = {"DATA_DIR": str(cub.root), "TQDM_DISABLE": "1"}
+    details = cub.root / "details.csv"
+    code, out, error = run_main("check", "cub2011", "--details", str(details), **environment)
+    assert code == 0, error
+    assert "training can start" in out and "picture: unreadable" in out
+    assert "map: none" in details.read_text()
+    broken = cub.root / "CUB_200_2011" / "images" / CUB_CLASSES[0] / "bird_2.jpg"
+    broken.write_bytes(b"no picture")
+    code, out, error = run_main("check", "cub2011", **environment)
+    assert code == 1 and "training would fail" in out
+    assert f"first picture: unreadable: {broken}" in out

@@ -1,7 +1,8 @@
 """Executes notebooks in place and tidies them: `python tools/execute_notebooks.py NOTEBOOK...`
 
 What is committed is what a reader sees: outputs, but no progress bars, warnings on stderr, widget
-state, timings or machine-specific metadata.
+state, timings or machine-specific metadata; and no output of a cell tagged "photographs", whose
+pictures belong to their authors.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def tidy(notebook: NotebookNode) -> None:
         cell.id = f"cell-{number:02d}"  # stable from run to run: small diffs
         cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags"}
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if _is_for_readers(output)]
+            keep = "photographs" not in cell.metadata.get("tags", [])
+            cell.outputs = [out for out in cell.outputs if keep and _is_for_readers(out)]
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},

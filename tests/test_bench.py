@@ -26,3 +26,12 @@ def test_a_ratio_for_every_way_and_round():
     plain = table[table["way"] == "plain timm"]
     assert (plain["ratio"] == 1).all() and (table["seconds"] > 0).all()
     assert bench.medians(table).index[0] == "plain timm"
+
+
+def test_reading_pictures_is_compared_with_the_cache(cub):
+    table, cost = bench.image_loading(cub, (3, 4), images=6, rounds=2)
+    assert table.groupby("way").size().to_dict() == {"decoded cache": 2, "decoding": 2}
+    assert (table.query("way == 'decoding'")["ratio"] == 1).all() and (table["seconds"] > 0).all()
+    # 60 x 80 pixels are smaller than what a crop needs: kept as they are, 3 bytes a pixel
+    assert cost["pictures"] == 6 and cost["bytes a picture, cache"] == 60 * 80 * 3 + 8 + 4 / 6
+    assert not list(cub.root.glob("decoded*"))

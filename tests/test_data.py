@@ -1,5 +1,7 @@
 """Data sets as items: joint geometry, the CUB reader on a tiny folder, the toy birds, real CUB."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -314,3 +316,54 @@ def test_real_cub_frames_agree_and_birds_are_looked_at():
         on_bird &= (row_of > row.y0 - 14) & (row_of < row.y1 + 14)
         looks = item["fixations"].view(16, 16).numpy()
         assert looks[on_bird].sum() > 0.5 * looks.sum(), row.path
+
+
+# ----------------------------------------------------------------------------------- decoded cache
+
+
+def test_the_cache_gives_the_very_pictures_of_evaluation(cub):
+    plain = make_dataset(cub, "test", (3, 4), MEAN, STD)
+    cached = make_dataset(replace(cub, cache=cub.root / "decoded"), "test", (3, 4), MEAN, STD)
+    for one, other in zip(plain, cached, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(torch.as_tensor(one[k]), torch.as_tensor(other[k])) for k in one)
+    np.testing.assert_array_equal(plain.image(3), cached.image(3))
+    # 48 x 64 pixels, 3 bytes each, and a little for the table
+    size = sum(path.stat().st_size for path in (cub.root / "decoded").iterdir())
+    assert 0 <= size - len(cached) * 48 * 64 * 3 < 1000
+
+
+def test_training_crops_from_the_cache_follow_their_map_and_differ_little(cub):
+    rng = np.random.default_rng(0)
+    for number in range(6):  # large smooth training pictures: the cache has to shrink them
+        coarse = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8))
+        path = cub.root / "CUB_200_2011" / "images" / CUB_CLASSES[0] / f"bird_{number}.jpg"
+        coarse.resize((400, 300), Image.Resampling.BICUBIC).save(path, quality=95)
+    for path in (cub.root / "CUB_GHA" / "data_5runs").iterdir():
+        lines = [re.sub(r"^([1-6]),80,60,", r"\1,400,300,", li) for li in path.read_text().split()]
+        path.write_text("\n".join(lines) + "\n")
+    config = replace(cub, val_share=0.0, image_size=(112, 112), crop_scale=(1.0, 1.0), flip=0.0)
+    plain, cached = (
+        make_dataset(replace(config, cache=cache), "train", (7, 7), *PLAIN, augment=True)
+        for cache in (None, cub.root / "decoded")
+    )
+    assert min(cached._decoded[0].shape[1:]) == 112 < 300  # nothing smaller than the smallest crop
+    for index in range(6):
+        items = []
+        for dataset in (plain, cached):
+            torch.manual_seed(0)  # the crop is nearly the whole picture, and the same share of it
+            items.append(dataset[index])
+        assert 255 * (items[0]["image"] - items[1]["image"]).abs().mean() < 4
+        assert (items[0]["human"] - items[1]["human"]).abs().max() < 0.1
+
+
+def test_workers_share_the_cache_and_name_a_broken_picture(cub):
+    config = replace(cub, cache=cub.root / "decoded")
+    cached = make_dataset(config, "test", (3, 4), MEAN, STD)
+    plain = make_dataset(cub, "test", (3, 4), MEAN, STD)
+    for path in cached.table["path"]:
+        Path(path).write_bytes(b"the cache does not look at it")
+    batches = [batch["image"] for batch in DataLoader(cached, batch_size=4, num_workers=2)]
+    assert torch.equal(torch.cat(batches), torch.stack([cached[i]["image"] for i in range(8)]))
+    with pytest.raises(OSError, match=r"bird_6.jpg cannot be decoded"):
+        list(DataLoader(plain, batch_size=4, num_workers=1))

@@ -315,9 +315,7 @@ def one_sentence(error):
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 80, float("nan"), float("inf")])
 def test_a_share_for_training_is_between_0_and_1(share):
-    with pytest.raises(
-        SplitError, match=rf"^the share N .* is {share}; give .* 0 and 1\.$"
-    ):
+    with pytest.raises(SplitError, match=rf"^the share N .* is {share}; give .* 0 and 1\.$"):
         per_class(make_rows([4]), names_of(1), share)
 
 

@@ -5,7 +5,8 @@ notebook and command. Folder locations and the backbone can come from the enviro
 
 DATA_DIR  folder with the data            MODEL     timm name of the backbone
 MAPS      gaze, boxes, parts, none, or    WEIGHTS   a file
-          a folder of map files           RUNS_DIR  where trained models go
+          a folder of map files or of     RUNS_DIR  where trained models go
+          corrections (the editor's)
 SPLIT     a file of `python -m lib split` CACHE     1, or a folder: keep decoded pictures
 """
 
@@ -23,7 +24,7 @@ T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ("toy", "cub2011", "cub2010", "folder")
-MAPS = ("gaze", "boxes", "parts", "none")  # or a folder: "files"
+MAPS = ("gaze", "boxes", "parts", "none")  # or a folder: "files", or "corrections"
 
 
 @dataclass
@@ -33,8 +34,9 @@ class DataConfig:
     name: Literal["toy", "cub2011", "cub2010", "folder"] = "toy"  # a reader in lib/readers.py
     root: Path = ROOT / "datasets"  # folder that holds the data (unused by toy)
     image_size: tuple[int, int] = (64, 64)  # height, width in pixels, as the model sees them
-    maps: Literal["gaze", "files", "boxes", "parts", "none"] = "gaze"  # where human maps come from
-    maps_dir: Path | None = None  # maps="files": folder of .jpg, .png or .npy maps
+    # where human maps come from; "corrections" are those that were saved in the editor
+    maps: Literal["gaze", "files", "corrections", "boxes", "parts", "none"] = "gaze"
+    maps_dir: Path | None = None  # "files": folder of .jpg, .png or .npy; "corrections": of .json
     gaze_runs: Literal["all"] | tuple[int, ...] = "all"  # which runs of the gaze collection
     sigma: float = 1.0  # standard deviation of one fixation's Gaussian, in sigma_unit
     sigma_unit: Literal["patch", "pixel"] = "patch"  # patch of the model, pixel of the picture
@@ -52,10 +54,10 @@ class DataConfig:
     seed: int = 0  # seed of the drawn data and of the validation split
 
     def __post_init__(self) -> None:
-        if (self.maps == "files") != (self.maps_dir is not None):
+        if (self.maps in ("files", "corrections")) != (self.maps_dir is not None):
             raise ValueError(
-                f'maps is "{self.maps}" and maps_dir {self.maps_dir}; give a folder of map files '
-                'with maps="files", and only then'
+                f'maps is "{self.maps}" and maps_dir {self.maps_dir}; give a folder with '
+                'maps="files" or "corrections", and only then'
             )
 
 
@@ -155,7 +157,7 @@ def _toy() -> Config:
     """Drawn birds, a small ViT whose trunk is part of the repository: minutes on a CPU."""
     return Config(
         preset="toy",
-        data=DataConfig(),
+        data=DataConfig(**_maps_from_environment("toy", ROOT / "datasets")),
         model=ModelConfig(
             name="vit_tiny_patch16_224",
             weights=ROOT / "models" / "toybirds_vit.safetensors",
@@ -199,26 +201,33 @@ def _pictures(name: str) -> Config:
 def _data_from_environment(name: str) -> DataConfig:
     """What DATA_DIR, MAPS, SPLIT and CACHE say about a data set of pictures."""
     root = Path(os.environ.get("DATA_DIR", ROOT / "datasets"))
-    maps = os.environ.get("MAPS") or _usual_maps(name, root)
     split = os.environ.get("SPLIT")
     cache = os.environ.get("CACHE", "0")
     return DataConfig(
         name=name,
         root=root,
         image_size=(224, 224),
-        maps=maps if maps in MAPS else "files",
-        maps_dir=None if maps in MAPS else Path(maps),
+        **_maps_from_environment(name, root),
         split_file=Path(split) if split else None,
         split_md5=file_md5(Path(split)) if split else None,
         cache={"0": None, "": None, "1": root / "decoded"}.get(cache, Path(cache)),
     )
 
 
-def _usual_maps(name: str, root: Path) -> str:
-    """Gaze for CUB-200-2011, else the folder `maps` beside the pictures where there is one."""
-    if name == "cub2011":
-        return "gaze"
-    return str(root / "maps") if (root / "maps").is_dir() else "none"
+def _maps_from_environment(name: str, root: Path) -> dict[str, Any]:
+    """maps and maps_dir, from MAPS or what is usual for the data set.
+
+    Usual is gaze for the toy birds and CUB-200-2011, else the folder `maps` beside the pictures
+    where there is one.
+    """
+    maps = os.environ.get("MAPS")
+    if not maps:
+        beside = str(root / "maps") if (root / "maps").is_dir() else "none"
+        maps = "gaze" if name in ("toy", "cub2011") else beside
+    if maps in MAPS:
+        return {"maps": maps}
+    kind = "corrections" if any(Path(maps).glob("*.json")) else "files"
+    return {"maps": kind, "maps_dir": Path(maps)}
 
 
 def file_md5(path: Path) -> str:

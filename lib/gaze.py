@@ -48,8 +48,16 @@ class Box:
     height: int  # of the picture, pixels
 
 
+@dataclass(frozen=True)
+class Painted:
+    """What a person painted in the editor: wanted attention on some patches, nothing on others."""
+
+    values: np.ndarray  # float32 [gh, gw] in [0, 1], of any grid that shows the whole picture
+    known: np.ndarray  # bool [gh, gw]; True where painted
+
+
 # What a person gave for one picture. Part locations are a Recording whose durations are all 1.
-Source = tuple[Recording, ...] | Box | Path
+Source = tuple[Recording, ...] | Box | Painted | Path
 
 
 class MapError(ValueError):
@@ -69,8 +77,8 @@ def human_map(
     """Put what a person gave for a picture on a grid.
 
     Args:
-        source: recordings (of any number of readers; their fixations are pooled), a Box, the path
-            of a map file, or None.
+        source: recordings (of any number of readers; their fixations are pooled), a Box, what was
+            Painted, the path of a map file, or None.
         size: height and width of the picture in pixels; needed for a map file only.
         grid: (gh, gw), the patches of the model.
         sigma, unit: standard deviation of a fixation's Gaussian, in patches of the grid or in
@@ -84,7 +92,8 @@ def human_map(
         float32 [fine * gh, fine * gw] in [0, 1], and bool of that shape: which cells are known.
         Nothing is known of a picture without a source, without a fixation inside, or with a map of
         zeros only. Maps of fixations and of files are scaled so that their mean over a patch has
-        the maximum 1; a box is the share of the cell that it covers.
+        the maximum 1; a box is the share of the cell that it covers; painted values are taken as
+        they are, zeros too, where at least half of the cell was painted.
 
     A map file is grey or RGB (read as brightness), 8 or 16 bit, or an .npy array [h, w] of bool,
     uint8, uint16 or float in [0, 1]. It shows the whole picture: in the picture's proportions, or
@@ -98,6 +107,9 @@ def human_map(
     known = ~unknown[1]
     if not source:
         return unknown
+    if isinstance(source, Painted):
+        values, painted = (torch.from_numpy(np.array(a)) for a in (source.values, source.known))
+        return to_grid(values, painted, cells)
     if isinstance(source, Box):
         found = torch.from_numpy(box_map(source.corners, (source.height, source.width), cells))
     elif isinstance(source, Path):

@@ -8,6 +8,7 @@ data set is a new lister.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,13 +22,15 @@ from tqdm.auto import tqdm
 
 from lib import toybirds
 from lib.config import DataConfig, file_md5
-from lib.gaze import Box, Recording, Source, read_fixations
+from lib.feedback import load_corrections
+from lib.gaze import Box, Painted, Recording, Source, read_fixations
 from lib.splits import Row, Split, by_flag, per_class, read_split, with_validation
 
 Part = Literal["train", "val", "test"]
 T = TypeVar("T")
 
 DATA_REMEDY = "set DATA_DIR to the folder that holds the data, or fill datasets/ (see its README)"
+TOY_FIRST_ID = {"train": 0, "val": 100_000, "test": 200_000}  # an id names one drawn bird only
 MAP_EXTENSIONS = (".npy", ".png", ".jpg", ".jpeg")
 
 
@@ -268,6 +271,9 @@ def _human_sources(
         return lambda row: None
     if config.maps == "files":
         return _map_files(config.maps_dir, rows).get
+    if config.maps == "corrections":
+        painted = _painted(config.maps_dir)
+        return lambda row: painted.get(listing.ids[row.path])
     makers = {
         ("cub2011", "gaze"): _cub_gaze_of,
         ("cub2011", "boxes"): _cub_box_of,
@@ -314,6 +320,18 @@ def _map_files(folder: Path, rows: Iterable[Row]) -> dict[Row, Path]:
             )
         found[row], taken[path] = path, row
     return found
+
+
+def _painted(folder: Path) -> dict[int, Painted]:
+    """What was painted in the editor, by image id; says which files were skipped, and why."""
+    corrections, skipped = load_corrections(folder)
+    for file in skipped:
+        warnings.warn(f"{file.path} is skipped: {file.reason}", stacklevel=2)
+    return {
+        int(one.image_id): Painted(one.edit.values, one.edit.mask)
+        for one in corrections
+        if one.image_id.isdigit()
+    }
 
 
 def _cub_gaze_of(config: DataConfig, listing: Listing) -> Callable[[Row], Source | None]:
@@ -514,20 +532,36 @@ def _toy_records(config: DataConfig, part: Part) -> tuple[list[Record], list[str
         )
     count = {"train": config.toy_train, "val": config.toy_val, "test": config.toy_test}[part]
     birds = _drawn(part, count, config.seed, height, config.agreement)
-    records = [
-        Record(
-            image_id=i,
-            label=int(birds.labels[i]),
-            image=birds.images[i],
-            human=tuple(
-                Recording(i, width, height, looks) for looks in birds.gaze[i] if len(looks)
-            ),
-            boxes={"": tuple(birds.boxes[i]), "d": tuple(birds.decoy_boxes[i])},
-            size=(height, width),
-            columns={"decoy": int(birds.decoys[i])},
+    first = TOY_FIRST_ID[part]
+    painted = _painted(config.maps_dir) if config.maps == "corrections" else {}
+    records = []
+    for i in range(count):
+        image_id, box = first + i, tuple(birds.boxes[i])
+        recordings = tuple(
+            Recording(image_id, width, height, looks) for looks in birds.gaze[i] if len(looks)
         )
-        for i in range(count)
-    ]
+        sources = {
+            "gaze": recordings,
+            "boxes": Box(box, width, height),
+            "corrections": painted.get(image_id),
+            "none": None,
+        }
+        if config.maps not in sources:
+            raise ValueError(
+                f"toy birds come without {config.maps}; set MAPS to gaze, boxes, none, or to a "
+                "folder of corrections."
+            )
+        records.append(
+            Record(
+                image_id=image_id,
+                label=int(birds.labels[i]),
+                image=birds.images[i],
+                human=sources[config.maps],
+                boxes={"": box, "d": tuple(birds.decoy_boxes[i])},
+                size=(height, width),
+                columns={"decoy": int(birds.decoys[i])},
+            )
+        )
     return records, [species.name for species in toybirds.SPECIES]
 
 

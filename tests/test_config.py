@@ -32,10 +32,36 @@ def test_one_variable_flips_the_preset(monkeypatch):
 
 
 @pytest.mark.parametrize("name", cfg.PRESETS)
-def test_every_comparison_has_a_control(name):
+def test_every_comparison_has_a_control(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("MAPS", str(tmp_path))
     config = preset(name)
     assert config.variants["control"]["lam"] == 0
     assert len(config.variants) >= 3
+
+
+def test_the_environment_says_where_maps_split_and_cache_are(monkeypatch, tmp_path):
+    for name in ("MAPS", "SPLIT", "CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    assert [preset(n).data.maps for n in cfg.PRESETS] == ["gaze", "gaze", "none", "none"]
+    assert not preset("folder").variants and preset("folder").data.cache is None
+    (tmp_path / "maps").mkdir()
+    assert preset("folder").data.maps_dir == tmp_path / "maps" and preset("folder").variants
+    (tmp_path / "maps" / "1.json").write_text("{}")
+    monkeypatch.setenv("MAPS", str(tmp_path / "maps"))
+    assert preset("toy").data.maps == "corrections"
+    monkeypatch.setenv("MAPS", "boxes")
+    monkeypatch.setenv("CACHE", "1")
+    data = preset("cub2011").data
+    assert (data.maps, data.maps_dir, data.cache) == ("boxes", None, tmp_path / "decoded")
+    monkeypatch.setenv("CACHE", str(tmp_path / "elsewhere"))
+    assert preset("cub2011").data.cache == tmp_path / "elsewhere"
+    split = tmp_path / "split.json"
+    monkeypatch.setenv("SPLIT", str(split))
+    with pytest.raises(FileNotFoundError, match=r"split.json is missing; make it with"):
+        preset("cub2011")
+    split.write_text("{}")
+    assert preset("cub2011").data.split_md5 == "99914b932bd37a50b983c5e7c90ae93b"
 
 
 @pytest.mark.parametrize("name", cfg.PRESETS)

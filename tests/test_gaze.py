@@ -13,6 +13,7 @@ from scipy.ndimage import gaussian_filter
 from lib.gaze import (
     Box,
     MapError,
+    Painted,
     Recording,
     _refuse_other_geometry,
     box_map,
@@ -322,6 +323,20 @@ def test_a_box_is_the_share_of_each_cell():
     expected[:2, 2:6] = 1
     np.testing.assert_allclose(found, expected)
     assert known.all()
+
+
+def test_painted_values_are_taken_as_they_are():
+    values = np.array([[0, 0.5], [0, 1]], np.float32)
+    known = np.array([[True, True], [False, False]])
+    found, valid = human_map(Painted(values, known), None, (2, 2))
+    assert torch.equal(found, torch.tensor([[0, 0.5], [0, 0]])) and valid.numpy().tolist() == [
+        [True, True],
+        [False, False],
+    ]
+    found, valid = human_map(Painted(values, known), None, (2, 2), fine=2)  # on a finer grid
+    assert found[:2, 2:].unique().tolist() == [0.5] and valid.sum() == 8
+    zeros = human_map(Painted(np.zeros((2, 2), np.float32), known), None, (2, 2))
+    assert torch.equal(zeros[1], valid[::2, ::2])  # "do not look here" is something that is known
 
 
 # ---------------------------------------------------------------------------------------- map files

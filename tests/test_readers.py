@@ -16,6 +16,7 @@ from scipy.io import savemat
 from lib import splits
 from lib.config import DataConfig
 from lib.data import make_dataset
+from lib.feedback import Correction, Edit, save_correction
 from lib.gaze import box_map, fixation_map
 from lib.readers import (
     choose_split,
@@ -287,6 +288,31 @@ def test_two_maps_of_one_picture_and_a_missing_folder_are_refused(cub):
         Image.new("L", (80, 60)).save(folder / name)
     with pytest.raises(ValueError, match=r"7.jpg and .*7.png are maps of one picture; keep one"):
         read_records(config, "test")
+
+
+def corrections(folder: Path, image_id: int) -> Path:
+    """A saved correction: the upper left cell to 0, the lower right one to 1; and a broken file."""
+    mask = np.zeros(GRID, bool)
+    mask[0, 0] = mask[-1, -1] = True
+    values = np.zeros(GRID, np.float32)
+    values[-1, -1] = 1
+    edit = Edit(mask, values)
+    save_correction(Correction.now(str(image_id), edit, "0123", "me"), folder)
+    (folder / "broken.json").write_text("{")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["cub2011", "toy"])
+def test_a_folder_of_corrections_is_a_source_of_maps(cub, name):
+    folder = corrections(cub.root / "corrections", 8 if name == "cub2011" else 200_001)
+    config = replace(cub, name=name, maps="corrections", maps_dir=folder, toy_test=4)
+    config = replace(config, image_size=(48, 48)) if name == "toy" else config
+    with pytest.warns(UserWarning, match="no human map"), pytest.warns(UserWarning, match="broken"):
+        dataset = make_dataset(config, "test", GRID, *PLAIN)
+    assert dataset.table["has_map"].sum() == 1
+    item = dataset[int(dataset.table["has_map"].argmax())]
+    assert item["valid"].nonzero().flatten().tolist() == [0, 11]
+    assert item["human"].nonzero().flatten().tolist() == [11]
 
 
 @pytest.mark.parametrize(

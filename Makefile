@@ -22,7 +22,7 @@ demo: $(VENV)/installed ## the whole experiment on drawn birds, about 2 minutes
 	$(BIN)/python -m lib demo --seeds $(SEEDS)
 
 lab: $(VENV)/installed ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab notebooks --ServerApp.kernel_websocket_connection_class=lib.nodelay.NoDelayConnection
 
 test: lint ## lint, all tests, all notebooks
 	$(BIN)/python -m pytest

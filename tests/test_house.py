@@ -41,6 +41,7 @@ MAY_IMPORT = {
     | {"train", "evaluate"},
     "train": {"data", "model", "losses", "metrics", "config", "attention"},
     "pretrain": {"toybirds", "model", "config"},
+    "panel": {"data", "feedback", "live", "model", "teach"},
     "bench": {"model", "config", "train", "data", "readers", "live", "attention"},
     "evaluate": {"train", "data", "model", "losses", "metrics", "config", "plots", "attention"}
     | {"gaze"},
@@ -78,7 +79,9 @@ def test_imports_run_downward(path):
     assert imports(path)[0] <= MAY_IMPORT[path.stem]
 
 
-@pytest.mark.parametrize("name", ["train", "model", "data", "evaluate", "pretrain", "bench"])
+@pytest.mark.parametrize(
+    "name", ["train", "model", "data", "evaluate", "pretrain", "bench", "live", "teach"]
+)
 def test_a_bare_gpu_server_can_import_the_training_path(name):
     forbidden = sorted(NOTEBOOK_ONLY | {"tyro"})
     # None in sys.modules makes an import fail

@@ -453,8 +453,6 @@ def _is_share(value: Any) -> bool:
 
 # ----------------------------------------------------------------------------------------- brushes
 
-Fail = Callable[[Exception], None]
-
 
 def _listed(values: np.ndarray) -> list[float | None]:
     """A map for the browser: row by row, 4 decimals, None for NaN."""
@@ -507,7 +505,7 @@ class PaintWidget(anywidget.AnyWidget if anywidget else widgets.DOMWidget):
         self,
         on_stroke: Callable[[list, int], None],
         on_action: Callable[[str], None],
-        on_error: Fail,
+        on_error: Callable[[Exception], None],
     ) -> None:
         """The three are called with a painted map and its stroke, "undo" or "redo", an error."""
         self._on_stroke, self._on_action, self._on_error = on_stroke, on_action, on_error
@@ -561,7 +559,6 @@ class PlainPaint(widgets.VBox):
 
     def __init__(self, apply: Callable[[Callable[[EditorController], None]], None]) -> None:
         """`apply` is called with each operation on the controller."""
-        self._controller: EditorController | None = None
         self._picture = widgets.Image(format="png", layout=widgets.Layout(width="100%"))
         self.row_range, self.column_range = (
             widgets.IntRangeSlider(description=text, value=(1, 1), min=1, max=1, **_wide())
@@ -578,7 +575,7 @@ class PlainPaint(widgets.VBox):
             button.on_click(partial(lambda chosen, _: apply(chosen), operation))
             buttons.append(button)
         for slider in (self.row_range, self.column_range):
-            slider.observe(lambda _: self._draw(), "value")
+            slider.observe(lambda _: apply(lambda _: None), "value")  # only to be drawn
         ranges = [self.row_range, self.column_range, self.brush_value]
         super().__init__([self._picture, *ranges, _row(buttons)])
 
@@ -589,23 +586,19 @@ class PlainPaint(widgets.VBox):
         return [(r, c) for r in range(r0 - 1, r1) for c in range(c0 - 1, c1)]
 
     def show(self, controller: EditorController) -> None:
-        self._controller = controller
+        """The picture, with a white line around what is painted and a red one around the choice."""
         sliders = (self.row_range, self.column_range)
         for slider, count in zip(sliders, controller.session.grid, strict=True):
             slider.max = count
-        self._draw()
-
-    def _rectangle(self, controller: EditorController) -> None:
-        controller.paint(self.cells, self.brush_value.value)
-
-    def _draw(self) -> None:
-        """The picture, with a white line around what is painted and a red one around the choice."""
-        controller, chosen = self._controller, np.zeros(self._controller.session.grid, bool)
+        chosen = np.zeros(controller.session.grid, dtype=bool)
         chosen[tuple(np.transpose(self.cells))] = True
         painted = ~np.isnan(controller.painted)
         picture = map_over_picture(controller.shown.image, controller.asked, painted)
         _outline(picture, chosen, "red", 3)
         self._picture.value = png(picture)
+
+    def _rectangle(self, controller: EditorController) -> None:
+        controller.paint(self.cells, self.brush_value.value)
 
 
 # -------------------------------------------------------------------------------------------- HTML
@@ -675,10 +668,10 @@ def _cell(value: Any) -> str:
 # ---------------------------------------------------------------------------------------- the tool
 
 
-def _wide(**more: Any) -> dict[str, Any]:
+def _wide() -> dict[str, Any]:
     """Style of a control that fills its column, labels aligned."""
     layout = widgets.Layout(width="auto", min_width="0")
-    return {"layout": layout, "style": {"description_width": "84px"}, **more}
+    return {"layout": layout, "style": {"description_width": "84px"}}
 
 
 def _slider(text: str, value: float, top: float, step: float = 0.01) -> widgets.FloatSlider:
@@ -722,14 +715,15 @@ class AttentionEditor(widgets.VBox):
         self._folder, self._author, self._on_teach = Path(folder), author, on_teach
         self._busy = False  # the tool itself sets its controls; nobody moved them
         self._laddered: Edit | None = None  # the edit that the shown ladder belongs to
+        self._titled: int | None = None  # the picture that the title names
         self._mark = f"ae-{uuid.uuid4().hex[:8]}"  # ties the style of the picture to this tool
         if plain:
-            self.paint = PlainPaint(self._apply)
+            self.paint = PlainPaint(self._operate)
         else:
             act = {"undo": EditorController.undo, "redo": EditorController.redo}
             self.paint = PaintWidget(
-                on_stroke=lambda cells, stroke: self._apply(lambda c: c.stroke(cells, stroke)),
-                on_action=lambda action: self._apply(act[action]),
+                on_stroke=lambda cells, stroke: self._operate(lambda c: c.stroke(cells, stroke)),
+                on_action=lambda action: self._operate(act[action]),
                 on_error=self._fail,
             )
         names = ("title", "result", "ladder", "notice", "error")
@@ -747,7 +741,7 @@ class AttentionEditor(widgets.VBox):
         super().__init__(children)
         self.add_class("ae-tool")
         self.add_class(self._mark)
-        self._open(controller.index)
+        self._show()
 
     # -- building
 
@@ -761,7 +755,7 @@ class AttentionEditor(widgets.VBox):
             layout=widgets.Layout(width="130px"),
             style={"description_width": "50px"},
         )
-        self._watch("picture", number, self._open)
+        self._watch("picture", number, self.controller.open)
         previous = self._button("previous", "Previous", lambda: self._step(-1))
         following = self._button("next", "Next", lambda: self._step(1))
         return _row([previous, number, following, self._html["title"]], "ae-header")
@@ -790,7 +784,7 @@ class AttentionEditor(widgets.VBox):
             "copy_box": ("Copy box", EditorController.copy_box, "paint the bounding box"),
         }
         made = [
-            self._button(name, text, partial(self._apply, operation), tooltip)
+            self._button(name, text, partial(operation, self.controller), tooltip)
             for name, (text, operation, tooltip) in operations.items()
         ]
         return [_row(made)]
@@ -802,7 +796,7 @@ class AttentionEditor(widgets.VBox):
             "suppression": _slider("Background", 0.0, 1.0),
         }
         for name, slider in sliders.items():
-            self._watch(name, slider, partial(self._set, name))
+            self._watch(name, slider, partial(setattr, self.controller, name))
         depth = self.controller.session.depth
         blocks = [(f"{k}{' (last)' * (k == depth - 1)}", k) for k in range(depth)]
         menus = {
@@ -818,14 +812,14 @@ class AttentionEditor(widgets.VBox):
                 self._set_blocks,
             ),
             "queries": (
-                "Rows",
-                [("class token's", "cls"), ("all tokens'", "all")],
-                lambda queries: self._rescope(queries=queries),
+                "Queries",
+                [("class token", "cls"), ("all tokens", "all")],
+                lambda queries: self.controller.set_scope(queries=queries),
             ),
             "offset": (
                 "Offset",
                 [("centred", "centred"), ("none (the paper)", "none")],
-                lambda offset: self._rescope(offset=offset),
+                lambda offset: self.controller.set_scope(offset=offset),
             ),
         }
         for name, (text, options, callback) in menus.items():
@@ -837,13 +831,13 @@ class AttentionEditor(widgets.VBox):
     def _heads(self) -> list[widgets.Widget]:
         """A chip a head, and on request its map above it. No chip pressed means all of them."""
         everything = widgets.ToggleButton(True, description="all")
-        self._watch("all_heads", everything, lambda _: self._rescope(heads="all"))
+        self._watch("all_heads", everything, lambda _: self.controller.set_scope(heads="all"))
         maps = widgets.ToggleButton(False, description="show maps")
-        self._watch("head_maps", maps, lambda _: self.refresh())
+        self._watch("head_maps", maps, lambda _: None)
         self._thumbs, chips = [], []
         for head in range(self.controller.session.num_heads):
             chip = widgets.ToggleButton(False, description=str(head))
-            self._watch(f"head_{head}", chip, lambda _: self._rescope(heads=self._pressed()))
+            self._watch(f"head_{head}", chip, lambda _: self._set_heads())
             thumb = widgets.HTML(layout=widgets.Layout(display="none"))
             self._thumbs.append(thumb)
             chips.append(_column([thumb, chip], "ae-head"))
@@ -859,17 +853,19 @@ class AttentionEditor(widgets.VBox):
         ]
         buttons[1].button_style = "primary"
         if self._on_teach is not None:
-            teach = self._button("teach", "Teach", self._teach, "train on the saved corrections")
-            buttons.append(teach)
+            teach = partial(self._on_teach, self.controller)
+            tooltip = "train on the saved corrections"
+            buttons.append(self._button("teach", "Teach", teach, tooltip))
         return [note, _row(buttons), self._html["notice"], self._html["ladder"]]
 
     def _watch(self, name: str, control: widgets.Widget, callback: Callable[[Any], None]) -> None:
-        """Calls back with a control's new value when a person changed it."""
+        """Calls back with a control's new value when a person changed it, then shows the state."""
         self.controls[name] = control
 
         def changed(change: Any) -> None:
             if not self._busy:
                 self._guarded(partial(callback, change["new"]))
+                self.refresh()
 
         control.observe(changed, "value")
 
@@ -877,7 +873,7 @@ class AttentionEditor(widgets.VBox):
         self, name: str, text: str, callback: Callable[[], None], tooltip: str = ""
     ) -> widgets.Button:
         button = widgets.Button(description=text, tooltip=tooltip)
-        button.on_click(lambda _: self._guarded(callback))
+        button.on_click(lambda _: (self._guarded(callback), self.refresh()))
         self.controls[name] = button
         return button
 
@@ -900,46 +896,27 @@ class AttentionEditor(widgets.VBox):
 
     # -- what the controls do
 
-    def _apply(self, operation: Callable[[EditorController], None]) -> None:
+    def _operate(self, operation: Callable[[EditorController], None]) -> None:
         """An operation on the controller; whatever becomes of it, its state is then shown."""
-        self._guarded(lambda: operation(self.controller))
+        self._guarded(partial(operation, self.controller))
         self.refresh()
 
-    def _set(self, name: str, value: float) -> None:
-        setattr(self.controller, name, value)
-        self._show()
-
     def _step(self, by: int) -> None:
-        self._open((self.controller.index + by) % len(self.controller.session))
-
-    def _open(self, index: int) -> None:
-        self.controller.open(index)
-        shown = self.controller.shown
-        picture = data_url(png(shown.image))
-        self._html["title"].value = (
-            f"<style>.{self._mark} .ae-thumb {{ background-image: url({picture}) }}</style>"
-            f"<b>{escape(shown.class_name)}</b> "
-            f'<span class="ae-dim">{escape(str(shown.image_id))}</span>'
-        )
-        self._html["notice"].value = ""
-        self._show()
+        self.controller.open((self.controller.index + by) % len(self.controller.session))
 
     def _show_block(self, block: int) -> None:
         follows = self.controller.scope["blocks"] == (self.controller.block,)
         self.controller.block = block
-        self._rescope(blocks=(block,) if follows else None)
+        self.controller.set_scope(blocks=(block,) if follows else None)
 
     def _set_blocks(self, blocks: str) -> None:
-        self._rescope(blocks=(self.controller.block,) if blocks == "shown" else blocks)
+        self.controller.set_scope(blocks=(self.controller.block,) if blocks == "shown" else blocks)
 
-    def _rescope(self, **scope: Any) -> None:
-        self.controller.set_scope(**scope)
-        self._show()
-
-    def _pressed(self) -> tuple[int, ...] | str:
+    def _set_heads(self) -> None:
         """The heads whose chips are pressed; none of them stands for all."""
         heads = range(self.controller.session.num_heads)
-        return tuple(head for head in heads if self.controls[f"head_{head}"].value) or "all"
+        pressed = tuple(head for head in heads if self.controls[f"head_{head}"].value)
+        self.controller.set_scope(heads=pressed or "all")
 
     def _ladder(self) -> None:
         names = {"p_true": "true class"}
@@ -954,10 +931,6 @@ class AttentionEditor(widgets.VBox):
         path = self.controller.save(self._folder, self._author, self.controls["note"].value)
         self._html["notice"].value = f"Saved as {escape(str(path))}"
 
-    def _teach(self) -> None:
-        self._on_teach(self.controller)
-        self.refresh()
-
     # -- showing
 
     def refresh(self) -> None:
@@ -971,6 +944,9 @@ class AttentionEditor(widgets.VBox):
             self._set_controls()
         finally:
             self._busy = False
+        if self._titled != controller.index:
+            self._html["title"].value, self._html["notice"].value = self._title_html(), ""
+            self._titled = controller.index
         self.paint.show(controller)
         self._html["result"].value = self._result_html()
         if self._laddered is not None and self._laddered != controller.edit():
@@ -1005,6 +981,16 @@ class AttentionEditor(widgets.VBox):
             thumb.layout.display = None if visible else "none"
         for thumb, values in zip(self._thumbs, maps, strict=False):
             thumb.value = f'<img class="ae-headmap" alt="" src="{data_url(png(coloured(values)))}">'
+
+    def _title_html(self) -> str:
+        """Names the picture, and gives it to the small maps as their ground."""
+        shown = self.controller.shown
+        picture = data_url(png(shown.image))
+        return (
+            f"<style>.{self._mark} .ae-thumb {{ background-image: url({picture}) }}</style>"
+            f"<b>{escape(shown.class_name)}</b> "
+            f'<span class="ae-dim">{escape(str(shown.image_id))}</span>'
+        )
 
     def _result_html(self) -> str:
         controller = self.controller

@@ -491,7 +491,7 @@ def test_an_exception_in_a_callback_is_kept_and_shown_as_text(tool):
     assert tool.paint.ack == 1
     tool.controls["suppression"].value = 0.5
     tool.controls["ladder"].click()
-    assert [str(error) for error in tool.errors] == [f"the model is gone {NASTY}"] * 3
+    assert [str(error) for error in tool.errors] == [f"the model is gone {NASTY}"] * 4
     text, tags = shown_text(tool._html["error"].value)
     assert text == f"RuntimeError: the model is gone {NASTY}" and tags == ["span"]
     tool.controller.session.broken = False
@@ -562,7 +562,10 @@ def test_heads_are_chosen_by_chips(tool):
 def test_pictures_go_round_and_buttons_follow_what_is_there(tool):
     tool.controls["previous"].click()
     assert tool.controller.index == 4 and tool.controls["picture"].value == 4
-    assert tool.paint.subject == 4
+    assert tool.paint.subject == 4 and "4/&lt;img" in tool._html["title"].value
+    tool.controller.open(3)
+    tool.refresh()
+    assert tool.controls["picture"].value == 3 and "3/&lt;img" in tool._html["title"].value
     tool.controls["picture"].value = 1
     assert tool.controls["copy_human"].disabled and tool.controls["copy_box"].disabled
     tool.controls["next"].click()

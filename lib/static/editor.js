@@ -112,7 +112,8 @@ export class Store {
   /** Takes Python's map. */
   adopt() {
     const other = this.model.get("subject") !== this.subject;
-    for (const name of ["subject", "revision", "rows", "columns"]) this[name] = this.model.get(name);
+    const taken = ["subject", "revision", "rows", "columns"];
+    for (const name of taken) this[name] = this.model.get(name);
     this.painted = [...this.model.get("painted")];
     this.queue = this.queue.filter((item) => !other && (item.action || !item.taken));
     for (const stroke of this.queue) {
@@ -245,11 +246,12 @@ class View {
     this.corner = null; // cell [x, y] of a rectangle's first corner
     this.build(el);
     this.listen();
-    this.model.on("change:picture", (this.onPicture = () => this.showPicture()));
-    for (const name of SHOWN) this.model.on(`change:${name}`, (this.onMap ??= () => this.repaint()));
-    for (const name of SHARED) {
-      this.model.on(`change:${name}`, (this.onControls ??= () => this.showControls()));
-    }
+    this.onPicture = () => this.showPicture();
+    this.model.on("change:picture", this.onPicture);
+    this.onMap = () => this.repaint();
+    for (const name of SHOWN) this.model.on(`change:${name}`, this.onMap);
+    this.onControls = () => this.showControls();
+    for (const name of SHARED) this.model.on(`change:${name}`, this.onControls);
     this.onSentence = () => (this.spoken.textContent = this.model.get("sentence"));
     this.model.on("change:sentence", this.onSentence);
     store.views.add(this);
@@ -429,7 +431,8 @@ class View {
       strokePath(context, lines, "rgba(255, 255, 255, 0.45)", dot);
     }
     const border = new Path2D();
-    const own = (r, c) => r >= 0 && c >= 0 && r < rows && c < columns && painted[r * columns + c] !== null;
+    const inside = (r, c) => r >= 0 && c >= 0 && r < rows && c < columns;
+    const own = (r, c) => inside(r, c) && painted[r * columns + c] !== null;
     for (let r = 0; r <= rows; r++) {
       for (let c = 0; c <= columns; c++) {
         if (own(r, c) !== own(r - 1, c)) line(border, c * dx, r * dy, (c + 1) * dx, r * dy);
@@ -690,7 +693,7 @@ function gradient(colours) {
 }
 
 /**
- * ipywidgets draws a slider's handle without a name for screen readers: each gets that of its label.
+ * ipywidgets draws a slider's handle without a name for screen readers: it gets its label's.
  * The sliders are views of their own and may be drawn after this one; returns how to stop waiting.
  */
 function nameSliders(el) {

@@ -84,11 +84,16 @@ class Tool:
         return self.summary.inner_text()
 
     def settle(self) -> None:
-        """Waits until everything that was painted has reached Python, and its answer the page."""
-        shown = ""
-        while shown != (shown := self.element.inner_html()):
+        """Waits until everything that was painted has reached Python, and its answer the page.
+
+        The page sends its next message when the last is answered: one quiet round is too few.
+        """
+        shown, quiet = "", 0
+        while quiet < 2:
             self.notebook.python("")  # comes back after the answers to all that was sent
             self.page.wait_for_timeout(100)
+            before, shown = shown, self.element.inner_html()
+            quiet = quiet + 1 if shown == before else 0
 
     def pick(self, tool: str) -> None:
         # the radio button itself is there for the keyboard; its label is what one sees

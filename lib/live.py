@@ -146,7 +146,9 @@ class LiveImage:
             mask, values = edit.mask.reshape(1, 1, patches), edit.values.reshape(1, 1, patches)
         else:
             mask, values = edit.per_head(1, self._model.num_heads, self._grid)
-        return mask.to(self._device), values.to(self._device)
+        if mask.device != self._device:
+            mask, values = mask.to(self._device), values.to(self._device)
+        return mask, values
 
     def _kept_rows(self, index: int, offset: str) -> _KeptRows:
         if (index, offset) not in self._editable:
@@ -204,7 +206,9 @@ class LiveImage:
 class _KeptRows:
     """`edit_logits` for the unedited rows of one block: what no edit changes is computed once.
 
-    Most edits start here, and half of the operations of `edit_logits` are the same each time.
+    Most edits start here, and half of the operations of `edit_logits` are the same each time. Each
+    of the others costs more to call than to compute, so there is none too many: no conversion that
+    changes nothing, no copy where a temporary can be overwritten.
     """
 
     def __init__(self, logits: Tensor, offset: str, num_prefix: int) -> None:
@@ -214,9 +218,13 @@ class _KeptRows:
 
     def edited(self, mask: Tensor, values: Tensor) -> Tensor:
         """What `edit_logits` gives: `[1, H, P]` each to `[1, heads, R, N]`."""
-        wanted = values.unsqueeze(2).to(self._offsets)
-        asks = mask.unsqueeze(2) & ((wanted - self._current).abs() > EPS)
-        edited = (torch.logit(wanted, EPS) + self._offsets).to(self._patches.dtype)
+        wanted, dtype = values.unsqueeze(2), self._patches.dtype
+        if wanted.dtype != self._offsets.dtype:
+            wanted = wanted.to(self._offsets.dtype)
+        asks = (wanted - self._current).abs_().gt(EPS).logical_and_(mask.unsqueeze(2))
+        edited = torch.logit(wanted, EPS) + self._offsets
+        if edited.dtype != dtype:
+            edited = edited.to(dtype)
         return torch.cat([self._prefix, torch.where(asks, edited, self._patches)], dim=-1)
 
 
@@ -254,9 +262,15 @@ class _Layers:
 
 
 def _weigh(logits: Tensor, v: Tensor) -> Tensor:
-    """softmax(logits) v; the softmax in float32, as saturated edits need its range."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return torch.softmax(logits, dim=-1, dtype=wide).to(v.dtype) @ v
+    """softmax(logits) v, `[1, H, R, d]`; the softmax in float32, as saturated edits need its range.
+
+    One product a head, without the batch of one: as `@` of four dimensions it takes twice as long.
+    """
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        shares = torch.softmax(logits[0], dim=-1, dtype=torch.float32).to(v.dtype)
+    else:
+        shares = torch.softmax(logits[0], dim=-1)
+    return torch.bmm(shares, v[0])[None]
 
 
 def _chain(*modules: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -139,6 +139,42 @@ def loading(images: int = 256, rounds: int = 5) -> None:
     )
 
 
+def teaching(
+    seeds: int = 3, counts: tuple[int, ...] = (5, 16, 28), only_tags: bool = False
+) -> None:
+    """What SIMULATED corrections of drawn birds teach, beside a control and shuffled corrections.
+
+    Accuracy on test images whose tag names another class; mean and standard deviation over seeds.
+
+    Args:
+        seeds: number of fine-tuned models to teach; they are trained where they are not there.
+        counts: numbers of corrections.
+        only_tags: paint the tag to 0 and nothing else.
+    """
+    import pandas as pd
+    from tqdm.auto import tqdm
+
+    from lib import evaluate
+    from lib.teach import simulated_teaching
+    from lib.train import fine_tuning, train_run
+
+    if seeds < 1 or not counts or min(counts) < 1:
+        raise ValueError(f"seeds is {seeds} and counts {counts}; give 1 or more of each")
+    config, counts = preset("toy"), sorted(counts)
+    found = []
+    for seed in tqdm(range(seeds), desc="seeds"):
+        run = train_run(f"ft-s{seed}", fine_tuning(config, seed), config.runs)
+        model, train, test = run.model(), run.dataset("train"), run.dataset("test")
+        for name, last_blocks in (("last block", 1), ("all blocks", model.depth)):
+            table = simulated_teaching(model, train, test, counts, last_blocks, only_tags)
+            found.append(table.assign(variant=table["model"], learns=name, seed=seed))
+    table = pd.concat(found, ignore_index=True)
+    for name, part in table.groupby("learns", sort=False):
+        taught = part.loc[part["corrections"] > 0, "seconds"]
+        print(f"\n{name}: seconds of one teaching, median {taught.median():.1f}\n")
+        print(evaluate.comparison_table(part).to_string())
+
+
 def weights(
     model_name: str = "vit_small_patch16_224",
     save_dir: Path = ROOT / "models",
@@ -250,6 +286,7 @@ def main(arguments: list[str] | None = None) -> int:
         "split": split,
         "check": check,
         "pretrain": make_trunk,
+        "simulate-teaching": teaching,
         "bench": speed,
         "bench-data": loading,
         "bench-edit": editing,

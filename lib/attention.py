@@ -20,6 +20,14 @@ from torch import Tensor
 # -13.8 and +13.8 and representable in float32 on both sides.
 EPS = 1e-6
 
+# The same edit, wider rung by rung: where it is made. One class row of one block at first.
+LADDER: dict[str, dict[str, str]] = {
+    "last block": {"blocks": "last", "queries": "cls"},
+    "last two": {"blocks": "last2", "queries": "cls"},
+    "all blocks": {"blocks": "all", "queries": "cls"},
+    "all blocks, all rows": {"blocks": "all", "queries": "all"},
+}
+
 
 def row_offset(logits: Tensor, offset: str, num_prefix: int) -> Tensor:
     """The constant c of each row.

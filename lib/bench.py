@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lib.attention import AttentionEdit
+from lib.attention import LADDER, AttentionEdit
 from lib.config import DataConfig, HumanConfig, TrainConfig
 from lib.data import BirdDataset
-from lib.live import LADDER, LiveImage
+from lib.live import LiveImage
 from lib.model import SigmoidViT, create_model
 from lib.readers import read_records
 from lib.train import loss_terms
@@ -172,8 +172,9 @@ def live_edits(
     """Seconds from an edit of one picture to its class scores, against a full forward pass.
 
     The edit is of about a quarter of the patches, made wider rung by rung; the full forward pass
-    is SigmoidViT's own with the edit of the last block. Each turn runs a way again and again for
-    50 ms, as the edits of one stroke follow each other, and takes the mean.
+    is SigmoidViT's own with the edit of the last block, and timm's stands beside it. Each turn runs
+    a way again and again for 50 ms, as the edits of one stroke follow each other, and takes the
+    mean.
 
     Args:
         name: timm model. image_size: pixels. rounds: measured turns, after one that is thrown away.
@@ -190,6 +191,7 @@ def live_edits(
     edits = {way: AttentionEdit(mask, 0.9, **scope) for way, scope in LADDER.items()}
     live = LiveImage(model, images[0])
     ways: dict[str, Callable[[], object]] = {
+        "timm, no edit": lambda: model.vit(images),
         "full forward": lambda: model(images, edit=edits["last block"]),
         **{way: partial(live.run, edit) for way, edit in edits.items()},
     }

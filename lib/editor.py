@@ -632,7 +632,7 @@ def attention_html(maps: dict[str, np.ndarray], class_token: dict[str, float]) -
     Both dicts have the keys "before" and "after".
     """
     figures = "".join(
-        f'<figure><div class="ae-thumb"><img src="{_heat_url(values)}" '
+        f'<figure><div class="ae-thumb"><img src="{heat_url(values)}" '
         f'alt="softmax attention {when} the edit"></div><figcaption>{when}</figcaption></figure>'
         for when, values in maps.items()
     )
@@ -646,7 +646,7 @@ def attention_html(maps: dict[str, np.ndarray], class_token: dict[str, float]) -
     return f'<div class="ae-figures">{figures}<div>{lines}</div></div>'
 
 
-def _heat_url(values: np.ndarray) -> str:
+def heat_url(values: np.ndarray) -> str:
     """A map scaled to its own maximum, one pixel a cell, to lie over a picture."""
     opacity = np.full((*values.shape, 1), round(255 * 0.75), dtype=np.uint8)
     heat = coloured(values / max(float(values.max()), EPS))

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from lib import config as cfg
 from lib import metrics, plots
-from lib.attention import AttentionEdit, resolve_blocks
+from lib.attention import LADDER, AttentionEdit, resolve_blocks
 from lib.config import Config
 from lib.data import BirdDataset
 from lib.gaze import box_map
@@ -36,14 +36,6 @@ from lib.train import (
     with_cached_tokens,
     write_text,
 )
-
-# An edit, wider rung by rung: where in the model it is made. One class row of one block at first.
-LADDER: dict[str, dict[str, str]] = {
-    "last block": {"blocks": "last", "queries": "cls"},
-    "last two": {"blocks": "last2", "queries": "cls"},
-    "all blocks": {"blocks": "all", "queries": "cls"},
-    "all blocks, all rows": {"blocks": "all", "queries": "all"},
-}
 
 # What the tables show, in this order, with the words of the reader.
 COLUMNS: dict[str, str] = {

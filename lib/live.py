@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from lib.attention import (
     EPS,
+    LADDER,
     AttentionEdit,
     edit_logits,
     resolve_blocks,
@@ -41,13 +42,6 @@ from lib.feedback import Edit
 from lib.gaze import box_map
 from lib.model import SigmoidViT
 
-# The same edit, wider rung by rung: where in the model it is made.
-LADDER: dict[str, dict[str, str]] = {
-    "last block": {"blocks": "last", "queries": "cls"},
-    "last two": {"blocks": "last2", "queries": "cls"},
-    "all blocks": {"blocks": "all", "queries": "cls"},
-    "all blocks, all rows": {"blocks": "all", "queries": "all"},
-}
 KEPT_IMAGES = 8  # pictures a LiveSession keeps; one of a ViT-S/16 at 224 pixels takes 14 MB
 
 

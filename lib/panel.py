@@ -16,15 +16,25 @@ from html import escape
 from pathlib import Path
 
 import ipywidgets as widgets
+import numpy as np
 import pandas as pd
 
 from lib.data import BirdDataset
+from lib.editor import STATIC, coloured, data_url, heat_url, png
 from lib.feedback import Correction, load_corrections
 from lib.live import LiveSession
 from lib.model import SigmoidViT
-from lib.teach import TeachConfig, Teacher, TeachReport
+from lib.teach import Example, TeachConfig, Teacher, TeachReport
 
 COUNTS = (1, 5, 25)  # corrections to pick from, beside all of them
+
+# The groups of `Teacher.before_after` in the words of the reader.
+GROUPS = {
+    "corrected": "corrected pictures",
+    "held out, same classes": "held out, same classes",
+    "held out, other classes": "held out, other classes",
+    "replayed": "replayed training pictures (forgetting)",
+}
 
 
 class TeachPanel(widgets.VBox):
@@ -68,7 +78,10 @@ class TeachPanel(widgets.VBox):
         self._words, self._result = widgets.HTML(), widgets.HTML()
         row = widgets.HBox(list(self.controls.values()))
         row.layout.flex_flow = "row wrap"
-        super().__init__([row, self._bar, self._words, self._result])
+        style = widgets.HTML(
+            f"<style>{(STATIC / 'editor.css').read_text(encoding='utf-8')}</style>"
+        )
+        super().__init__([style, row, self._bar, self._words, self._result])
         self.add_class("teach-panel")
         self.refresh()
 
@@ -163,16 +176,28 @@ class TeachPanel(widgets.VBox):
 
     def _work(
         self, corrections: list[Correction], teacher: Teacher
-    ) -> tuple[TeachReport, pd.DataFrame | None]:
+    ) -> tuple[TeachReport, pd.DataFrame | None, list[Example]]:
         report = teacher.teach(corrections, self._progress, self._stop.is_set)
-        return report, None if report.cancelled else teacher.before_after(self._held_out)
+        if report.cancelled:
+            return report, None, []
+        table = teacher.before_after(self._held_out, progress=self._comparing)
+        return report, table, teacher.examples(self._held_out)
+
+    def _comparing(self, step: int, steps: int, losses: dict[str, float]) -> None:
+        self._words.value = f"taught; comparing, {losses['pictures']:.0f} pictures left"
 
     def _progress(self, step: int, steps: int, losses: dict[str, float]) -> None:
         self._bar.value = step
         told = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in losses.items())
         self._words.value = f"step {step} of {steps}: {told}"
 
-    def _finish(self, teacher: Teacher, report: TeachReport, table: pd.DataFrame | None) -> None:
+    def _finish(
+        self,
+        teacher: Teacher,
+        report: TeachReport,
+        table: pd.DataFrame | None,
+        examples: list[Example],
+    ) -> None:
         self.report = report
         if table is None:
             self._words.value = "Cancelled: the model is as before."
@@ -184,7 +209,7 @@ class TeachPanel(widgets.VBox):
         left_out = [f"picture {image} left out: {reason}" for image, reason in report.skipped]
         told = f"taught {len(report.used)} correction(s) in {report.seconds:.1f} s"
         self._words.value = escape("; ".join([told, *left_out]))
-        self._result.value = table.to_html(float_format="{:.2f}".format, na_rep="", border=0)
+        self._result.value = table_html(table) + examples_html(examples)
         self._free()
         self.on_change()
 
@@ -204,3 +229,61 @@ class TeachPanel(widgets.VBox):
         colour = "var(--jp-error-color1, #b00020)"
         self._words.value = f'<span role="alert" style="color: {colour}">{text}</span>'
         self._free()
+
+
+def table_html(table: pd.DataFrame) -> str:
+    """`Teacher.before_after` with one cell a measure: before → after."""
+    measures = [name.removesuffix(" before") for name in table if name.endswith(" before")]
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ["", "pictures", *measures])
+    lines = []
+    for group, row in table.iterrows():
+        cells = [f"<td>{int(row['pictures'])}</td>"]
+        for name in measures:
+            before, after = row[f"{name} before"], row[f"{name} after"]
+            known = not (np.isnan(before) or np.isnan(after))
+            cells.append(f"<td>{before:.2f} → <b>{after:.2f}</b></td>" if known else "<td></td>")
+        lines.append(f'<tr><th scope="row">{escape(GROUPS[group])}</th>{"".join(cells)}</tr>')
+    return (
+        f'<table class="ae-scores teach-table"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table>"
+    )
+
+
+def examples_html(examples: list[Example]) -> str:
+    """What was asked for and the softmax attention before and after, a row of figures a group."""
+    parts = []
+    for group in dict.fromkeys(example.group for example in examples):
+        cards = "".join(_card(example) for example in examples if example.group == group)
+        drawn = "" if group == "corrected" else ", drawn at random"
+        parts.append(
+            f"<h4>{escape(GROUPS[group])}{drawn}: softmax attention of the last block</h4>"
+            f'<div class="teach-cards">{cards}</div>'
+        )
+    return "".join(parts)
+
+
+def _card(example: Example) -> str:
+    ground = f"background-image:url({data_url(png(example.image))})"
+
+    def figure(heat: str, what: str, caption: str) -> str:
+        return (
+            f'<figure><div class="ae-thumb" style="{ground}"><img src="{heat}" alt="{what}"></div>'
+            f"<figcaption>{caption}</figcaption></figure>"
+        )
+
+    figures = []
+    if example.edit is not None:  # only what was painted lies over the picture
+        opacity = np.where(example.edit.mask, 215, 0).astype(np.uint8)[..., None]
+        asked = data_url(png(np.concatenate([coloured(example.edit.values), opacity], axis=-1)))
+        figures.append(figure(asked, "the painted cells", "painted"))
+    for when in ("before", "after"):
+        said = example.predicted[when]
+        mark, verdict = ("✓", "right") if said == example.class_name else ("✗", "wrong")
+        caption = f'{when}<br><span class="teach-{verdict}">{mark} {escape(said)}</span>'
+        heat = heat_url(example.attention[when])
+        figures.append(figure(heat, f"softmax attention {when} teaching", caption))
+    return (
+        f'<div class="teach-card"><b>{escape(example.class_name)}</b> '
+        f'<span class="ae-dim">{escape(example.image_id)}</span>'
+        f'<div class="ae-figures">{"".join(figures)}</div></div>'
+    )

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -29,7 +29,7 @@ from lib import metrics
 from lib.attention import resolve_blocks, resolve_heads
 from lib.config import TrainConfig
 from lib.data import BirdDataset
-from lib.evaluate import decoy_cover
+from lib.evaluate import decoy_cover, per_image, summarise
 from lib.feedback import Correction, Edit
 from lib.losses import bce, mse
 from lib.model import SigmoidViT
@@ -115,6 +115,19 @@ class TeachReport:
     used: tuple[Correction, ...]  # those that were taught
     skipped: tuple[tuple[str, str], ...]  # image id and reason of those that were left out
     cancelled: bool  # True: the model is as it was before
+
+
+@dataclass(frozen=True)
+class Example:
+    """One picture before and after the last `Teacher.teach`; the dicts have these two words."""
+
+    group: str  # of `Teacher.before_after`
+    image_id: str
+    image: np.ndarray  # uint8 [H, W, 3]
+    class_name: str
+    edit: Edit | None  # what was asked of a corrected picture
+    predicted: dict[str, str]  # class names
+    attention: dict[str, np.ndarray]  # float32 [gh, gw], last block's softmax, mean of heads
 
 
 class NothingToTeach(ValueError):
@@ -268,6 +281,48 @@ class Teacher:
                 row |= {f"{column} {when}": look[column].mean() for when, look in looks.items()}
             rows[name] = row
         return pd.DataFrame(rows).T.rename_axis("group").astype({"pictures": int})
+
+    @torch.no_grad()
+    def examples(self, held_out: BirdDataset, most: int = 4) -> list[Example]:
+        """Pictures to look at: the last corrected ones, and held-out ones of the same classes.
+
+        Args:
+            held_out: as for `before_after`, which it should follow: both draw the same pictures.
+            most: pictures of each of the two groups; held-out ones are drawn at random, whatever
+                became of them.
+
+        Raises:
+            IndexError: nothing was taught, or all of it was undone.
+        """
+        models = {"before": self.before(), "after": self.model}
+        edits = {correction.image_id: correction.edit for correction in self._last_level()[1]}
+        found = []
+        for group, (pictures, indices, _) in list(self._groups(held_out, most).items())[:2]:
+            chosen = indices[-most:]
+            looks = {
+                w: _scores_and_row(m, pictures, chosen) for w, m in models.items() if len(chosen)
+            }
+            for k, index in enumerate(map(int, chosen)):
+                row = pictures.dataset.table.iloc[index]
+                said = {when: int(scores[k].argmax()) for when, (scores, _) in looks.items()}
+                maps = {
+                    when: metrics.patch_attention(rows[k : k + 1], self.model.num_prefix)
+                    for when, (_, rows) in looks.items()
+                }
+                found.append(
+                    Example(
+                        group=group,
+                        image_id=str(row["image_id"]),
+                        image=pictures.dataset.image(index),
+                        class_name=str(row["class_name"]),
+                        edit=edits[str(row["image_id"])] if group == "corrected" else None,
+                        predicted={w: pictures.dataset.classes[c] for w, c in said.items()},
+                        attention={
+                            w: m.reshape(self.model.grid).cpu().numpy() for w, m in maps.items()
+                        },
+                    )
+                )
+        return found
 
     def _tick(self, progress: Progress | None) -> Tick | None:
         """How pictures that pass the trunk are told of."""
@@ -605,29 +660,38 @@ def _seeded(seed: int, like: Tensor) -> Iterator[None]:
 # ------------------------------------------------------------------------------------ before, after
 
 
+def _scores_and_row(
+    model: SigmoidViT, pictures: TrunkTokens, indices: np.ndarray
+) -> tuple[Tensor, Tensor]:
+    """Class scores `[n, classes]` and the last block's class rows `[n, H, N]`."""
+    like = next(model.parameters())
+    batch = _part(pictures.batch(indices), torch.arange(len(indices)), like)
+    with _learning(model, []):
+        scores, rows = model.forward_tokens(batch["tokens"], pictures.start, rows="last")
+    return scores, rows[model.depth - 1]
+
+
 @torch.no_grad()
 def _look(
     model: SigmoidViT, pictures: TrunkTokens, indices: np.ndarray, low: Tensor | None
 ) -> pd.DataFrame:
     """One row a picture: the columns of `Teacher.before_after`; `low` is `[n, P]` or None."""
     found = []
-    like = next(model.parameters())
-    with _learning(model, []):
-        for at in range(0, len(indices), BATCH):
-            part = indices[at : at + BATCH]
-            batch = _part(pictures.batch(part), torch.arange(len(part)), like)
-            scores, rows = model.forward_tokens(batch["tokens"], pictures.start, rows="last")
-            attention = metrics.patch_attention(rows[model.depth - 1], model.num_prefix)
-            columns = {
-                "accuracy": metrics.top_k(scores, batch["label"], 1).float(),
-                "NSS": metrics.nss(attention, batch["fixations"]),
-                "CC": metrics.cc(attention, batch["human"]),
-            }
-            if low is not None:
-                region = low[at : at + BATCH].to(attention)
-                share = metrics.energy_inside(attention, region)
-                columns["attention on cells painted low"] = share.where(region.any(1), torch.nan)
-            found.append(pd.DataFrame({key: value.cpu() for key, value in columns.items()}))
+    for at in range(0, len(indices), BATCH):
+        part = indices[at : at + BATCH]
+        scores, row = _scores_and_row(model, pictures, part)
+        known = {key: value.to(scores.device) for key, value in pictures.batch(part).items()}
+        attention = metrics.patch_attention(row, model.num_prefix)
+        columns = {
+            "accuracy": metrics.top_k(scores, known["label"], 1).float(),
+            "NSS": metrics.nss(attention, known["fixations"]),
+            "CC": metrics.cc(attention, known["human"]),
+        }
+        if low is not None:
+            region = low[at : at + BATCH].to(attention)
+            share = metrics.energy_inside(attention, region)
+            columns["attention on cells painted low"] = share.where(region.any(1), torch.nan)
+        found.append(pd.DataFrame({key: value.cpu() for key, value in columns.items()}))
     frame = pd.concat(found, ignore_index=True)
     table = pictures.dataset.table.iloc[indices].reset_index(drop=True)
     if "decoy" in table:
@@ -646,6 +710,7 @@ def simulated_corrections(
     indices: Sequence[int],
     model: str = "",
     blocks: str | tuple[int, ...] = "all",
+    only_low: bool = False,
 ) -> list[Correction]:
     """SIMULATED corrections: what a careful person might paint on toy birds; nobody painted them.
 
@@ -654,6 +719,7 @@ def simulated_corrections(
 
     Args:
         dataset: drawn birds. indices: which of them. model: fingerprint to write into them.
+        only_low: paint the decoy alone.
 
     Raises:
         ValueError: the data set has no decoys.
@@ -664,10 +730,69 @@ def simulated_corrections(
     corrections = []
     for index in map(int, indices):
         low = cover[index] > 0.1
-        high = (dataset[index]["human"] >= 0.3) & ~low
+        high = (dataset[index]["human"] >= 0.3) & ~low & (not only_low)
         mask, values = (low | high).reshape(dataset.grid), 0.9 * high.reshape(dataset.grid)
         row = dataset.table.iloc[index]
         edit = Edit(mask.numpy(), values.numpy(), blocks=blocks)
         image_id, class_name = str(row["image_id"]), str(row["class_name"])
         corrections.append(Correction.now(image_id, edit, model, "simulated", class_name))
     return corrections
+
+
+def shuffled(corrections: Sequence[Correction]) -> list[Correction]:
+    """The same maps on the wrong pictures: each picture gets its neighbour's. A control."""
+    pairs = zip(corrections, [*corrections[1:], *corrections[:1]], strict=True)
+    return [replace(one, edit=other.edit) for one, other in pairs]
+
+
+def simulated_teaching(
+    model: SigmoidViT,
+    train: BirdDataset,
+    test: BirdDataset,
+    counts: Sequence[int],
+    last_blocks: int = 1,
+    only_low: bool = False,
+) -> pd.DataFrame:
+    """What simulated corrections of drawn birds teach, beside two controls.
+
+    Training pictures whose decoy names another class are corrected, the first `counts` of them.
+    *control* takes the same steps with the replay set alone; *shuffled* has the same maps on the
+    wrong pictures. The model itself stays as it is.
+
+    Args:
+        model: to start from. train: its training pictures, not augmented. test: to measure on.
+        counts: numbers of corrections, ascending; shuffling takes 2 at least.
+        last_blocks: blocks that learn. only_low: see `simulated_corrections`.
+
+    Returns:
+        one row a model, in this order: before, control, and for each count corrections and
+        shuffled. Columns: model (its name), corrections (their number), seconds (of teaching),
+        and those of `lib.evaluate.summarise`.
+
+    Raises:
+        ValueError: there are fewer such pictures than the largest count.
+    """
+    table = train.table
+    conflicting = np.flatnonzero((table["decoy"] >= 0) & (table["decoy"] != table["label"]))
+    if max(counts) > len(conflicting):
+        raise ValueError(
+            f"{max(counts)} corrections are asked for, but only {len(conflicting)} training "
+            "pictures have a decoy that names another class; ask for fewer"
+        )
+    made = simulated_corrections(train, conflicting[: max(counts)], only_low=only_low)
+    config = TeachConfig(last_blocks=last_blocks)
+    # One copy of the model each for the control and for all others: tokens are kept, undo is exact.
+    control = Teacher(copy.deepcopy(model), train, replace(config, lam=0.0))
+    teacher = Teacher(copy.deepcopy(model), train, config)
+    jobs = [("control", control, 0, made[:1])]
+    for count in counts:
+        jobs.append((f"{count} correction" + "s" * (count > 1), teacher, count, made[:count]))
+        if count > 1:
+            jobs.append((f"{count} shuffled", teacher, count, shuffled(made[:count])))
+    rows = [{"model": "before", "corrections": 0} | summarise(per_image(model, test))]
+    for name, one, count, corrections in tqdm(jobs, desc="models", leave=False):
+        seconds = one.teach(corrections).seconds
+        row = {"model": name, "corrections": count, "seconds": seconds}
+        rows.append(row | summarise(per_image(one.model, test)))
+        one.undo()
+    return pd.DataFrame(rows)

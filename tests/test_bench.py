@@ -40,9 +40,10 @@ def test_reading_pictures_is_compared_with_the_cache(cub):
 
 def test_live_edits_are_compared_with_a_full_forward_pass():
     table = bench.live_edits("vit_tiny_patch16_224", 32, rounds=2)
-    ways = ["full forward", "last block", "last two", "all blocks", "all blocks, all rows"]
+    ways = ["timm, no edit", "full forward", "last block", "last two", "all blocks"]
+    ways.append("all blocks, all rows")
     assert bench.medians(table).index.tolist() == ways
-    assert table.groupby("way").size().tolist() == [2] * 5 and (table["seconds"] > 0).all()
+    assert table.groupby("way").size().tolist() == [2] * 6 and (table["seconds"] > 0).all()
     full = table[table["way"] == "full forward"].set_index("round")["seconds"]
     expected = table["round"].map(full) / table["seconds"]
     assert np.allclose(table["ratio"], expected)

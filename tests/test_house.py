@@ -41,11 +41,11 @@ MAY_IMPORT = {
     | {"train", "evaluate"},
     "train": {"data", "model", "losses", "metrics", "config", "attention"},
     "pretrain": {"toybirds", "model", "config"},
-    "panel": {"data", "feedback", "live", "model", "teach"},
+    "panel": {"data", "editor", "feedback", "live", "model", "teach"},
     "bench": {"model", "config", "train", "data", "readers", "live", "attention"},
     "evaluate": {"train", "data", "model", "losses", "metrics", "config", "plots", "attention"}
     | {"gaze"},
-    "__main__": {"evaluate", "train", "bench", "pretrain", "config", "check", "download"}
+    "__main__": {"evaluate", "train", "bench", "pretrain", "teach", "config", "check", "download"}
     | {"readers", "splits", "weights"},
     "__init__": set(),
 }

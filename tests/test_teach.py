@@ -27,7 +27,9 @@ from lib.teach import (
     TrunkTokens,
     correction_loss,
     mass,
+    shuffled,
     simulated_corrections,
+    simulated_teaching,
     spread,
     targets,
     teach_terms,
@@ -489,3 +491,29 @@ def test_simulated_corrections_paint_decoy_and_bird_and_can_be_saved(birds, tmp_
     loaded, skipped = load_corrections(tmp_path, grid=birds.grid)
     assert not skipped and {one.image_id for one in loaded} == {c.image_id for c in corrections}
     assert {one.image_id: one.edit for one in loaded} == {c.image_id: c.edit for c in corrections}
+
+
+def test_shuffled_corrections_are_the_same_maps_on_the_wrong_pictures(birds):
+    made = simulated_corrections(birds, range(4), only_low=True)
+    mixed = shuffled(made)
+    assert [one.image_id for one in mixed] == [one.image_id for one in made]
+    assert [one.edit for one in mixed] == [one.edit for one in made[1:] + made[:1]]
+    assert all((one.edit.values == 0).all() for one in made)
+
+
+def test_simulated_teaching_measures_every_model_and_leaves_the_first_alone(model, birds, held_out):
+    # Decoys of test images say nothing, so most of them name another class: enough to correct.
+    table, before = held_out.table, state(model)
+    conflicting = np.flatnonzero((table["decoy"] >= 0) & (table["decoy"] != table["label"]))
+    found = simulated_teaching(model, held_out, birds, [1, 5]).set_index("model")
+    names = ["before", "control", "1 correction", "5 corrections", "5 shuffled"]
+    assert found.index.tolist() == names and not changed(before, model)
+    assert found["corrections"].tolist() == [0, 0, 1, 5, 5] and found["nss"].nunique() == 5
+    assert found.loc["before", "nss"] == pytest.approx(per_image(model, birds)["nss"].mean())
+    # Each starts from the same model: taught alone, it becomes what it is in a row of others.
+    alone = Teacher(model, held_out)
+    alone.teach(simulated_corrections(held_out, conflicting[:5]))
+    assert found.loc["5 corrections", "nss"] == per_image(model, birds)["nss"].mean()
+    most = len(conflicting)
+    with pytest.raises(ValueError, match=f"{most + 1} corrections are asked for, but only {most}"):
+        simulated_teaching(model, held_out, birds, [most + 1])

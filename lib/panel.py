@@ -114,8 +114,8 @@ class TeachPanel(widgets.VBox):
         options += [("the newest" + f" {k}" * (k > 1), k) for k in COUNTS if k <= count]
         chosen = self.controls["count"].value
         self.controls["count"].options = options
-        if chosen in dict(options).values():
-            self.controls["count"].value = chosen
+        # ipywidgets 8 leaves a menu blank that had no options before
+        self.controls["count"].value = chosen if chosen in dict(options).values() else 0
 
     def start(self) -> None:
         """Teaches in a thread; what the button does."""

@@ -56,6 +56,7 @@ def test_teaching_changes_the_sessions_model_and_undo_brings_it_back(panel, bird
     assert [text for text, _ in panel.controls["count"].options] == [
         "all 6 saved", "the newest", "the newest 5",
     ]  # fmt: skip
+    assert panel.controls["count"].label == "all 6 saved"
     first = weights(panel.session)
     report = panel.teach()
     assert len(report.used) == 6 and len(report.history) == 3 and not panel.errors

@@ -693,14 +693,23 @@ function gradient(colours) {
 }
 
 /**
- * ipywidgets draws a slider's handle without a name for screen readers: it gets its label's.
+ * ipywidgets draws a slider's handle without a name for screen readers: it gets its label's. That of
+ * ipywidgets 7 (Colab) does not even say that it is a slider, and gets its value as well.
  * The sliders are views of their own and may be drawn after this one; returns how to stop waiting.
  */
 function nameSliders(el) {
   const name = () => {
-    for (const handle of el.closest(".ae-tool")?.querySelectorAll(".noUi-handle") ?? []) {
-      const label = handle.closest(".widget-inline-hbox")?.querySelector(".widget-label");
+    const handles = el.closest(".ae-tool")?.querySelectorAll(".noUi-handle, .ui-slider-handle");
+    for (const handle of handles ?? []) {
+      const box = handle.closest(".widget-inline-hbox");
+      const label = box?.querySelector(".widget-label");
       if (label) handle.setAttribute("aria-label", label.textContent);
+      const readout = box?.querySelector(".widget-readout");
+      if (!readout || handle.hasAttribute("role")) continue;
+      handle.setAttribute("role", "slider");
+      const tell = () => handle.setAttribute("aria-valuenow", readout.textContent);
+      new MutationObserver(tell).observe(readout, { childList: true, subtree: true });
+      tell();
     }
   };
   const soon = [0, 200, 1000, 3000].map((wait) => setTimeout(name, wait));

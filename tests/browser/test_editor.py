@@ -48,7 +48,10 @@ def teach(controller):
     raise RuntimeError("no <b class='injected'>training</b> here")
 """
 TOOL = """
-ipywidgets.Widget.close_all()  # those of the test before
+if "tool" in globals():
+    # Those of the test before, but none that an import has only just opened: JupyterLab 4.6 then
+    # sends the answers of the next ones to a subshell that it has given up, and they are lost.
+    ipywidgets.Widget.close_all()
 session = LiveSession(model, data)
 tool = attention_editor(session, folder="corrections", author="Ada", on_teach=teach)
 tool

@@ -62,7 +62,12 @@ def test_teaching_changes_the_sessions_model_and_undo_brings_it_back(panel, bird
     assert len(report.used) == 6 and len(report.history) == 3 and not panel.errors
     assert not torch.equal(weights(panel.session), first)
     assert {"corrected", "replayed"} <= set(panel.table.index)
-    assert panel.table.loc["corrected", "pictures"] == 6 and "<table" in panel._result.value
+    assert panel.table.loc["corrected", "pictures"] == 6
+    shown = panel._result.value
+    row = panel.table.loc["corrected"]
+    assert f"{row['NSS before']:.2f} → <b>{row['NSS after']:.2f}</b>" in shown
+    assert "nan" not in shown and shown.count('alt="the painted cells"') == 4
+    assert shown.count("attention before teaching") == shown.count("attention after teaching") > 4
     panel.controls["count"].value = 5
     panel.controls["blocks"].value = panel.session.depth  # other blocks: another teacher
     assert len(panel.teach().used) == 5

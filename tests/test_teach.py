@@ -442,6 +442,31 @@ def test_before_and_after_are_measured_as_the_evaluation_does(model, birds, held
     assert list(few["pictures"])[1:] == [5, 5, 5] and few.loc["corrected", "pictures"] == 3
 
 
+def test_examples_are_pictures_of_the_two_groups_before_and_after(model, birds, held_out):
+    teacher = Teacher(model, birds, QUICK)
+    with pytest.raises(IndexError, match="nothing to undo"):
+        teacher.examples(held_out)
+    made = simulated_corrections(birds, range(5))
+    teacher.teach(made)
+    shown = teacher.examples(held_out, most=3)
+    corrected = [one for one in shown if one.group == "corrected"]
+    assert [one.image_id for one in corrected] == [one.image_id for one in made[-3:]]
+    assert [one.edit for one in corrected] == [one.edit for one in made[-3:]]
+    others = [one for one in shown if one.group == "held out, same classes"]
+    assert others and all(one.edit is None for one in others)
+    assert {one.class_name for one in others} <= {one.class_name for one in made}
+    for one in shown:
+        dataset = birds if one.group == "corrected" else held_out
+        index = dataset.table["image_id"].astype(str).tolist().index(one.image_id)
+        with torch.no_grad():
+            scores, rows = model(dataset[index]["image"][None], rows="last")
+        assert one.predicted["after"] == dataset.classes[int(scores.argmax())]
+        attention = rows[2].softmax(-1)[0, :, 1:].mean(0).reshape(model.grid)
+        # the tokens before the learning block are kept in half precision
+        np.testing.assert_allclose(one.attention["after"], attention, atol=2e-3)
+        assert not np.array_equal(one.attention["before"], one.attention["after"])
+
+
 def test_pictures_without_decoys_or_fixations_are_compared_by_cc(cub):
     sizes = {"patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
     model = create_model("vit_tiny_patch16_224", len(CUB_CLASSES), cub.image_size, **sizes)

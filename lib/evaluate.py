@@ -98,8 +98,13 @@ def per_image(
         [dataset.table.reset_index(drop=True), pd.concat(found, ignore_index=True)], axis=1
     )
     if decoys is not None:
-        frame["conflicting"] = (frame["decoy"] != frame["label"]) & (frame["decoy"] >= 0)
+        frame["conflicting"] = conflicting_decoys(frame)
     return frame
+
+
+def conflicting_decoys(table: pd.DataFrame) -> pd.Series:
+    """Whether a picture's decoy names another class; bool, False where there is no decoy."""
+    return (table["decoy"] != table["label"]) & (table["decoy"] >= 0)
 
 
 def decoy_cover(dataset: BirdDataset) -> Tensor | None:

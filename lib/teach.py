@@ -29,7 +29,7 @@ from lib import metrics
 from lib.attention import resolve_blocks, resolve_heads
 from lib.config import TrainConfig
 from lib.data import BirdDataset
-from lib.evaluate import decoy_cover, per_image, summarise
+from lib.evaluate import conflicting_decoys, decoy_cover, per_image, summarise
 from lib.feedback import Correction, Edit
 from lib.losses import bce, mse
 from lib.model import SigmoidViT
@@ -695,8 +695,8 @@ def _look(
     frame = pd.concat(found, ignore_index=True)
     table = pictures.dataset.table.iloc[indices].reset_index(drop=True)
     if "decoy" in table:
-        conflicting = (table["decoy"] >= 0) & (table["decoy"] != table["label"])
-        frame.insert(1, "conflicting-decoy accuracy", frame["accuracy"].where(conflicting))
+        only = frame["accuracy"].where(conflicting_decoys(table))
+        frame.insert(1, "conflicting-decoy accuracy", only)
     if frame["NSS"].notna().any():
         return frame.drop(columns="CC")
     return frame.drop(columns="NSS")
@@ -772,8 +772,7 @@ def simulated_teaching(
     Raises:
         ValueError: there are fewer such pictures than the largest count.
     """
-    table = train.table
-    conflicting = np.flatnonzero((table["decoy"] >= 0) & (table["decoy"] != table["label"]))
+    conflicting = np.flatnonzero(conflicting_decoys(train.table))
     if max(counts) > len(conflicting):
         raise ValueError(
             f"{max(counts)} corrections are asked for, but only {len(conflicting)} training "

@@ -299,16 +299,16 @@ class Teacher:
         found = []
         for group, (pictures, indices, _) in list(self._groups(held_out, most).items())[:2]:
             chosen = indices[-most:]
-            looks = {
-                w: _scores_and_row(m, pictures, chosen) for w, m in models.items() if len(chosen)
-            }
+            if not len(chosen):
+                continue
+            classes, predicted, attention = pictures.dataset.classes, {}, {}
+            for when, model in models.items():
+                scores, rows = _scores_and_row(model, pictures, chosen)
+                predicted[when] = [classes[c] for c in scores.argmax(dim=-1).tolist()]
+                maps = metrics.patch_attention(rows, model.num_prefix)
+                attention[when] = maps.unflatten(-1, model.grid).cpu().numpy()
             for k, index in enumerate(map(int, chosen)):
                 row = pictures.dataset.table.iloc[index]
-                said = {when: int(scores[k].argmax()) for when, (scores, _) in looks.items()}
-                maps = {
-                    when: metrics.patch_attention(rows[k : k + 1], self.model.num_prefix)
-                    for when, (_, rows) in looks.items()
-                }
                 found.append(
                     Example(
                         group=group,
@@ -316,10 +316,8 @@ class Teacher:
                         image=pictures.dataset.image(index),
                         class_name=str(row["class_name"]),
                         edit=edits[str(row["image_id"])] if group == "corrected" else None,
-                        predicted={w: pictures.dataset.classes[c] for w, c in said.items()},
-                        attention={
-                            w: m.reshape(self.model.grid).cpu().numpy() for w, m in maps.items()
-                        },
+                        predicted={when: names[k] for when, names in predicted.items()},
+                        attention={when: maps[k] for when, maps in attention.items()},
                     )
                 )
         return found

@@ -5,6 +5,7 @@ The environment variable PRESET chooses the data set ("toy" when unset), see lib
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from dataclasses import replace
@@ -13,7 +14,18 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lib.config import PRESETS, ROOT, preset
+from lib.config import (
+    PRESETS,
+    RECIPES,
+    ROOT,
+    Config,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    file_md5,
+    preset,
+)
 
 # Each command imports what it needs itself: help and downloads do not wait for PyTorch.
 
@@ -22,6 +34,10 @@ SPLIT_NAMES = {
     "cub2010": "cub200_2010_dataset.json",
     "folder": "folder_dataset.json",
 }
+
+# Options of `train`: the recipe, and the fields of TrainConfig without a prefix.
+Recipe = Literal[tuple(RECIPES)]
+Train = Annotated[TrainConfig, tyro.conf.arg(name="")]
 
 # Mistakes that a person can mend: told in one sentence, exit code 2, no traceback; the last one
 # is a loss that is not finite.
@@ -53,6 +69,92 @@ def demo(
     print(f"\npreset {config.preset}, {seeds} seed{'s' * (seeds > 1)}, test images\n")
     print(table.to_string())
     print(f"\nfigures and tables: {folder}")
+
+
+def train(arguments: list[str]) -> None:
+    """Train one model: `train ft` from pretrained weights, `train hitl` from a run.
+
+    Args:
+        arguments: "ft" or "hitl" and its options; every field of the configuration is one.
+    """
+    # The recipe changes what the other options start from, so it is read first.
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--recipe")
+    recipe = first.parse_known_args(arguments)[0].recipe
+    config = preset(recipe=recipe if recipe in RECIPES else None)
+
+    def fine_tune(
+        name: str | None = None,
+        recipe: Recipe = "tuned",
+        resume: bool = False,
+        overwrite: bool = False,
+        train: Train = config.ft,
+        data: DataConfig = config.data,
+        model: ModelConfig = config.model,
+    ) -> None:
+        """Step 1: cross entropy only, from pretrained weights and a new head.
+
+        Args:
+            name: of the run; ft-s<seed> when left out.
+            recipe: where the values below come from; "original" is that of the first experiment.
+            resume: go on where a run of that name was stopped; every option must be as it was.
+            overwrite: train again in the place of a run of that name.
+        """
+        name = name or f"ft-s{train.seed}"
+        _train_one(config, name, RunConfig(data, model, train), resume, overwrite)
+
+    def hitl(
+        init: str,
+        name: str | None = None,
+        recipe: Recipe = "tuned",
+        resume: bool = False,
+        overwrite: bool = False,
+        train: Train = config.hitl,
+        data: DataConfig = config.data,
+        model: ModelConfig = config.model,
+    ) -> None:
+        """Step 2: with human attention as one more term of the loss, from a trained run.
+
+        Args:
+            init: name of the run to start from.
+            name: of the run; hitl-<loss>-s<seed> when left out.
+            recipe: where the values below come from; "original" is that of the first experiment.
+            resume: go on where a run of that name was stopped; every option must be as it was.
+            overwrite: train again in the place of a run of that name.
+        """
+        name = name or f"hitl-{train.human.loss}-s{train.seed}"
+        _train_one(config, name, RunConfig(data, model, train, init), resume, overwrite)
+
+    tyro.extras.subcommand_cli_from_dict(
+        {"ft": fine_tune, "hitl": hitl},
+        prog="python -m lib train",
+        description="Train one model; PRESET chooses data and model (see lib/config.py).",
+        args=arguments,
+    )
+
+
+def _train_one(config: Config, name: str, run: RunConfig, resume: bool, overwrite: bool) -> None:
+    """`train_run`, for a person who may not know that the run is there."""
+    from lib.runs import is_finished, train_run
+    from lib.train import processes
+
+    folder = config.runs / name
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite are given; the one keeps what the other drops")
+    if (folder / "config.json").is_file() and not (resume or overwrite):
+        stands = "is finished" if is_finished(folder) else "was stopped half way"
+        raise FileExistsError(
+            f"{folder} exists and {stands}; go on with --resume, train again with --overwrite, or "
+            "choose another --name"
+        )
+    if resume and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is no run that could be resumed; leave out --resume")
+    if run.data.split_file is not None:
+        run.data = replace(run.data, split_md5=file_md5(run.data.split_file))
+    found = train_run(name, run, config.runs, overwrite)
+    if processes().is_main_process:
+        last = found.history.iloc[-1]
+        print(f"{folder}: {last['epoch']:.0f} epochs, validation accuracy {last['val_top1']:.3f}")
 
 
 def make_trunk(
@@ -121,7 +223,7 @@ def loading(images: int = 256, rounds: int = 5) -> None:
         rounds: measured turns.
     """
     from lib import bench
-    from lib.train import bare_model, fine_tuning
+    from lib.runs import bare_model, fine_tuning
 
     config = preset()
     if config.preset == "toy":
@@ -155,8 +257,8 @@ def teaching(
     from tqdm.auto import tqdm
 
     from lib import evaluate
+    from lib.runs import fine_tuning, train_run
     from lib.teach import simulated_teaching
-    from lib.train import fine_tuning, train_run
 
     if seeds < 1 or not counts or min(counts) < 1:
         raise ValueError(f"seeds is {seeds} and counts {counts}; give 1 or more of each")
@@ -260,7 +362,8 @@ def check(
         details: a .csv file to write every single finding to.
     """
     from lib.check import check_data
-    from lib.train import bare_model, fine_tuning, write_text
+    from lib.files import write_text
+    from lib.runs import bare_model, fine_tuning
 
     config = preset(name)
     grid = bare_model(fine_tuning(config, seed=0), num_classes=0).grid
@@ -279,8 +382,10 @@ def check(
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     commands = {
         "demo": demo,
+        "train": train,
         "weights": weights,
         "download": fetch,
         "split": split,
@@ -292,11 +397,14 @@ def main(arguments: list[str] | None = None) -> int:
         "bench-edit": editing,
     }
     try:
+        if arguments[:1] == ["train"]:  # has commands of its own
+            return train(arguments[1:]) or 0
         code = tyro.extras.subcommand_cli_from_dict(
             commands, prog="python -m lib", description=__doc__, args=arguments
         )
     except EXPECTED as error:
-        print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # of several processes that train together
+        print(f"error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
         return 2
     return code or 0
 

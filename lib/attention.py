@@ -132,16 +132,18 @@ class AttentionEdit:
 
 
 def resolve_blocks(blocks: str | tuple[int, ...], depth: int) -> tuple[int, ...]:
-    """Block names to indices: "last", "last2", "all", or indices (negative ones from the end).
+    """Block names to indices: "last", "last2", "last4", "all", or indices (negative from the end).
 
     Raises:
         ValueError: for an unknown word or an index outside the model.
     """
-    words = {"last": (depth - 1,), "last2": tuple(range(max(depth - 2, 0), depth))}
-    words["all"] = tuple(range(depth))
+    counts = {"last": 1, "last2": 2, "last4": 4, "all": depth}
+    words = {word: tuple(range(max(depth - n, 0), depth)) for word, n in counts.items()}
     if isinstance(blocks, str):
         if blocks not in words:
-            raise ValueError(f'blocks is "{blocks}"; use "last", "last2", "all" or indices')
+            raise ValueError(
+                f'blocks is "{blocks}"; use "last", "last2", "last4", "all" or indices'
+            )
         return words[blocks]
     return _indices("block", blocks, depth)
 

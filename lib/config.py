@@ -8,6 +8,8 @@ MAPS      gaze, boxes, parts, none, or    WEIGHTS   a file
           a folder of map files or of     RUNS_DIR  where trained models go
           corrections (the editor's)
 SPLIT     a file of `python -m lib split` CACHE     1, or a folder: keep decoded pictures
+TRAINABLE all, last_block, head or a      RECIPE    tuned, or original (see `RECIPES`)
+          number of blocks
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
@@ -42,6 +44,8 @@ class DataConfig:
     sigma_unit: Literal["patch", "pixel"] = "patch"  # patch of the model, pixel of the picture
     weight: Literal["duration", "count"] = "duration"  # what one fixation weighs
     crop_scale: tuple[float, float] = (0.6, 1.0)  # share of the area a random training crop keeps
+    # width to height of a training crop; None keeps that of the picture
+    crop_ratio: tuple[float, float] | None = (3 / 4, 4 / 3)
     flip: float = 0.5  # probability of a horizontal flip in training
     split_file: Path | None = None  # made by `python -m lib split`; None is the published split
     split_md5: str | None = None  # of that file: another split is another experiment
@@ -76,7 +80,7 @@ class HumanConfig:
 
     loss: Literal["mse", "mse_zero", "bce", "kl", "cosine", "energy"] = "energy"  # lib/losses.py
     lam: float = 1.0  # weight of the human attention loss; 0 is the control without maps
-    blocks: Literal["last", "last2", "all"] | tuple[int, ...] = "last"  # supervised blocks
+    blocks: Literal["last", "last2", "last4", "all"] | tuple[int, ...] = "last"  # supervised blocks
     heads: Literal["all"] | tuple[int, ...] = "all"  # supervised heads; the others stay free
     offset: Literal["none", "centred"] = "none"  # constant of the sigmoid (mse, bce, cosine)
 
@@ -86,34 +90,50 @@ class TrainConfig:
     """One stage of training: fine-tuning, or human in the loop (HITL) on top of it."""
 
     epochs: int = 6  # passes over the training images
-    batch_size: int = 32  # images a step
-    lr: float = 3e-4  # peak learning rate of AdamW
+    batch_size: int = 32  # images a step, over all processes together
+    optimizer: Literal["adamw", "adam"] = "adamw"  # with decoupled weight decay, or without
+    lr: float = 3e-4  # peak learning rate
     head_lr_factor: float = 1.0  # learning rate of the classifier head, as a multiple of lr
+    layer_decay: float = 1.0  # learning rate of a block, as a multiple of that of the next block
     weight_decay: float = 0.05  # on matrices only: norms, biases, tokens are left alone
-    warmup: float = 0.1  # share of all steps with a rising rate; a cosine to 0 follows
-    clip: float = 1.0  # gradients are scaled down to this norm at most
+    warmup: float = 0.1  # share of all steps with a rising rate
+    schedule: Literal["cosine", "constant"] = "cosine"  # of the learning rate after the warm-up
+    clip: float = 1.0  # gradients are scaled down to this norm at most; 0 leaves them alone
     label_smoothing: float = 0.0  # of the cross entropy
-    trainable: Literal["all", "last_block", "head"] = "all"  # the rest is frozen
+    drop_path: float = 0.0  # stochastic depth: rate of the last block, rising from 0 at the first
+    ema: float = 0.0  # decay of an average of the weights, which is then the model; 0 has none
+    trainable: Literal["all", "last_block", "head"] | int = "all"  # or: the last so many blocks
     cache_tokens: bool = False  # frozen trunk: run it once an image, without crops and flips
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # as Accelerate names it
+    compile: bool = False  # torch.compile: pays on a GPU after a minute of compiling
     workers: int = 0  # processes that load images; 0 loads in the main process
     seed: int = 0  # of the head's weights, the order of the images, and the crops
+    log_every: int = 10  # steps between two rows of steps.csv
+    checkpoint_minutes: float = 1.0  # between two checkpoints
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # beside history.csv
     human: HumanConfig = field(default_factory=lambda: HumanConfig(lam=0.0))
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("workers", 0)):
+        for name, least in (("epochs", 1), ("batch_size", 1), ("workers", 0), ("log_every", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {least} or more")
+        for name in ("warmup", "label_smoothing", "drop_path", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name):g}; it must be in [0, 1)")
         if self.cache_tokens and self.trainable == "all":
             raise ValueError(
                 'cache_tokens is set, but trainable="all" changes the trunk at every step; use '
-                'trainable="last_block" or "head"'
+                'trainable="last_block", "head", or a number of blocks'
             )
-        if self.lr <= 0 or self.human.lam < 0:
+        if self.lr <= 0 or self.human.lam < 0 or not 0 < self.layer_decay <= 1:
             raise ValueError(
-                f"lr is {self.lr:g} and lam {self.human.lam:g}; lr must be above 0 and lam not "
-                "below it"
+                f"lr is {self.lr:g}, layer_decay {self.layer_decay:g} and lam {self.human.lam:g}; "
+                "lr must be above 0, layer_decay in (0, 1] and lam not below 0"
             )
+
+
+# Fields of TrainConfig that say how a run is made, and nothing about what comes out.
+HOW = ("workers", "log_every", "checkpoint_minutes", "trackers")
 
 
 @dataclass
@@ -139,17 +159,48 @@ class Config:
     runs: Path = ROOT / "runs"  # one folder a trained model
 
 
-def preset(name: str | None = None) -> Config:
-    """The configuration of a preset, by name or from the environment variable PRESET.
+# Recipes: what changes in a preset's `TrainConfig`s and in its `DataConfig`. "tuned" is the preset
+# as it is written below; "original" trains as Matsumoto et al. (PRMU2024-9, 2024) did: Adam at a
+# small constant rate, and a crop of 179 of 224 pixels, which is 0.64 of the area.
+RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "tuned": ({}, {}),
+    "original": (
+        {
+            "optimizer": "adam",
+            "lr": 1e-5,
+            "batch_size": 128,
+            "head_lr_factor": 1.0,
+            "layer_decay": 1.0,
+            "weight_decay": 0.0,
+            "warmup": 0.0,
+            "schedule": "constant",
+            "clip": 0.0,
+            "label_smoothing": 0.0,
+            "drop_path": 0.0,
+            "ema": 0.0,
+        },
+        {"crop_scale": (0.64, 0.64), "crop_ratio": None, "flip": 0.0},
+    ),
+}
+
+
+def preset(name: str | None = None, recipe: str | None = None) -> Config:
+    """The configuration of a preset, by name or from the environment variables PRESET and RECIPE.
 
     Raises:
-        ValueError: for a preset that does not exist.
+        ValueError: for a preset or recipe that does not exist.
     """
     name = name or os.environ.get("PRESET") or "toy"
+    recipe = recipe or os.environ.get("RECIPE") or "tuned"
     if name not in PRESETS:
         raise ValueError(f'PRESET is "{name}"; use one of {", ".join(PRESETS)}')
+    if recipe not in RECIPES:
+        raise ValueError(f'the recipe is "{recipe}"; use one of {", ".join(RECIPES)}')
     config = _toy() if name == "toy" else _pictures(name)
     config.runs = Path(os.environ.get("RUNS_DIR", config.runs)) / name
+    train, data = RECIPES[recipe]
+    config.ft, config.hitl = replace(config.ft, **train), replace(config.hitl, **train)
+    config.data = replace(config.data, **data)
     return config
 
 
@@ -174,14 +225,20 @@ def _toy() -> Config:
 
 
 def _pictures(name: str) -> Config:
-    """Real pictures and a ViT-Small: a GPU for everything, a CPU for the last block.
+    """Real pictures and a ViT-Small: the last block on cached tokens, or TRAINABLE=all on a GPU.
 
     Without human maps there is nothing to compare fine-tuning with: `variants` is empty then.
     """
     model = os.environ.get("MODEL", "vit_small_patch16_224")
     weights = Path(os.environ.get("WEIGHTS", ROOT / "models" / f"{model}.pt"))
-    stage = {"batch_size": 32, "lr": 1e-4, "head_lr_factor": 10.0, "trainable": "last_block"}
-    stage |= {"epochs": 10, "workers": 2, "cache_tokens": True}
+    trainable = os.environ.get("TRAINABLE", "last_block")
+    trainable = int(trainable) if trainable.isdecimal() else trainable
+    stage = {"batch_size": 32, "epochs": 10, "workers": 2, "trainable": trainable}
+    if trainable == "all":
+        stage |= {"lr": 5e-4, "layer_decay": 0.7, "label_smoothing": 0.1, "drop_path": 0.1}
+        stage |= {"ema": 0.99}
+    else:
+        stage |= {"lr": 1e-4, "head_lr_factor": 10.0, "cache_tokens": True}
     data = _data_from_environment(name)
     variants = {
         "control": {"lam": 0.0},
@@ -259,13 +316,18 @@ def _build(kind: Any, value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def difference(config: Any, text: str) -> str | None:
-    """The first field in which a dataclass differs from JSON made by `to_json`, in words."""
+def difference(config: RunConfig, text: str) -> str | None:
+    """The first field that decides a result and differs from JSON made by `to_json`, in words."""
     ours, theirs = _flatten(json.loads(to_json(config))), _flatten(json.loads(text))
     for key in sorted(ours.keys() | theirs.keys()):
-        if ours.get(key) != theirs.get(key):
+        if ours.get(key) != theirs.get(key) and key.removeprefix("train.") not in HOW:
             return f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
     return None
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """A dataclass as one level of plain values, "train.human.lam": 1.0, as trackers want it."""
+    return _flatten(json.loads(to_json(config)))
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,6 @@ from lib.readers import Part, Record, read_picture, read_records
 
 FINE = 4  # cells of a training map per grid cell and axis: a crop then moves it by quarter patches
 _TOLD: set[tuple[Path, str]] = set()  # what was said about missing maps, and of which data
-ASPECT = (3 / 4, 4 / 3)  # width to height of a training crop, in pixels of the original
 
 
 class BirdDataset(Dataset):
@@ -65,6 +65,9 @@ class BirdDataset(Dataset):
 
     Warns once how many images have no human map, if the data set is to have any.
 
+    Training asks for `(index, seed)`: crop and flip are then a function of the seed alone, whatever
+    process draws them and whatever was drawn before, so that a run can be resumed.
+
     Reading an item raises OSError naming the file when it is missing or broken, ValueError naming
     the image id when its size is not the one that the gaze was measured in.
     """
@@ -94,14 +97,7 @@ class BirdDataset(Dataset):
         self._decoded = self._open_cache()
         self.table = _table(self.records, self.classes, config.image_size)
         self.table.insert(4, "has_map", self._has_map.numpy())
-        self._joint = v2.Compose(
-            [
-                v2.RandomResizedCrop(
-                    tuple(config.image_size), config.crop_scale, ASPECT, antialias=True
-                ),
-                v2.RandomHorizontalFlip(config.flip),
-            ]
-        )
+        self._flip = v2.RandomHorizontalFlip(config.flip)
 
     def _render(self) -> tuple[Tensor, Tensor]:
         """All human maps and their validity, [N, gh, gw], or [N, FINE * gh, FINE * gw] to train.
@@ -161,19 +157,30 @@ class BirdDataset(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor | int]:
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Tensor | int]:
+        """The item at `index`; of `(index, seed)`, with the crop and flip that the seed draws."""
+        if isinstance(index, tuple):
+            with _drawn_from(index[1]):
+                return self[index[0]]
         index = range(len(self))[index]  # negative ones too, and IndexError past the end
-        item: dict[str, Tensor | int] = {"label": self.records[index].label, "index": index}
         if self.augment:
+            item: dict[str, Tensor | int] = {"label": self.records[index].label, "index": index}
             pixels, item["human"], item["valid"] = self._augmented(index)
         else:
-            pixels = self._squeezed(index)
-            item["human"] = self._maps[index].flatten()
-            item["valid"] = self._valid[index].flatten()
-            item["fixations"] = self._counts(index).sum(dim=0)
+            pixels, item = self._squeezed(index), self.annotations(index)
         image = pixels.to(torch.float32, memory_format=torch.contiguous_format)
         item["image"] = image.mul_(self._scale).add_(self._shift)
         return item
+
+    def annotations(self, index: int) -> dict[str, Tensor | int]:
+        """The item of a data set without augmentation, all but its image: no picture is read."""
+        return {
+            "label": self.records[index].label,
+            "index": index,
+            "human": self._maps[index].flatten(),
+            "valid": self._valid[index].flatten(),
+            "fixations": self._counts(index).sum(dim=0),
+        }
 
     def _augmented(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """The same crop and flip for image and map: uint8 [3, H, W], float32 [P], bool [P].
@@ -184,10 +191,18 @@ class BirdDataset(Dataset):
         pixels = _pixels(self.records[index]) if self._decoded is None else self._decoded[index]
         fine = torch.stack([self._maps[index], self._valid[index]]).float()
         mask = F.interpolate(fine[None], pixels.shape[1:], mode="nearest")[0]
-        picture, mask = self._joint(tv_tensors.Image(pixels), tv_tensors.Mask(mask))
+        crop = self._crop(*pixels.shape[1:])
+        picture, mask = self._flip(crop(tv_tensors.Image(pixels), tv_tensors.Mask(mask)))
         dense, known = mask.as_subclass(Tensor)  # a padded border, if any, is filled with invalid 0
         human, valid = to_grid(dense, known, self.grid)
         return picture.as_subclass(Tensor), human.clamp(0, 1).flatten(), valid.flatten()
+
+    def _crop(self, height: int, width: int) -> v2.Transform:
+        """The random crop of a picture of that size, brought to the model's input size."""
+        size, scale = tuple(self.config.image_size), self.config.crop_scale
+        # Without a range of its own, the one aspect ratio allowed is that of the picture.
+        ratio = self.config.crop_ratio or (width / height, width / height)
+        return v2.RandomResizedCrop(size, scale, ratio, antialias=True)
 
     def _squeezed(self, index: int) -> Tensor:
         """The whole picture as uint8 [3, H, W]."""
@@ -220,6 +235,17 @@ class BirdDataset(Dataset):
         for row, look in zip(maps, record.gaze, strict=True):
             row.copy_(self._map((look,), record.size, 1)[0].flatten())
         return maps, self._counts(index)
+
+
+@contextmanager
+def _drawn_from(seed: int) -> Iterator[None]:
+    """Random numbers of the CPU come from `seed`; what was drawn before goes on afterwards."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
 
 
 def make_dataset(

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -24,18 +23,12 @@ from lib import metrics, plots
 from lib.attention import LADDER, AttentionEdit, resolve_blocks
 from lib.config import Config
 from lib.data import BirdDataset
+from lib.files import write_text
 from lib.gaze import box_map
 from lib.model import SigmoidViT
-from lib.train import (
-    Run,
-    dataset_for,
-    fine_tuning,
-    human_in_the_loop,
-    predict,
-    train_run,
-    with_cached_tokens,
-    write_text,
-)
+from lib.runs import Run, dataset_for, fine_tuning, human_in_the_loop, train_run
+from lib.tokens import with_cached_tokens
+from lib.train import predict, processes
 
 # What the tables show, in this order, with the words of the reader.
 COLUMNS: dict[str, str] = {
@@ -234,7 +227,7 @@ class Trial:
 def train_comparison(config: Config, seeds: Sequence[int], overwrite: bool = False) -> list[Trial]:
     """Fine-tunes, then trains every variant of the preset on top, for every seed.
 
-    Runs that are there already are loaded; see `lib.train.train_run`.
+    Runs that are there already are loaded; see `lib.runs.train_run`.
     """
     trials = []
     for seed in seeds:
@@ -252,10 +245,13 @@ def evaluate_trials(trials: Sequence[Trial], split: str = "test") -> pd.DataFram
     dataset = None
     frames = []
     for trial in tqdm(trials, desc="evaluating runs", leave=False):
-        model, settings = trial.run.model().to(Accelerator().device), trial.run.config
+        model, settings = trial.run.model().to(processes().device), trial.run.config
         dataset = dataset or dataset_for(model, settings, split, augment=False)
         if settings.train.cache_tokens:
-            frame = per_image(model, dataset, with_cached_tokens(model, dataset, settings))
+            tokens = with_cached_tokens(
+                model, dataset, settings, trial.run.folder.parent / "tokens"
+            )
+            frame = per_image(model, dataset, tokens)
         else:
             frame = per_image(model, dataset, workers=settings.train.workers)
         frames.append(frame.assign(variant=trial.variant, seed=trial.seed))

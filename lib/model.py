@@ -12,8 +12,8 @@ own forward pass in spite of the rows that it returns:
 
 from __future__ import annotations
 
+import io
 import pickle
-import uuid
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lib.attention import AttentionEdit, edit_logits, resolve_blocks
+from lib.files import make_folder, write_bytes
 
 
 class UnsupportedModelError(ValueError):
@@ -85,21 +86,23 @@ class SigmoidViT(nn.Module):
         edit: AttentionEdit | None = None,
         rows: str | Sequence[int] | None = None,
         tokens: Tensor | None = None,
+        blocks: int = 1,
     ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
         """Class scores, and the class rows of chosen blocks.
 
         Args:
             images: `[B, 3, H, W]`, normalised.
-            tokens: in place of images, what `tokens(images, -1)` gave: only the last block runs.
+            tokens: in place of images, what `tokens(images, -blocks)` gave: only the last `blocks`
+                blocks run.
             edit: what a person changed; None or an all-False mask runs the plain model.
-            rows: blocks whose class-row logits are wanted ("last", "last2", "all" or indices).
+            rows: blocks whose class-row logits are wanted (see `resolve_blocks`).
 
         Returns:
             scores `[B, classes]`; with `rows` also `{block: [B, heads, N]}`, the class token's
             logits (before any edit, scaled by 1/sqrt(head dim)), with gradient.
         """
         if tokens is not None:
-            return self.forward_tokens(tokens, self.depth - 1, edit, rows)
+            return self.forward_tokens(tokens, self.depth - blocks, edit, rows)
         grid = tuple(self.vit.patch_embed.dynamic_feat_size(images.shape[-2:]))
         return self.forward_tokens(self.embed(images), 0, edit, rows, grid)
 
@@ -438,22 +441,19 @@ def write_state(state: dict[str, Tensor], path: Path, grid: tuple[int, int] | No
     embedding: with it the file can be loaded at any image size, not only where timm knows the grid.
 
     Raises:
-        ValueError: another extension.
+        ValueError: another extension. StorageError: a full disk, a folder that cannot be written.
     """
     path = Path(path)
     if path.suffix not in FORMATS:
         raise ValueError(f"{path} must end in one of {', '.join(FORMATS)}, which name the format")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     tensors = OrderedDict((key, value.detach().cpu().contiguous()) for key, value in state.items())
     metadata = {GRID_KEY: f"{grid[0]}x{grid[1]}"} if grid else {}
-    # A name of its own: two processes may write the same file at the same time.
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        if path.suffix == ".safetensors":
-            safetensors.torch.save_file(tensors, temporary, metadata or None)
-        else:
-            tensors._metadata = {"": metadata}  # where PyTorch keeps what goes with a state dict
-            torch.save(tensors, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)  # still there only after an error
+    if path.suffix == ".safetensors":
+        content = safetensors.torch.save(tensors, metadata or None)
+    else:
+        tensors._metadata = {"": metadata}  # where PyTorch keeps what goes with a state dict
+        buffer = io.BytesIO()
+        torch.save(tensors, buffer)
+        content = buffer.getvalue()
+    write_bytes(path, content)

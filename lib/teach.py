@@ -33,7 +33,8 @@ from lib.evaluate import conflicting_decoys, decoy_cover, per_image, summarise
 from lib.feedback import Correction, Edit
 from lib.losses import bce, mse
 from lib.model import SigmoidViT
-from lib.train import TrainingDiverged, learning_rate_factor, parameter_groups, trained_modules
+from lib.optim import learning_rate_factor, parameter_groups, trained_modules
+from lib.train import TrainingDiverged
 
 Progress = Callable[[int, int, dict[str, float]], None]
 Tick = Callable[[int], None]

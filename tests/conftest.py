@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -12,7 +13,7 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
-from lib.config import DataConfig
+from lib.config import Config, DataConfig, ModelConfig, preset
 from lib.model import SigmoidViT
 
 matplotlib.use("Agg")
@@ -63,6 +64,23 @@ def any_model(request: pytest.FixtureRequest) -> SigmoidViT:
 @pytest.fixture
 def model() -> SigmoidViT:
     return SigmoidViT(tiny_vit())
+
+
+def tiny_config(runs: Path) -> Config:
+    """The toy preset, but a few images, a few steps and a few parameters."""
+    config = preset("toy")
+    config.data = replace(config.data, toy_train=40, toy_val=16, toy_test=24)
+    sizes = {"patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    config.model = ModelConfig("vit_tiny_patch16_224", None, sizes)
+    config.ft = replace(config.ft, epochs=2, batch_size=16)
+    config.hitl = replace(config.hitl, epochs=2, batch_size=16)
+    config.runs = runs
+    return config
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return tiny_config(tmp_path / "runs")
 
 
 @pytest.fixture(scope="session")

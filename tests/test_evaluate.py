@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_train import tiny_config
+from conftest import tiny_config
 
 from lib import evaluate
 from lib.attention import AttentionEdit
-from lib.train import dataset_for
+from lib.runs import dataset_for
 
 
 @pytest.fixture(scope="module")

@@ -30,23 +30,38 @@ MAY_IMPORT = {
     "editor": {"feedback"},
     "plots": set(),
     "config": set(),
+    "files": set(),
     "losses": {"attention"},
-    "model": {"attention"},
+    "model": {"attention", "files"},
+    "optim": {"attention", "config", "model"},
+    "tokens": {"config", "data", "files", "model", "optim"},
+    "checkpoint": {"files", "model", "optim"},
     "weights": {"model"},
     "readers": {"gaze", "toybirds", "config", "splits", "feedback"},
     "data": {"gaze", "config", "readers", "cache"},
     "check": {"gaze", "config", "readers"},
     "live": {"attention", "model", "data", "feedback", "gaze"},
     "teach": {"attention", "model", "data", "feedback", "gaze", "losses", "metrics", "config"}
-    | {"train", "evaluate"},
-    "train": {"data", "model", "losses", "metrics", "config", "attention"},
+    | {"train", "optim", "evaluate"},
+    "train": {"model", "losses", "metrics", "config", "optim", "tokens", "checkpoint", "files"},
+    "runs": {"train", "checkpoint", "tokens", "data", "model", "config", "files"},
     "pretrain": {"toybirds", "model", "config"},
     "panel": {"data", "editor", "feedback", "live", "model", "teach"},
     "bench": {"model", "config", "train", "data", "readers", "live", "attention"},
-    "evaluate": {"train", "data", "model", "losses", "metrics", "config", "plots", "attention"}
-    | {"gaze"},
-    "__main__": {"evaluate", "train", "bench", "pretrain", "teach", "config", "check", "download"}
-    | {"readers", "splits", "weights"},
+    "evaluate": {"train", "runs", "tokens", "data", "model", "metrics", "config", "plots"}
+    | {"gaze", "attention", "files"},
+    "__main__": {
+        "evaluate",
+        "runs",
+        "train",
+        "bench",
+        "pretrain",
+        "teach",
+        "config",
+        "check",
+        "download",
+    }
+    | {"readers", "splits", "weights", "files"},
     "__init__": set(),
 }
 NOTEBOOK_ONLY = {"IPython", "ipywidgets", "anywidget", "jupyter", "jupyterlab", "notebook"}

@@ -1,0 +1,61 @@
+"""Files are whole or as they were: full disks, read-only folders, two writers."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from lib import files
+from lib.files import StorageError, make_folder, write_bytes, write_text
+from lib.model import write_state
+
+
+@contextmanager
+def disk_of(size: int):
+    """The system lets this process write no file of more bytes: the nearest to a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_a_full_disk_is_one_sentence_and_keeps_the_old_weights(tmp_path, name):
+    path = tmp_path / name
+    write_state({"a": torch.ones(2)}, path)
+    old = path.read_bytes()
+    with disk_of(2000), pytest.raises(StorageError, match=f"{name} could not be written") as told:
+        write_state({"a": torch.zeros(20_000)}, path)
+    assert "is intact" in str(told.value) and "Free space" in str(told.value)
+    assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match="cannot be made"):
+        make_folder(tmp_path / "file" / "runs")
+    with pytest.raises(StorageError, match="nothing was there before"):
+        write_text(tmp_path / "absent" / "a.txt", "a")
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path, monkeypatch):
+    """Each has a temporary name of its own; the last rename wins, with whole content."""
+    path, fsync = tmp_path / "a.txt", os.fsync
+
+    def another_writes_meanwhile(descriptor):
+        monkeypatch.undo()
+        write_bytes(path, b"short")
+        fsync(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", another_writes_meanwhile)
+    write_bytes(path, b"longer content")
+    assert path.read_bytes() == b"longer content" and list(tmp_path.iterdir()) == [path]

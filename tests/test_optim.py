@@ -1,0 +1,56 @@
+"""What learns and how fast: frozen parts, groups, the learning rate of a step."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lib import optim
+from lib.runs import fine_tuning, human_in_the_loop, starting_point, train_run
+
+
+def test_weight_decay_and_head_rate_go_where_they_should(config):
+    model, _ = starting_point(fine_tuning(config, 0), config.runs)
+    settings = replace(config.ft, head_lr_factor=10.0, lr=1e-3)
+    of = {}
+    for group in optim.parameter_groups(model, settings):
+        for parameter in group["params"]:
+            of[id(parameter)] = (group["lr"], group["weight_decay"])
+    vit = model.vit
+    assert of[id(vit.head.weight)] == (1e-2, 0.05) and of[id(vit.head.bias)] == (1e-2, 0.0)
+    assert of[id(vit.blocks[0].mlp.fc1.weight)] == (1e-3, 0.05)
+    assert of[id(vit.blocks[0].norm1.weight)] == (1e-3, 0.0)
+    assert of[id(vit.pos_embed)] == (1e-3, 0.0) and of[id(vit.cls_token)] == (1e-3, 0.0)
+    assert len(of) == len(list(model.parameters()))
+
+
+def test_learning_rate_rises_then_falls_to_zero():
+    factors = [optim.learning_rate_factor(step, 100, 0.1) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1) and max(factors) == 1.0 == factors[9]
+    assert factors[100] == pytest.approx(0.0, abs=1e-9)
+    assert all(a >= b for a, b in itertools.pairwise(factors[10:]))
+
+
+@pytest.mark.parametrize(
+    ("trainable", "moving"),
+    [("head", {"head"}), ("last_block", {"head", "norm", "blocks.1"})],
+)
+def test_frozen_parts_stay(config, trainable, moving):
+    config.ft = replace(config.ft, trainable=trainable)
+    settings = fine_tuning(config, 0)
+    start = starting_point(settings, config.runs)[0].vit.state_dict()
+    start = {key: value.clone() for key, value in start.items()}
+    end = train_run("ft", settings, config.runs).model().vit.state_dict()
+    changed = {key for key in start if not torch.equal(start[key], end[key])}
+    assert changed and all(key.startswith(tuple(moving)) for key in changed)
+    assert {part for part in moving if any(key.startswith(part) for key in changed)} == moving
+
+
+def test_supervising_a_frozen_block_is_refused(config):
+    config.hitl = replace(config.hitl, trainable="last_block")
+    train_run("ft", fine_tuning(config, 0), config.runs)
+    with pytest.raises(ValueError, match="block 0 is supervised"):
+        train_run("x", human_in_the_loop(config, "ft", 0, blocks="all"), config.runs)

@@ -61,7 +61,7 @@ MAY_IMPORT = {
         "check",
         "download",
     }
-    | {"readers", "splits", "weights", "files"},
+    | {"download", "readers", "splits", "weights", "files"},
     "__init__": set(),
 }
 NOTEBOOK_ONLY = {"IPython", "ipywidgets", "anywidget", "jupyter", "jupyterlab", "notebook"}

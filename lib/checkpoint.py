@@ -113,13 +113,16 @@ class Training:
         """The model that is measured and kept: the average of the weights where there is one."""
         return self.ema.module if self.ema else self.model
 
-    def keep_best(self, accuracy: float) -> None:
-        """Keeps the weights if no epoch was better; of equals the earliest stays."""
-        if accuracy > self.progress.best:
-            self.progress.best = accuracy
-            learned = trained_state(self.model)  # the average has the same names
+    def end_epoch(self, row: dict[str, float]) -> None:
+        """Adds the epoch's row to the history, and keeps the weights if no epoch was better."""
+        progress = self.progress
+        progress.history.append(row)
+        progress.epoch, progress.step, progress.seen = progress.epoch + 1, 0, 0
+        progress.sums = torch.zeros_like(progress.sums)
+        if row["val_top1"] > progress.best:  # of equals the earliest stays
+            progress.best = row["val_top1"]
             state = self.result.vit.state_dict()
-            self.best = {name: state[name].detach().cpu().clone() for name in learned}
+            self.best = {name: state[name].cpu().clone() for name in self._names()}
 
     def save(self, folder: Path) -> None:
         """Writes the checkpoint; StorageError leaves the one before as it was."""

@@ -235,9 +235,14 @@ def train_comparison(config: Config, seeds: Sequence[int], overwrite: bool = Fal
         trials.append(Trial("fine-tuned", seed, fine_tuned))
         for variant, human in config.variants.items():
             settings = human_in_the_loop(config, fine_tuned.name, seed, **human)
-            name = f"{variant.lower().replace(' ', '-')}-s{seed}"
-            trials.append(Trial(variant, seed, train_run(name, settings, config.runs, overwrite)))
+            run = train_run(run_name(variant, seed), settings, config.runs, overwrite)
+            trials.append(Trial(variant, seed, run))
     return trials
+
+
+def run_name(variant: str, seed: int) -> str:
+    """Folder name of a model of the comparison: "HITL last block" to hitl-last-block-s0."""
+    return f"{variant.lower().replace(' ', '-')}-s{seed}"
 
 
 def evaluate_trials(trials: Sequence[Trial], split: str = "test") -> pd.DataFrame:

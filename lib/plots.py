@@ -144,6 +144,33 @@ def true_class_density(images: pd.DataFrame) -> Figure:
     return figure
 
 
+def training(steps: pd.DataFrame, history: pd.DataFrame) -> Figure:
+    """One training as it stands: its losses step by step, and accuracy epoch by epoch.
+
+    Args:
+        steps: columns step, cross_entropy, human_loss. history: one row a finished epoch, with
+            columns epoch, train_top1, val_top1; empty before the first.
+    """
+    figure, (losses, accuracy) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
+    losses.plot(steps["step"], steps["cross_entropy"], color=PALETTE[0], label="cross entropy")
+    if steps["human_loss"].any():
+        losses.plot(steps["step"], steps["human_loss"], color=PALETTE[2], label="human attention")
+    losses.set(title="losses (training)", xlabel="step", ylim=(0, None))
+    for name, words, colour in (
+        ("train_top1", "training", PALETTE[1]),
+        ("val_top1", "validation", PALETTE[3]),
+    ):
+        if len(history):
+            accuracy.plot(history["epoch"], history[name], "o-", ms=4, color=colour, label=words)
+    accuracy.set(title="accuracy", xlabel="epoch", ylim=(0, 1.02), xlim=(0.8, None))
+    for axis in (losses, accuracy):
+        axis.title.set_fontsize(9)
+        if axis.lines:
+            axis.legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{len(history)} epoch{'s' * (len(history) != 1)} done", fontsize=10)
+    return figure
+
+
 def histories(runs: Mapping[str, pd.DataFrame]) -> Figure:
     """Learning curves, one line a run: cross entropy, human loss, accuracy and CC by epoch."""
     panels = {

@@ -43,6 +43,7 @@ from lib.optim import (
 from lib.tokens import CachedTokens
 
 PROJECT = "sigmoid-attention-vit"  # what trackers call it
+MEANS = ("cross_entropy", "human_loss", "train_top1")  # what is averaged over training images
 
 
 class TrainingDiverged(FloatingPointError):
@@ -145,8 +146,7 @@ def train_one_epoch(
             share = batches.own(progress.step) / batches.size(progress.step)
             means = accelerator.reduce(means * share, "sum").tolist()
             progress.steps.append(
-                {"step": step, "lr": config.lr * factor}
-                | dict(zip(("cross_entropy", "human_loss", "train_top1"), means, strict=True))
+                {"step": step, "lr": config.lr * factor} | dict(zip(MEANS, means, strict=True))
             )
         progress.seen += batches.own(progress.step)
         progress.step += 1
@@ -235,38 +235,40 @@ def fit(
             training.save(folder)
             saved = time.monotonic()
 
-    while progress.epoch < config.epochs:
-        batches.go_to(progress.epoch, progress.step)
-        try:
+    try:
+        while progress.epoch < config.epochs:
+            batches.go_to(progress.epoch, progress.step)
             train_one_epoch(wrapped, loader, batches, training, config, after_step)
-        except TrainingDiverged:
+            row = {"epoch": progress.epoch + 1, "lr": progress.steps[-1]["lr"]}
+            row |= epoch_means(progress, accelerator)
+            row |= validate(training.result, val_set, config.batch_size, workers, *own)
+            training.end_epoch(row)
+            bar.set_postfix(loss=f"{row['cross_entropy']:.3f}", val=f"{row['val_top1']:.3f}")
+            done = progress.epoch * len(batches)
+            accelerator.log({f"epoch/{k}": v for k, v in row.items()}, step=done - 1)
             if is_main:
-                training.write_best(folder)
-            raise
-        seen = torch.tensor([float(progress.seen)], device=accelerator.device)
-        sums = accelerator.reduce(torch.cat([progress.sums, seen]), "sum").tolist()
-        row = {"epoch": progress.epoch + 1, "lr": progress.steps[-1]["lr"]}
-        names = ("cross_entropy", "human_loss", "train_top1")
-        row |= {name: value / sums[-1] for name, value in zip(names, sums, strict=False)}
-        row |= validate(training.result, val_set, config.batch_size, workers, *own)
-        progress.history.append(row)
-        training.keep_best(row["val_top1"])
-        progress.epoch, progress.step, progress.seen = progress.epoch + 1, 0, 0
-        progress.sums = torch.zeros_like(progress.sums)
-        bar.set_postfix(loss=f"{row['cross_entropy']:.3f}", val=f"{row['val_top1']:.3f}")
-        done = progress.epoch * len(batches)
-        accelerator.log({f"epoch/{k}": v for k, v in row.items()}, step=done - 1)
+                for name, rows in (("history", progress.history), ("steps", progress.steps)):
+                    write_text(folder / f"{name}.csv", pd.DataFrame(rows).to_csv(index=False))
+                if watch:
+                    watch(progress)
         if is_main:
-            write_text(folder / "history.csv", pd.DataFrame(progress.history).to_csv(index=False))
-            write_text(folder / "steps.csv", pd.DataFrame(progress.steps).to_csv(index=False))
-            if watch:
-                watch(progress)
-    bar.close()
-    if is_main:
-        training.finish(folder)
-    for tracker in accelerator.trackers:
-        tracker.finish()
+            training.finish(folder)
+    except TrainingDiverged:
+        if is_main:
+            training.write_best(folder)
+        raise
+    finally:
+        bar.close()
+        for tracker in accelerator.trackers:
+            tracker.finish()
     return pd.DataFrame(progress.history)
+
+
+def epoch_means(progress: Progress, accelerator: Accelerator) -> dict[str, float]:
+    """Means over the epoch's images of all processes, from the sums of `train_one_epoch`."""
+    seen = torch.tensor([float(progress.seen)], device=accelerator.device)
+    *sums, count = accelerator.reduce(torch.cat([progress.sums, seen]), "sum").tolist()
+    return {name: value / count for name, value in zip(MEANS, sums, strict=True)}
 
 
 def start_accelerator(config: TrainConfig, folder: Path) -> Accelerator:

@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "train": {"model", "losses", "metrics", "config", "optim", "tokens", "checkpoint", "files"},
     "runs": {"train", "checkpoint", "tokens", "data", "model", "config", "files"},
     "pretrain": {"toybirds", "model", "config"},
+    "curves": {"checkpoint", "plots"},
     "panel": {"data", "editor", "feedback", "live", "model", "teach"},
     "bench": {"model", "config", "train", "data", "readers", "live", "attention"},
     "evaluate": {"train", "runs", "tokens", "data", "model", "metrics", "config", "plots"}

@@ -1,0 +1,83 @@
+"""Two processes (gloo) train as one does: the real launcher, the real command."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# 41 training images in batches of 16: the last batch, of 9, is uneven; so are 15 to validate on.
+TINY = ["--data.toy-train", "41", "--data.toy-val", "15", "--batch-size", "16"]
+TINY += ["--log-every", "1", "--model.weights", "None", "--model.overrides.patch-size", "16"]
+TINY += ["--model.overrides.embed-dim", "32", "--model.overrides.depth", "2"]
+TINY += ["--model.overrides.num-heads", "2"]
+
+
+def run(*command: str, runs: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "RUNS_DIR": str(runs), "PRESET": "toy", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+LAUNCHED = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """One fine-tuned model, and human in the loop on top of it by one process and by two."""
+    runs = tmp_path_factory.mktemp("runs")
+    done = run("-m", "lib", "train", "ft", *TINY, "--epochs", "1", runs=runs)
+    assert done.returncode == 0, done.stderr
+    hitl = ("-m", "lib", "train", "hitl", "--init", "ft-s0", *TINY, "--epochs", "7")
+    hitl = (*hitl, "--human.blocks", "all", "--ema", "0.9")
+    for name, launcher in (("one", ()), ("two", LAUNCHED)):
+        done = run(*launcher, *hitl, "--name", name, runs=runs)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("validation accuracy") == 1  # said once, not by every process
+    return runs / "toy"
+
+
+def test_same_losses_for_20_steps(runs):
+    one, two = (pd.read_csv(runs / name / "steps.csv") for name in ("one", "two"))
+    assert len(one) == len(two) == 21
+    assert (one - two).abs().max().max() < 1e-4
+    assert one["human_loss"].gt(0).all()
+
+
+def test_same_metrics_on_uneven_batches(runs):
+    one, two = (pd.read_csv(runs / name / "history.csv") for name in ("one", "two"))
+    assert one["val_top1"].mul(15).round(4).mod(1).eq(0).all()  # of 15 images, none twice
+    assert (one - two).abs().max().max() < 1e-4
+    assert one["train_top1"].equals(two["train_top1"])
+
+
+def test_the_notebook_launcher_trains_with_two_processes(runs):
+    code = (
+        "from accelerate import notebook_launcher\n"
+        "from dataclasses import replace\n"
+        "from pathlib import Path\n"
+        "from lib.config import RunConfig, from_json\n"
+        "from lib.runs import train_run\n"
+        f"runs = Path({str(runs)!r})\n"
+        "config = from_json(RunConfig, (runs / 'one' / 'config.json').read_text())\n"
+        "notebook_launcher(train_run, ('three', config, runs), num_processes=2, use_port='0')\n"
+        "print(train_run('three', config, runs).history['val_top1'].iloc[-1])\n"
+    )
+    done = run("-c", code, runs=runs.parent)
+    assert done.returncode == 0, done.stderr
+    one, three = (pd.read_csv(runs / name / "steps.csv") for name in ("one", "three"))
+    assert (one - three).abs().max().max() < 1e-4
+
+
+def test_a_run_that_exists_is_refused_by_every_process(runs):
+    hitl = ("-m", "lib", "train", "hitl", "--init", "ft-s0", *TINY, "--name", "one")
+    done = run(*LAUNCHED, *hitl, runs=runs.parent)
+    assert done.returncode != 0
+    assert "exists and is finished; go on with --resume" in done.stderr

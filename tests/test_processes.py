@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,11 +23,17 @@ TINY += ["--model.overrides.num-heads", "2"]
 def run(*command: str, runs: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "RUNS_DIR": str(runs), "PRESET": "toy", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
-LAUNCHED = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0")
+# --standalone: a port of its own
+LAUNCHED = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +66,9 @@ def test_same_metrics_on_uneven_batches(runs):
 
 
 def test_the_notebook_launcher_trains_with_two_processes(runs):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     code = (
         "from accelerate import notebook_launcher\n"
         "from dataclasses import replace\n"
@@ -67,7 +77,7 @@ def test_the_notebook_launcher_trains_with_two_processes(runs):
         "from lib.runs import train_run\n"
         f"runs = Path({str(runs)!r})\n"
         "config = from_json(RunConfig, (runs / 'one' / 'config.json').read_text())\n"
-        "notebook_launcher(train_run, ('three', config, runs), num_processes=2, use_port='0')\n"
+        f"notebook_launcher(train_run, ('three', config, runs), num_processes=2, use_port='{port}')\n"
         "print(train_run('three', config, runs).history['val_top1'].iloc[-1])\n"
     )
     done = run("-c", code, runs=runs.parent)

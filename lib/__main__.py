@@ -22,6 +22,7 @@ from lib.config import (
     DataConfig,
     ModelConfig,
     RunConfig,
+    Sweep,
     TrainConfig,
     file_md5,
     preset,
@@ -155,6 +156,39 @@ def _train_one(config: Config, name: str, run: RunConfig, resume: bool, overwrit
     if processes().is_main_process:
         last = found.history.iloc[-1]
         print(f"{folder}: {last['epoch']:.0f} epochs, validation accuracy {last['val_top1']:.3f}")
+
+
+def sweep(
+    axes: Annotated[Sweep, tyro.conf.arg(name="")] = Sweep(),  # noqa: B008
+    jobs: int = 1,
+    keep_weights: bool = False,
+    out: Path | None = None,
+) -> int:
+    """Train and measure every combination of settings; exit code 1 if one of them failed.
+
+    The same command again goes on where it was stopped. What is measured is kept in
+    runs/<preset>/sweep and never trained again.
+
+    Args:
+        axes: what is combined.
+        jobs: trainings at a time. They share the processor cores, or the GPU.
+        keep_weights: keep the weights of every training; else they go when it is measured.
+        out: the table, a row a training and split (val, test) of all sweeps of this preset;
+            result/sweep_<preset>.csv below the repository by default.
+    """
+    from lib.sweep import run_sweep
+
+    config = preset()
+    out = out or ROOT / "result" / f"sweep_{config.preset}.csv"
+    try:
+        table, failed = run_sweep(config, axes, out, jobs, keep_weights)
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on. What is measured: {out}", file=sys.stderr)
+        return 130
+    for name, failure in failed.items():
+        print(f"{name} failed: {failure}", file=sys.stderr)
+    print(f"{len(failed)} trainings failed; {len(table)} rows: {out}")
+    return int(bool(failed))
 
 
 def make_trunk(
@@ -386,6 +420,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = {
         "demo": demo,
         "train": train,
+        "sweep": sweep,
         "weights": weights,
         "download": fetch,
         "split": split,

@@ -132,6 +132,23 @@ class TrainConfig:
             )
 
 
+@dataclass
+class Sweep:
+    """Which HITL trainings `lib.sweep` compares: every combination of these."""
+
+    # of lib/losses.py
+    loss: tuple[Literal["mse", "mse_zero", "bce", "kl", "cosine", "energy"], ...] = ("energy",)
+    # 0 is the control: one a seed, whatever loss, blocks, heads and offset are
+    lam: tuple[float, ...] = (0.0, 0.1, 1.0)
+    blocks: tuple[str, ...] = ("last",)  # last, last2, last4, all, or indices such as 8,9
+    heads: tuple[str, ...] = ("all",)  # all, half (the first ones), one, or indices such as 0,2
+    offset: tuple[Literal["none", "centred"], ...] = ("none",)  # kl and energy do not see it
+    # all, last_block, head, or a number of blocks; empty is that of the preset. "all" is trained
+    # from pictures, with crops and flips, even where the preset trains on cached tokens
+    trainable: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0,)  # of both stages: every seed has a fine-tuned run of its own
+
+
 # Fields of TrainConfig that say how a run is made, and nothing about what comes out.
 HOW = ("workers", "log_every", "checkpoint_minutes", "trackers")
 

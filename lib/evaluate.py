@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from lib import config as cfg
 from lib import metrics, plots
 from lib.attention import LADDER, AttentionEdit, resolve_blocks
-from lib.config import Config
+from lib.config import Config, RunConfig
 from lib.data import BirdDataset
 from lib.files import write_text
 from lib.gaze import box_map
@@ -93,6 +93,15 @@ def per_image(
     if decoys is not None:
         frame["conflicting"] = conflicting_decoys(frame)
     return frame
+
+
+def measure(
+    model: SigmoidViT, dataset: BirdDataset, config: RunConfig, tokens: Path
+) -> pd.DataFrame:
+    """`per_image` of a run's model; where it was trained on cached tokens, on those in `tokens`."""
+    if config.train.cache_tokens:
+        return per_image(model, dataset, with_cached_tokens(model, dataset, config, tokens))
+    return per_image(model, dataset, workers=config.train.workers)
 
 
 def conflicting_decoys(table: pd.DataFrame) -> pd.Series:
@@ -252,13 +261,7 @@ def evaluate_trials(trials: Sequence[Trial], split: str = "test") -> pd.DataFram
     for trial in tqdm(trials, desc="evaluating runs", leave=False):
         model, settings = trial.run.model().to(processes().device), trial.run.config
         dataset = dataset or dataset_for(model, settings, split, augment=False)
-        if settings.train.cache_tokens:
-            tokens = with_cached_tokens(
-                model, dataset, settings, trial.run.folder.parent / "tokens"
-            )
-            frame = per_image(model, dataset, tokens)
-        else:
-            frame = per_image(model, dataset, workers=settings.train.workers)
+        frame = measure(model, dataset, settings, trial.run.folder.parent / "tokens")
         frames.append(frame.assign(variant=trial.variant, seed=trial.seed))
     return pd.concat(frames, ignore_index=True)
 

@@ -137,3 +137,6 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, str], Tensor]] = {
     "cosine": cosine,
     "energy": energy,
 }
+
+# Losses of the sigmoid attention; the others are of the softmax, which `offset` does not change.
+SEES_OFFSET = ("mse", "mse_zero", "bce", "cosine")

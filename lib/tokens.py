@@ -11,6 +11,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -69,12 +70,13 @@ def with_cached_tokens(
     key = digest.hexdigest()
     if key not in _CACHE:
         file = folder / f"{key[:32]}.safetensors"
-        if file.is_file():
-            tokens = safetensors.torch.load_file(file)["tokens"]
-        else:
-            tokens = _run_trunk(model, dataset, blocks, config.train.workers)
+        if not file.is_file():
             make_folder(folder)
-            write_bytes(file, safetensors.torch.save({"tokens": tokens}))
+            with FileLock(file.with_suffix(".lock")):  # the jobs of a sweep run the trunk once
+                if not file.is_file():
+                    tokens = _run_trunk(model, dataset, blocks, config.train.workers)
+                    write_bytes(file, safetensors.torch.save({"tokens": tokens}))
+        tokens = safetensors.torch.load_file(file)["tokens"]
         while len(_CACHE) >= 4:  # train, val and test of one data set, and one more
             _CACHE.pop(next(iter(_CACHE)))
         items = [dataset.annotations(i) for i in range(len(dataset))]

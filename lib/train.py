@@ -218,7 +218,7 @@ def fit(
         desc=folder.name,
         unit="step",
         leave=False,
-        disable=not is_main,
+        disable=not is_main or "TQDM_DISABLE" in os.environ,
     )
 
     def after_step() -> None:

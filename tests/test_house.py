@@ -51,8 +51,12 @@ MAY_IMPORT = {
     "bench": {"model", "config", "train", "data", "readers", "live", "attention"},
     "evaluate": {"train", "runs", "tokens", "data", "model", "metrics", "config", "plots"}
     | {"gaze", "attention", "files"},
+    "sweep": {"attention", "checkpoint", "config", "evaluate", "files", "jobs", "losses"}
+    | {"optim", "runs", "train"},
+    "jobs": set(),
     "__main__": {
         "evaluate",
+        "sweep",
         "runs",
         "train",
         "bench",
@@ -97,6 +101,7 @@ def test_imports_run_downward(path):
 
 def test_a_bare_gpu_server_can_import_the_training_path():
     names = ("train", "model", "data", "evaluate", "pretrain", "bench", "live", "teach")
+    names += ("sweep",)
     forbidden = sorted(NOTEBOOK_ONLY | {"tyro"})
     # None in sys.modules makes an import fail; one process, as each would load PyTorch again.
     code = f"import sys; sys.modules.update(dict.fromkeys({forbidden}))\n"

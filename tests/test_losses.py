@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib.losses import LOSSES, attention_loss
+from lib.losses import LOSSES, SEES_OFFSET, attention_loss
 
 NAMES = list(LOSSES)
 
@@ -56,6 +56,12 @@ def test_an_image_without_a_map_contributes_nothing(name):
     assert loss.item() < both
     valid[:] = False
     assert value(name, logits.detach(), human, valid) == 0.0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_losses_that_see_the_offset_are_named(name):
+    found = [value(name, *case(0), offset=offset) for offset in ("none", "centred")]
+    assert (found[0] != found[1]) == (name in SEES_OFFSET)
 
 
 @given(seed=st.integers(0, 10**6), shift=st.floats(-5, 5))

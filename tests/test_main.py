@@ -29,7 +29,7 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 def test_help_names_the_commands():
     done = command("--help")
     assert done.returncode == 0
-    for word in ("demo", "weights", "download", "split", "check", "pretrain", "bench"):
+    for word in ("demo", "weights", "download", "split", "check", "pretrain", "bench", "sweep"):
         assert word in done.stdout
 
 

@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 SEEDS  ?= 1
+JOBS   ?= 2
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 
 .DEFAULT_GOAL := help
@@ -24,9 +25,13 @@ demo: $(VENV)/installed ## the whole experiment on drawn birds, about 2 minutes
 lab: $(VENV)/installed ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks --ServerApp.kernel_websocket_connection_class=lib.nodelay.NoDelayConnection
 
+# The notebooks come first, and in their order: they take longest. One thread a process: PyTorch's
+# would wait for each other by spinning.
+NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=1200
+SPREAD := -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
 test: lint ## lint, all tests, all notebooks
-	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 $(NOTEBOOKS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD) $(NBVAL) $(NOTEBOOKS) tests
 
 notebooks: $(VENV)/installed ## execute the notebooks in place and tidy them
 	$(BIN)/python tools/execute_notebooks.py $(NOTEBOOKS)

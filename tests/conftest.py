@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +24,13 @@ settings.register_profile("lib", deadline=None, max_examples=40)
 settings.load_profile("lib")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+# Files that `make test` runs in one process, as they share something dear; others go one by one.
+TOGETHER = {
+    "trained models": r"notebooks/0[2-5]",
+    # Notebook 06 is opened in the browser as well, and then finds its model trained.
+    "the browser and its servers": r"tests/browser/|notebooks/06",
+}
 
 # The tiny CUB-200-2011 of the fixture `cub`.
 CUB_CLASSES = ("001.Black_footed_Albatross", "004.Groove_billed_Ani")
@@ -54,6 +64,38 @@ def tiny_vit(kind: str = "plain", classes: int = 5, seed: int = 0, **changes) ->
 def images_for(model: SigmoidViT, count: int = 3, seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, 3, *model.vit.patch_embed.img_size, generator=generator)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Each process of pytest-xdist trains into a folder of its own: two would write the same run.
+
+    Nothing that an older version of the code has trained is loaded, either.
+    """
+    if hasattr(config, "workerinput"):
+        runs = tempfile.TemporaryDirectory(prefix="runs-")
+        config.add_cleanup(runs.cleanup)
+        os.environ["RUNS_DIR"] = runs.name  # for the kernels of the notebooks, too
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Which files one process runs together (with pytest 9.2, --dist=loadgroup has no effect)."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Together(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return next((name for name, part in TOGETHER.items() if re.match(part, file)), file)
+
+    return Together(config, log)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests have measured, in the end: a process of pytest-xdist cannot print."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in getattr(report, "user_properties", ()):
+            if report.when == "call":
+                terminalreporter.write_line(f"{name}: {value}")
 
 
 @pytest.fixture(params=list(VITS))

@@ -192,7 +192,8 @@ def test_training_gradients_equal_those_of_timm(any_model):
         gradients.append([p.grad.clone() for p in any_model.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1])
     for ours, theirs in zip(*gradients, strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-4 * theirs.abs().max().clamp(min=1e-3))
+        # The gradient of the bias of a key's norm is 0 in theory, and 1e-7 of rounding in practice.
+        assert torch.allclose(ours, theirs, atol=1e-4 * theirs.abs().max().clamp(min=3e-3))
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():

@@ -68,7 +68,7 @@ async (button, events) => {
 
 @pytest.mark.browser
 @pytest.mark.parametrize("nodelay", [False, True], ids=["stock", "nodelay"])
-def test_a_click_reaches_python_and_its_answer_the_page(lab, page, nodelay, capsys):
+def test_a_click_reaches_python_and_its_answer_the_page(lab, page, nodelay, record_property):
     notebook = Notebook(page, lab(nodelay), notebook_of(COUNTER))
     notebook.run_all()
     button = notebook.widget("button.counter")
@@ -80,9 +80,8 @@ def test_a_click_reaches_python_and_its_answer_the_page(lab, page, nodelay, caps
     times = button.evaluate(MEASURE, EVENTS)
     assert notebook.python("print(counter.clicks)") == f"{1 + EVENTS}\n"
     p50, p95 = np.percentile(times, [50, 95])
-    name = "without delay" if nodelay else "stock server "
-    with capsys.disabled():
-        print(f"\nround trip, {name}: p50 {p50:.0f} ms, p95 {p95:.0f} ms ({EVENTS} events)")
+    name = "without delay" if nodelay else "stock server"
+    record_property(f"round trip, {name}", f"p50 {p50:.0f} ms, p95 {p95:.0f} ms ({EVENTS} events)")
 
 
 @pytest.mark.browser

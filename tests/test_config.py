@@ -88,3 +88,34 @@ def test_human_changes_only_what_is_named():
 def test_impossible_training_is_refused_in_words(changes, says):
     with pytest.raises(ValueError, match=says):
         TrainConfig(**changes)
+
+
+def test_recipes_change_the_training_and_nothing_else():
+    first, tuned = preset("toy", recipe="original"), preset("toy")
+    assert (first.ft.optimizer, first.ft.lr, first.ft.batch_size) == ("adam", 1e-5, 128)
+    assert first.ft.warmup == 0 and first.ft.schedule == "constant"
+    assert (first.data.crop_scale[0] ** 0.5) == pytest.approx(179 / 224, abs=1e-3)
+    assert first.data.crop_ratio is None and first.hitl.human == tuned.hitl.human
+    assert (first.ft.epochs, first.model, first.variants) == (
+        tuned.ft.epochs,
+        tuned.model,
+        tuned.variants,
+    )
+    with pytest.raises(ValueError, match='recipe is "best"; use one of tuned, original'):
+        preset("toy", recipe="best")
+
+
+def test_what_learns_comes_from_the_environment(monkeypatch):
+    for word, cached in (("last_block", True), ("3", True), ("all", False)):
+        monkeypatch.setenv("TRAINABLE", word)
+        stage = preset("cub2011").ft
+        assert str(stage.trainable) == word and stage.cache_tokens == cached
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("warmup", 1.0), ("ema", 1.0), ("drop_path", -0.1), ("layer_decay", 0.0), ("log_every", 0)],
+)
+def test_values_outside_their_range_are_named(field, value):
+    with pytest.raises(ValueError, match=field):
+        TrainConfig(**{field: value})

@@ -56,6 +56,10 @@ def run_main(monkeypatch, capsys):
         (("bench", "--name", "resnet18"), {}, "resnet18"),
         (("split", "--N", "1.5"), {"PRESET": "folder", "DATA_DIR": "/nowhere"}, "/nowhere is miss"),
         (("split",), {"PRESET": "toy"}, "toy birds are drawn in parts"),
+        (("train", "ft", "--resume"), {}, "is no run that could be resumed"),
+        (("train", "ft", "--resume", "--overwrite"), {}, "--resume and --overwrite"),
+        (("train", "hitl", "--init", "absent"), {}, "absent is no finished run"),
+        (("train", "ft", "--drop-path", "2"), {}, "drop_path is 2; it must be in [0, 1)"),
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_code_2(
@@ -99,3 +103,26 @@ def test_check_prints_a_table_and_its_exit_code_is_the_verdict(cub, run_main):
     code, out, error = run_main("check", "cub2011", **environment)
     assert code == 1 and "training would fail" in out
     assert f"first picture: unreadable: {broken}" in out
+
+
+def test_a_run_that_exists_is_refused_unless_told_what_to_do(tmp_path, run_main):
+    tiny = ["--data.toy-train", "16", "--data.toy-val", "8", "--epochs", "1", "--batch-size", "8"]
+    tiny += ["--model.weights", "None", "--model.overrides.depth", "1"]
+    environment = {"RUNS_DIR": str(tmp_path), "PRESET": "toy"}
+    code, out, _ = run_main("train", "ft", *tiny, **environment)
+    assert code == 0 and "toy/ft-s0: 1 epochs, validation accuracy" in out
+    code, _, error = run_main("train", "ft", *tiny, **environment)
+    assert code == 2 and "exists and is finished; go on with --resume" in error
+    code, _, error = run_main("train", "ft", *tiny, "--lr", "1", "--resume", **environment)
+    assert code == 2 and "train.lr is 0.0003 there and 1.0 here" in error
+    code, out, _ = run_main("train", "ft", *tiny, "--resume", **environment)
+    assert code == 0 and "1 epochs" in out
+    code, out, _ = run_main("train", "ft", *tiny, "--lr", "1", "--overwrite", **environment)
+    assert code == 0 and '"lr": 1.0' in (tmp_path / "toy" / "ft-s0" / "config.json").read_text()
+
+
+def test_the_recipe_is_where_the_options_start(tmp_path, run_main, capsys):
+    with pytest.raises(SystemExit):
+        run_main("train", "ft", "--recipe", "original", "--help")
+    told = " ".join(capsys.readouterr().out.split())
+    assert "peak learning rate (default: 1e-05)" in told and "(default: adam)" in told

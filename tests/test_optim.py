@@ -54,3 +54,30 @@ def test_supervising_a_frozen_block_is_refused(config):
     train_run("ft", fine_tuning(config, 0), config.runs)
     with pytest.raises(ValueError, match="block 0 is supervised"):
         train_run("x", human_in_the_loop(config, "ft", 0, blocks="all"), config.runs)
+
+
+def test_layer_decay_slows_what_is_far_from_the_head(config):
+    model, _ = starting_point(fine_tuning(config, 0), config.runs)
+    settings = replace(config.ft, layer_decay=0.5, head_lr_factor=3.0, lr=1.0)
+    of = {id(p): g["lr"] for g in optim.parameter_groups(model, settings) for p in g["params"]}
+    vit = model.vit
+    assert of[id(vit.head.weight)] == 3.0
+    assert of[id(vit.blocks[1].mlp.fc1.weight)] == of[id(vit.norm.weight)] == 0.5
+    assert of[id(vit.blocks[0].mlp.fc1.weight)] == 0.25
+    assert of[id(vit.patch_embed.proj.weight)] == of[id(vit.pos_embed)] == 0.125
+
+
+def test_a_constant_rate_and_no_warm_up():
+    assert {optim.learning_rate_factor(step, 9, 0.0, "constant") for step in range(9)} == {1.0}
+    assert optim.learning_rate_factor(0, 9, 0.0) == 1.0
+
+
+@pytest.mark.parametrize(("word", "blocks"), [("all", 4), ("last_block", 1), ("head", 0), (3, 3)])
+def test_how_many_blocks_learn(word, blocks):
+    assert optim.learning_blocks(word, 4) == blocks
+
+
+@pytest.mark.parametrize("word", ["last2", 0, 5])
+def test_a_part_that_is_not_there_is_refused(word):
+    with pytest.raises(ValueError, match="how many of the 4 blocks learn"):
+        optim.learning_blocks(word, 4)

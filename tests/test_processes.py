@@ -77,7 +77,8 @@ def test_the_notebook_launcher_trains_with_two_processes(runs):
         "from lib.runs import train_run\n"
         f"runs = Path({str(runs)!r})\n"
         "config = from_json(RunConfig, (runs / 'one' / 'config.json').read_text())\n"
-        f"notebook_launcher(train_run, ('three', config, runs), num_processes=2, use_port='{port}')\n"
+        "given = ('three', config, runs)\n"
+        f"notebook_launcher(train_run, given, num_processes=2, use_port='{port}')\n"
         "print(train_run('three', config, runs).history['val_top1'].iloc[-1])\n"
     )
     done = run("-c", code, runs=runs.parent)

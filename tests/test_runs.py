@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from lib.files import write_text
-from lib.runs import Run, RunConflict, fine_tuning, train_run
+from lib.checkpoint import STATE
+from lib.files import StorageError, write_text
+from lib.runs import Run, RunBusy, RunConflict, fine_tuning, train_run
 
 
 def test_a_run_is_loaded_when_it_is_there_and_refused_when_it_differs(config):
@@ -19,12 +22,59 @@ def test_a_run_is_loaded_when_it_is_there_and_refused_when_it_differs(config):
     assert train_run("ft", other, config.runs, overwrite=True).config.train.seed == 1
 
 
-def test_a_run_that_stopped_half_way_is_trained_again(config):
-    run = train_run("ft", fine_tuning(config, 0), config.runs)
-    history = run.history
-    write_text(run.folder / "history.csv", history.head(1).to_csv(index=False))
-    with pytest.raises(FileNotFoundError, match="1 of 2 epochs"):
-        Run.load(run.folder)
-    assert len(train_run("ft", fine_tuning(config, 0), config.runs).history) == 2
+def test_a_run_that_stopped_half_way_goes_on(config, monkeypatch):
+    """It is trained from its checkpoint, not from the start; without one, from the start."""
+    config.ft = replace(config.ft, checkpoint_minutes=0.0, log_every=1)
+    whole = train_run("whole", fine_tuning(config, 0), config.runs)
+    steps = []
+
+    def stop(progress):
+        steps.append(progress.steps[-1]["step"])
+        if len(progress.history) == 1 and progress.step == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_run("ft", fine_tuning(config, 0), config.runs, watch=stop)
+    with pytest.raises(FileNotFoundError, match="stopped after 1 of 2 epochs; resume"):
+        Run.load(config.runs / "ft")
+    before = len(steps)
+    run = train_run("ft", fine_tuning(config, 0), config.runs, watch=lambda p: steps.append(-1))
+    assert len(steps) - before < 6 and not (run.folder / STATE).exists()
+    for name in ("last.safetensors", "best.safetensors", "history.csv", "steps.csv"):
+        assert (run.folder / name).read_bytes() == (whole.folder / name).read_bytes()
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         Run.load(config.runs / "nothing")
+
+
+def test_how_a_run_is_made_may_change_when_it_goes_on(config):
+    run = train_run("ft", fine_tuning(config, 0), config.runs)
+    config.ft = replace(config.ft, workers=2, checkpoint_minutes=7.0, log_every=3)
+    assert train_run("ft", fine_tuning(config, 0), config.runs).folder == run.folder
+
+
+def test_two_trainings_of_one_run_do_not_meet(config):
+    other = []
+
+    def train_it_again(progress):
+        if not other:
+            with pytest.raises(RunBusy, match="being trained by another process") as told:
+                train_run("ft", fine_tuning(config, 0), config.runs)
+            other.append(told)
+
+    train_run("ft", fine_tuning(config, 0), config.runs, watch=train_it_again)
+    assert other
+
+
+def test_overwriting_starts_anew_and_takes_what_was_half_written(config):
+    run = train_run("ft", fine_tuning(config, 0), config.runs)
+    (run.folder / "state.pt.0123.tmp").write_bytes(b"half")
+    write_text(run.folder / "notes.txt", "mine")
+    again = train_run("ft", fine_tuning(config, 1), config.runs, overwrite=True)
+    assert again.config.train.seed == 1 and not list(again.folder.glob("*.tmp"))
+    assert (again.folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_runs_folder_that_cannot_be_made_is_one_sentence(config, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match=r"file/ft cannot be made"):
+        train_run("ft", fine_tuning(config, 0), tmp_path / "file")

@@ -39,3 +39,27 @@ def test_cached_tokens_train_and_measure_as_the_whole_model_does(config, tmp_pat
 def test_cached_tokens_need_a_frozen_trunk(config):
     with pytest.raises(ValueError, match="cache_tokens"):
         replace(config.ft, cache_tokens=True)
+
+
+@pytest.mark.parametrize(("trainable", "blocks"), [("head", 1), ("last_block", 1), (2, 2)])
+def test_tokens_before_the_blocks_that_learn(config, tmp_path, monkeypatch, trainable, blocks):
+    """The same losses as the whole model, whatever part learns; the second time from disk."""
+    tokens._CACHE.clear()
+    config.model.overrides["depth"] = 3
+    config.ft = replace(config.ft, trainable=trainable)
+    config.data = replace(config.data, crop_scale=(1.0, 1.0), flip=0.0)
+    settings = fine_tuning(config, 0)
+    model, _ = starting_point(settings, config.runs)
+    dataset = dataset_for(model, settings, "train", augment=False)
+    cached = tokens.with_cached_tokens(model, dataset, settings, tmp_path)
+    assert cached.blocks == blocks and cached.tokens.dtype == torch.float16
+    plain = next(iter(DataLoader(dataset, batch_size=16)))
+    quick = next(iter(DataLoader(cached, batch_size=16)))
+    stage = replace(settings.train, human=replace(config.hitl.human, loss="kl"))
+    with torch.no_grad():
+        losses = [torch.stack(train.loss_terms(model, b, stage)[:2]) for b in (plain, quick)]
+    assert torch.allclose(*losses, atol=1e-3)
+    monkeypatch.setattr(tokens, "_run_trunk", None)  # nothing is computed any more
+    tokens._CACHE.clear()
+    again = tokens.with_cached_tokens(model, dataset, settings, tmp_path)
+    assert torch.equal(again.tokens, cached.tokens)

@@ -154,7 +154,7 @@ def train_one_epoch(
 
 
 def refuse_divergence(sums: Tensor, means: Tensor, config: TrainConfig) -> None:
-    """TrainingDiverged where a loss of the epoch so far was not finite; `means` are the last."""
+    """TrainingDiverged where a loss of the epoch so far was not finite; `means` are told."""
     if not torch.isfinite(sums).all():
         raise TrainingDiverged(
             f"the loss is not finite (cross entropy {means[0].item():.4g}, human attention loss "
@@ -231,7 +231,7 @@ def fit(
             if watch and is_main:
                 watch(progress)
         if is_main and time.monotonic() - saved >= 60 * config.checkpoint_minutes:
-            refuse_divergence(progress.sums, progress.sums, config)
+            refuse_divergence(progress.sums, progress.sums / max(progress.seen, 1), config)
             training.save(folder)
             saved = time.monotonic()
 
@@ -240,6 +240,7 @@ def fit(
             batches.go_to(progress.epoch, progress.step)
             train_one_epoch(wrapped, loader, batches, training, config, after_step)
             row = {"epoch": progress.epoch + 1, "lr": progress.steps[-1]["lr"]}
+            refuse_divergence(progress.sums, progress.sums / max(progress.seen, 1), config)
             row |= epoch_means(progress, accelerator)
             row |= validate(training.result, val_set, config.batch_size, workers, *own)
             training.end_epoch(row)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -73,3 +74,23 @@ def test_the_human_term_reaches_the_weights(config):
         with torch.no_grad():
             left[lam] = train.loss_terms(run.model(), batch, config.hitl)[1].item()
     assert left[10.0] < 0.95 * left[0.0]
+
+
+def test_compiled_training_is_one_graph_with_the_same_losses(config, monkeypatch):
+    """Whatever Accelerate wraps around the model; without the minutes that a real backend takes."""
+    plain = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda m, **options: plain(m, backend="eager", **options)
+    )
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    config.ft = replace(config.ft, mixed_precision="bf16", log_every=1, epochs=1)
+    config.ft.human = replace(config.hitl.human, blocks="all")
+    losses = {}
+    for compiled in (False, True):
+        config.ft = replace(config.ft, compile=compiled)
+        run = train_run(f"compiled {compiled}", fine_tuning(config, 0), config.runs)
+        losses[compiled] = pd.read_csv(run.folder / "steps.csv")
+    assert losses[True].equals(losses[False])
+    counters = torch._dynamo.utils.counters
+    assert counters["frames"]["ok"] > 0 and not counters["graph_break"]

@@ -203,7 +203,8 @@ class SigmoidViT(nn.Module):
         q, k, v = _queries_keys_values(attn, x)
         dropout = attn.attn_drop.p if self.training else 0.0
         heads = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)  # [B, heads, N, d]
-        row = _logits(attn, q[:, :, :1], k)[:, :, 0] if want_row else None
+        # Not `_logits`: its matrix product would copy k and keep the copy for the backward pass.
+        row = (q[:, :, :1] * attn.scale * k).sum(dim=-1) if want_row else None
         if row_edit is not None:
             edit, mask, values = row_edit
             queries = q.shape[2] if edit.queries == "all" else self.num_read

@@ -211,3 +211,50 @@ def ladder(table: pd.DataFrame, title: str, ylabel: str) -> Figure:
     axis.set_xticks(range(len(rungs)), [rung.replace(", ", ",\n") for rung in rungs])
     sns.move_legend(axis, "upper left", bbox_to_anchor=(1.0, 1.0), title="", frameon=False)
     return figure
+
+
+def turns(
+    table: pd.DataFrame,
+    value: str,
+    title: str,
+    xlabel: str,
+    hue: str | None = None,
+    reference: float | None = None,
+) -> Figure:
+    """One row a way: a bar to the median of its turns, a dot a turn.
+
+    Args:
+        table: columns way, `value`, and `hue` where two conditions of a way stand side by side.
+        reference: where a line marks the yardstick.
+    """
+    ways = list(dict.fromkeys(table["way"]))
+    conditions = table[hue].nunique() if hue else 1
+    figure, axis = plt.subplots(
+        figsize=(7, (0.2 + 0.25 * conditions) * len(ways) + 1), layout="constrained"
+    )
+    colours = PALETTE[: conditions if hue else len(ways)]
+    sns.barplot(
+        table, x=value, y="way", hue=hue or "way", estimator="median", errorbar=None, order=ways,
+        palette=colours, alpha=0.75, ax=axis, legend="auto" if hue else False,
+    )  # fmt: skip
+    dots = {"hue": hue, "palette": ["black"] * conditions, "dodge": True, "legend": False}
+    look = dots if hue else {"color": "black"}
+    sns.stripplot(table, x=value, y="way", order=ways, size=3, jitter=False, ax=axis, **look)
+    if reference is not None:
+        axis.axvline(reference, color="black", linewidth=1, linestyle=":")
+    axis.set(title=title, xlabel=xlabel, ylabel="")
+    axis.title.set_fontsize(10)
+    if hue:
+        sns.move_legend(axis, "upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    return figure
+
+
+def parts(table: pd.DataFrame, title: str, xlabel: str) -> Figure:
+    """One bar a row of the table, made of its columns one after the other."""
+    figure, axis = plt.subplots(figsize=(7, 0.45 * len(table) + 1), layout="constrained")
+    table.plot.barh(stacked=True, color=PALETTE, alpha=0.75, width=0.7, ax=axis)
+    axis.invert_yaxis()
+    axis.set(title=title, xlabel=xlabel, ylabel="")
+    axis.title.set_fontsize(10)
+    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
+    return figure

@@ -47,6 +47,11 @@ class CachedTokens(Dataset):
 _CACHE: dict[str, CachedTokens] = {}
 
 
+def forget_tokens() -> None:
+    """Drops the tokens that this process holds in memory; those on disk stay."""
+    _CACHE.clear()
+
+
 @torch.no_grad()
 def with_cached_tokens(
     model: SigmoidViT, dataset: BirdDataset, config: RunConfig, folder: Path

@@ -48,7 +48,8 @@ MAY_IMPORT = {
     "pretrain": {"toybirds", "model", "config"},
     "curves": {"checkpoint", "plots"},
     "panel": {"data", "editor", "feedback", "live", "model", "teach"},
-    "bench": {"model", "config", "train", "data", "readers", "live", "attention"},
+    "bench": {"model", "config", "train", "data", "readers", "live", "attention"}
+    | {"checkpoint", "optim", "runs", "tokens"},
     "evaluate": {"train", "runs", "tokens", "data", "model", "metrics", "config", "plots"}
     | {"gaze", "attention", "files"},
     "sweep": {"attention", "checkpoint", "config", "evaluate", "files", "jobs", "losses"}

@@ -208,6 +208,55 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("rows", [None, "last", "all"])
+def test_the_training_forward_compiles_without_a_graph_break(rows):
+    model = SigmoidViT(tiny_vit()).train()
+    images = images_for(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    _assert_same(compiled(images, rows=rows), model(images, rows=rows))
+
+
+def test_training_on_cached_tokens_compiles_without_a_graph_break():
+    model = SigmoidViT(tiny_vit()).train()
+    tokens = model.tokens(images_for(model), -1).detach()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    for rows in (None, "last"):
+        _assert_same(compiled(tokens=tokens, rows=rows), model(tokens=tokens, rows=rows))
+
+
+def _assert_same(found, expected):
+    (scores, rows), (wanted, others) = (
+        given if isinstance(given, tuple) else (given, {}) for given in (found, expected)
+    )
+    assert torch.equal(scores, wanted) and rows.keys() == others.keys()
+    assert all(torch.equal(row, others[block]) for block, row in rows.items())
+
+
+def test_rows_keep_no_copy_for_the_backward_pass():
+    model = SigmoidViT(tiny_vit(), one_query=False).train()
+    images = images_for(model)
+
+    def kept(**asked) -> int:
+        """Bytes that the backward pass needs, parameters left out, each block of memory once."""
+        blocks = {}
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def pack(tensor):
+            blocks[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = model(images, **asked)
+        assert result is not None
+        return sum(size for pointer, size in blocks.items() if pointer not in parameters)
+
+    plain, supervised = kept(), kept(rows="all")
+    queries = 4 * len(images) * 32 * model.depth  # one query a block, scaled: [B, H, 1, d]
+    assert plain <= supervised <= plain + 2 * queries
+
+
 def test_the_trunk_can_be_computed_once(any_model):
     images = images_for(any_model)
     tokens = any_model.tokens(images, -1)

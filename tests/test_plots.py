@@ -71,3 +71,24 @@ def test_density_history_and_ladder_name_every_model():
         assert names == ["a", "b"]
     assert len(curves.axes) == 4
     assert len(plots.histories({"a": history}).axes) == 3  # no empty panel without human maps
+
+
+def test_turns_show_the_median_and_every_turn():
+    table = pd.DataFrame({"way": ["a", "b"] * 3, "ratio": [1, 2, 1, 4, 1, 9.0]})
+    axis = plots.turns(table, "ratio", "title", "ratio", reference=1).axes[0]
+    assert [bar.get_width() for bar in axis.patches] == [1, 4] and axis.get_title() == "title"
+    assert sum(len(dots.get_offsets()) for dots in axis.collections) == 6
+    assert axis.lines[-1].get_xdata()[0] == 1
+    twice = pd.concat([table.assign(loading="no"), table.assign(loading="yes")])
+    axis = plots.turns(twice, "ratio", "title", "ratio", hue="loading").axes[0]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["no", "yes"]
+    assert sum(len(dots.get_offsets()) for dots in axis.collections) == 12
+
+
+def test_parts_stack_the_columns():
+    table = pd.DataFrame({"one": [1.0, 2.0], "two": [3.0, 0.0]}, index=["a", "b"])
+    axis = plots.parts(table, "title", "seconds").axes[0]
+    assert [(bar.get_x(), bar.get_width()) for bar in axis.patches] == [
+        (0, 1), (0, 2), (1, 3), (2, 0)
+    ]  # fmt: skip
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["a", "b"]

@@ -174,12 +174,12 @@ def sweep(
         jobs: trainings at a time. They share the processor cores, or the GPU.
         keep_weights: keep the weights of every training; else they go when it is measured.
         out: the table, a row a training and split (val, test) of all sweeps of this preset;
-            result/sweep_<preset>.csv below the repository by default.
+            sweep.csv in the runs folder of the preset by default.
     """
     from lib.sweep import run_sweep
 
     config = preset()
-    out = out or ROOT / "result" / f"sweep_{config.preset}.csv"
+    out = out or config.runs / "sweep.csv"
     try:
         table, failed = run_sweep(config, axes, out, jobs, keep_weights)
     except KeyboardInterrupt:

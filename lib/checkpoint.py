@@ -84,8 +84,10 @@ class Progress:
 
     epoch: int = 0  # finished epochs
     step: int = 0  # finished steps of the epoch under way
-    seen: int = 0  # images of the epoch under way, of this process
-    sums: Tensor = field(default_factory=lambda: torch.zeros(3))  # see train_one_epoch
+    # Of the epoch under way: sums of `train_one_epoch`, over so many images. Of this process alone,
+    # or, since they were last gathered, of all in the main one.
+    sums: Tensor = field(default_factory=lambda: torch.zeros(3))
+    seen: float = 0
     best: float = -1.0  # highest validation accuracy
     history: list[dict[str, float]] = field(default_factory=list)
     steps: list[dict[str, float]] = field(default_factory=list)
@@ -113,6 +115,16 @@ class Training:
         """The model that is measured and kept: the average of the weights where there is one."""
         return self.ema.module if self.ema else self.model
 
+    def gather_sums(self, everywhere: bool = False) -> None:
+        """The sums of all processes go to the main one, and to the others only if `everywhere`."""
+        if self.accelerator.num_processes > 1:
+            progress = self.progress
+            seen = torch.tensor([float(progress.seen)], device=progress.sums.device)
+            whole = self.accelerator.reduce(torch.cat([progress.sums, seen]), "sum")
+            if not (everywhere or self.accelerator.is_main_process):
+                whole = torch.zeros_like(whole)
+            progress.sums, progress.seen = whole[:-1], whole[-1].item()
+
     def end_epoch(self, row: dict[str, float]) -> None:
         """Adds the epoch's row to the history, and keeps the weights if no epoch was better."""
         progress = self.progress
@@ -127,9 +139,10 @@ class Training:
     def save(self, folder: Path) -> None:
         """Writes the checkpoint; StorageError leaves the one before as it was."""
         scaler = self.accelerator.scaler
+        average = self.ema and self.ema.module.vit.state_dict()
         state = {
             "model": trained_state(self.model),
-            "ema": self.ema and {n: self.ema.module.vit.state_dict()[n] for n in self._names()},
+            "ema": average and {name: average[name] for name in self._names()},
             "best": self.best,
             "optimizer": self.optimizer.state_dict(),
             "scaler": scaler and scaler.state_dict(),
@@ -160,10 +173,14 @@ class Training:
         if self.ema:
             self.ema.module.vit.load_state_dict(state["ema"], strict=False)
         self.best = state["best"]
+        for group in state["optimizer"]["param_groups"]:  # it may have been on another device
+            group["fused"] = self.accelerator.device.type == "cuda"
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
+        if not self.accelerator.is_main_process:  # see `gather_sums`
+            self.progress.sums, self.progress.seen = torch.zeros(3), 0
         return True
 
     def _names(self) -> list[str]:

@@ -195,6 +195,7 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "label_smoothing": 0.0,
             "drop_path": 0.0,
             "ema": 0.0,
+            "cache_tokens": False,
         },
         {"crop_scale": (0.64, 0.64), "crop_ratio": None, "flip": 0.0},
     ),

@@ -22,10 +22,11 @@ from lib import config as cfg
 from lib.checkpoint import STATE, Progress
 from lib.config import Config, RunConfig, TrainConfig
 from lib.data import BirdDataset, make_dataset
-from lib.files import make_folder, write_text
+from lib.files import StorageError, make_folder, write_text
 from lib.model import SigmoidViT, create_model, load_weights
+from lib.optim import refuse_frozen_supervision
 from lib.tokens import with_cached_tokens
-from lib.train import fit, processes
+from lib.train import fit, processes, refuse_missing
 
 
 class RunConflict(ValueError):
@@ -115,7 +116,9 @@ def train_run(
         refuse_conflict(folder, config)
         if is_finished(folder):
             return Run.load(folder)
+    refuse_missing(config.train)
     model, train_set = starting_point(config, runs)
+    refuse_frozen_supervision(model, config.train)
     refuse_supervision_without_maps(train_set, config.train)
     val_set = dataset_for(model, config, "val", augment=False)
     classes = train_set.classes
@@ -146,6 +149,11 @@ def _prepared(
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
+    except PermissionError as error:
+        raise StorageError(
+            f"{folder} cannot be written to ({error.strerror}); name a runs folder that can "
+            "(RUNS_DIR)"
+        ) from error
     except Timeout as error:
         raise RunBusy(
             f"{folder} is being trained by another process; wait for it, or choose another name"

@@ -44,7 +44,11 @@ class CachedTokens(Dataset):
 
 
 # Runs of one comparison share their frozen trunk: its tokens are read once a process.
-_CACHE: dict[str, CachedTokens] = {}
+_CACHE: dict[str, Tensor] = {}
+
+# Fields of DataConfig that the tokens of whole pictures do not depend on: of maps and of crops.
+_NO_MATTER = ("maps", "maps_dir", "gaze_runs", "sigma", "sigma_unit", "weight", "cache")
+_NO_MATTER += ("crop_scale", "crop_ratio", "flip")
 
 
 def forget_tokens() -> None:
@@ -61,32 +65,41 @@ def with_cached_tokens(
     Args:
         model: on the device that is to run the trunk.
         folder: gets `<digest>.safetensors`, about 150 kB an image for a ViT-S/16 at 224 pixels. The
-            digest is of the data, of the frozen weights, and of how many blocks are frozen.
+            digest is of the pictures, of the architecture, of the frozen weights, and of how many
+            blocks are frozen; not of the human maps, which are read anew every time.
     """
     # The head alone learns from the last block's output; that block gives the class row as well.
     blocks = max(1, learning_blocks(config.train.trainable, model.depth))
-    learned = (f"blocks.{index}." for index in range(model.depth - blocks, model.depth))
-    learned = ("norm.", "fc_norm.", "head", *learned)
-    digest = hashlib.sha256(cfg.to_json(config.data).encode())
-    digest.update(f"{blocks}{dataset.table.to_csv()}".encode())
-    for name, value in model.vit.state_dict().items():
-        if not name.startswith(learned):
-            digest.update(name.encode() + value.cpu().numpy().tobytes())
-    key = digest.hexdigest()
+    key = _digest(model, dataset, config, blocks)
     if key not in _CACHE:
         file = folder / f"{key[:32]}.safetensors"
         if not file.is_file():
             make_folder(folder)
             with FileLock(file.with_suffix(".lock")):  # the jobs of a sweep run the trunk once
                 if not file.is_file():
+                    for half in folder.glob(f"{file.name}.*.tmp"):  # of a process that was killed
+                        half.unlink()
                     tokens = _run_trunk(model, dataset, blocks, config.train.workers)
                     write_bytes(file, safetensors.torch.save({"tokens": tokens}))
-        tokens = safetensors.torch.load_file(file)["tokens"]
         while len(_CACHE) >= 4:  # train, val and test of one data set, and one more
             _CACHE.pop(next(iter(_CACHE)))
-        items = [dataset.annotations(i) for i in range(len(dataset))]
-        _CACHE[key] = CachedTokens(tokens, items, blocks)
-    return _CACHE[key]
+        _CACHE[key] = safetensors.torch.load_file(file)["tokens"]
+    items = [dataset.annotations(i) for i in range(len(dataset))]
+    return CachedTokens(_CACHE[key], items, blocks)
+
+
+def _digest(model: SigmoidViT, dataset: BirdDataset, config: RunConfig, blocks: int) -> str:
+    """Of all that decides the tokens that enter the last `blocks` blocks."""
+    data = {k: v for k, v in cfg.flat(config.data).items() if k.split(".")[0] not in _NO_MATTER}
+    images = dataset.table.drop(columns="has_map").to_csv()
+    architecture = (cfg.flat(config.model), model.normalisation, model.num_heads, blocks)
+    digest = hashlib.sha256(repr((data, images, architecture)).encode())
+    learned = (f"blocks.{index}." for index in range(model.depth - blocks, model.depth))
+    learned = ("norm.", "fc_norm.", "head", *learned)
+    for name, value in model.vit.state_dict().items():
+        if not name.startswith(learned):
+            digest.update(name.encode() + value.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _run_trunk(model: SigmoidViT, dataset: BirdDataset, blocks: int, workers: int) -> Tensor:

@@ -12,6 +12,7 @@ import importlib.util
 import os
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pandas as pd
@@ -58,7 +59,9 @@ def processes() -> PartialState:
     """This process among those that train together: its device, and how to wait for the others."""
     # Accelerate joins processes on CPUs (torchrun, gloo) only when told that a CPU is wanted.
     several = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()
-    return PartialState(cpu=several or parse_flag_from_env("ACCELERATE_USE_CPU"))
+    on_cpu = several or parse_flag_from_env("ACCELERATE_USE_CPU")
+    # Patience: the others wait while the main process runs the trunk over all images.
+    return PartialState(cpu=on_cpu, timeout=timedelta(hours=6))
 
 
 def loss_terms(model: nn.Module, batch: dict, config: TrainConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,17 +106,19 @@ def train_one_epoch(
     batches: Batches,
     training: Training,
     config: TrainConfig,
-    after_step: Callable[[], None],
+    after_step: Callable[[bool], None],
 ) -> None:
     """One pass over the data, or the rest of one; losses are added up in `training.progress`.
 
     Args:
         model: `training.model`, wrapped for data parallelism where there are several processes.
-        loader: over `batches`. after_step: called when a step is complete.
+        loader: over `batches`.
+        after_step: called when a step is complete, with whether it has a row in `progress.steps`.
 
     Raises:
         TrainingDiverged: at the first loss that is not finite, before it reaches the weights; on a
-            GPU, which would idle if every loss were waited for, every `log_every` steps.
+            GPU, which would idle if every loss were waited for, and with several processes, every
+            `log_every` steps.
     """
     accelerator, optimizer, progress = training.accelerator, training.optimizer, training.progress
     steps = config.epochs * len(batches)
@@ -132,9 +137,14 @@ def train_one_epoch(
         # Sums of this process's images: cross entropy, human attention loss, right answers.
         right = (scores.argmax(-1) == batch["label"]).float().mean()
         means = torch.stack([cross_entropy.detach(), human_loss.detach().float(), right])
-        progress.sums += means * batches.own(progress.step)
-        if accelerator.device.type == "cpu" or step % config.log_every == 0:
-            refuse_divergence(progress.sums, means, config)
+        own = batches.own(progress.step)
+        progress.sums += means * own
+        progress.seen += own
+        is_logged = step % config.log_every == 0
+        if is_logged:  # the means over the whole batch: all processes must judge alike
+            means = accelerator.reduce(means * (own / batches.size(progress.step)), "sum")
+        if is_logged or (accelerator.device.type == "cpu" and accelerator.num_processes == 1):
+            refuse_divergence(means, config)
         accelerator.backward(loss * batches.share(progress.step))
         if config.clip:
             accelerator.clip_grad_norm_(model.parameters(), config.clip)
@@ -142,20 +152,17 @@ def train_one_epoch(
         optimizer.zero_grad(set_to_none=True)
         if training.ema:
             training.ema.update(training.model, step)
-        if step % config.log_every == 0:
-            share = batches.own(progress.step) / batches.size(progress.step)
-            means = accelerator.reduce(means * share, "sum").tolist()
-            progress.steps.append(
-                {"step": step, "lr": config.lr * factor} | dict(zip(MEANS, means, strict=True))
-            )
-        progress.seen += batches.own(progress.step)
+        if is_logged:
+            row = dict(zip(MEANS, means.tolist(), strict=True))
+            progress.steps.append({"step": step, "lr": config.lr * factor} | row)
+            training.gather_sums()
         progress.step += 1
-        after_step()
+        after_step(is_logged)
 
 
-def refuse_divergence(sums: Tensor, means: Tensor, config: TrainConfig) -> None:
-    """TrainingDiverged where a loss of the epoch so far was not finite; `means` are told."""
-    if not torch.isfinite(sums).all():
+def refuse_divergence(means: Tensor, config: TrainConfig) -> None:
+    """TrainingDiverged where the cross entropy or the human attention loss is not finite."""
+    if not torch.isfinite(means).all():
         raise TrainingDiverged(
             f"the loss is not finite (cross entropy {means[0].item():.4g}, human attention loss "
             f"{means[1].item():.4g}); lower lr ({config.lr:g}) or lam ({config.human.lam:g})"
@@ -188,10 +195,11 @@ def fit(
         TrainingDiverged: the loss is not finite. TrackerMissing: says what to install.
         StorageError: a file could not be written; the checkpoint before it is intact.
     """
+    refuse_frozen_supervision(model, config)
+    refuse_missing(config)
     set_seed(config.seed)
     accelerator = start_accelerator(config, folder)
     freeze(model, config.trainable)
-    refuse_frozen_supervision(model, config)
     model.to(accelerator.device)
     workers = 0 if isinstance(train_set, CachedTokens) else config.workers
     own = (accelerator.process_index, accelerator.num_processes)
@@ -206,6 +214,7 @@ def fit(
     optimizer = make_optimizer(model, config, accelerator.device)
     ema = ModelEmaV3(model, config.ema, use_warmup=True) if config.ema else None
     if config.compile:
+        torch.compiler.reset()  # Accelerate's wrappers of earlier trainings count against its limit
         model.compile(dynamic=False)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     training = Training(model, optimizer, accelerator, ema)
@@ -221,17 +230,18 @@ def fit(
         disable=not is_main or "TQDM_DISABLE" in os.environ,
     )
 
-    def after_step() -> None:
+    def after_step(is_logged: bool) -> None:
         nonlocal saved
         bar.update()
-        done = progress.epoch * len(batches) + progress.step
-        row = progress.steps[-1]
-        if row["step"] == done - 1:
+        if is_logged:
+            row = progress.steps[-1]
             accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
             if watch and is_main:
                 watch(progress)
-        if is_main and time.monotonic() - saved >= 60 * config.checkpoint_minutes:
-            refuse_divergence(progress.sums, progress.sums / max(progress.seen, 1), config)
+        # Several processes: only where the main one has the sums of all.
+        may_save = is_main and (is_logged or accelerator.num_processes == 1)
+        if may_save and time.monotonic() - saved >= 60 * config.checkpoint_minutes:
+            refuse_divergence(progress.sums, config)
             training.save(folder)
             saved = time.monotonic()
 
@@ -240,9 +250,12 @@ def fit(
             batches.go_to(progress.epoch, progress.step)
             train_one_epoch(wrapped, loader, batches, training, config, after_step)
             row = {"epoch": progress.epoch + 1, "lr": progress.steps[-1]["lr"]}
-            refuse_divergence(progress.sums, progress.sums / max(progress.seen, 1), config)
-            row |= epoch_means(progress, accelerator)
-            row |= validate(training.result, val_set, config.batch_size, workers, *own)
+            training.gather_sums(everywhere=True)
+            refuse_divergence(progress.sums, config)
+            means = (progress.sums / progress.seen).tolist()
+            row |= dict(zip(MEANS, means, strict=True))
+            with accelerator.autocast():
+                row |= validate(training.result, val_set, config.batch_size, workers, *own)
             training.end_epoch(row)
             bar.set_postfix(loss=f"{row['cross_entropy']:.3f}", val=f"{row['val_top1']:.3f}")
             done = progress.epoch * len(batches)
@@ -265,20 +278,19 @@ def fit(
     return pd.DataFrame(progress.history)
 
 
-def epoch_means(progress: Progress, accelerator: Accelerator) -> dict[str, float]:
-    """Means over the epoch's images of all processes, from the sums of `train_one_epoch`."""
-    seen = torch.tensor([float(progress.seen)], device=accelerator.device)
-    *sums, count = accelerator.reduce(torch.cat([progress.sums, seen]), "sum").tolist()
-    return {name: value / count for name, value in zip(MEANS, sums, strict=True)}
-
-
-def start_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
-    """Accelerate for one training, with its trackers; wandb works offline unless told otherwise."""
+def refuse_missing(config: TrainConfig) -> None:
+    """TrackerMissing where a tracker is not installed; ValueError for fp16 without a GPU."""
     for name in config.trackers:
         if importlib.util.find_spec(name) is None:
             raise TrackerMissing(
                 f"{name} is not installed; pip install {name}, or drop the tracker"
             )
+    if config.mixed_precision == "fp16" and processes().device.type == "cpu":
+        raise ValueError('mixed_precision is "fp16", which needs a GPU; use "bf16" or "no"')
+
+
+def start_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
+    """Accelerate for one training, with its trackers; wandb works offline unless told otherwise."""
     # Accelerate keeps one precision a process; a later training may want another.
     AcceleratorState._reset_state()
     accelerator = Accelerator(

@@ -110,6 +110,7 @@ def test_what_learns_comes_from_the_environment(monkeypatch):
         monkeypatch.setenv("TRAINABLE", word)
         stage = preset("cub2011").ft
         assert str(stage.trainable) == word and stage.cache_tokens == cached
+        assert not preset("cub2011", "original").ft.cache_tokens  # its crops need pictures
 
 
 @pytest.mark.parametrize(

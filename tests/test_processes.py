@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -63,6 +65,31 @@ def test_same_metrics_on_uneven_batches(runs):
     assert one["val_top1"].mul(15).round(4).mod(1).eq(0).all()  # of 15 images, none twice
     assert (one - two).abs().max().max() < 1e-4
     assert one["train_top1"].equals(two["train_top1"])
+
+
+def test_two_processes_that_were_killed_go_on_as_two(runs):
+    """Epoch means count every image once, whoever had seen it before."""
+    hitl = ("-m", "lib", "train", "hitl", "--init", "ft-s0", *TINY, "--epochs", "7")
+    hitl = (*hitl, "--human.blocks", "all", "--ema", "0.9", "--name", "killed")
+    hitl = (*hitl, "--checkpoint-minutes", "0", "--resume")
+    first = [part for part in hitl if part != "--resume"]
+    environment = {**os.environ, "RUNS_DIR": str(runs.parent), "PRESET": "toy"}
+    environment["OMP_NUM_THREADS"] = "1"
+    training = subprocess.Popen(
+        [sys.executable, *LAUNCHED, *first],
+        cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    steps = runs / "killed" / "steps.csv"
+    while not steps.is_file() and training.poll() is None:  # written after the first epoch
+        time.sleep(0.02)
+    os.killpg(training.pid, signal.SIGKILL)
+    training.wait()
+    assert not (runs / "killed" / "last.safetensors").is_file()
+    done = run(*LAUNCHED, *hitl, runs=runs.parent)
+    assert done.returncode == 0, done.stderr
+    for name in ("steps.csv", "history.csv"):
+        two, killed = (pd.read_csv(runs / folder / name) for folder in ("two", "killed"))
+        assert (two - killed).abs().max().max() < 1e-4
 
 
 def test_the_notebook_launcher_trains_with_two_processes(runs):

@@ -6,9 +6,18 @@ from dataclasses import replace
 
 import pytest
 
+from lib import runs
 from lib.checkpoint import STATE
+from lib.config import RunConfig
 from lib.files import StorageError, write_text
-from lib.runs import Run, RunBusy, RunConflict, fine_tuning, train_run
+from lib.runs import (
+    Run,
+    RunBusy,
+    RunConflict,
+    fine_tuning,
+    human_in_the_loop,
+    train_run,
+)
 
 
 def test_a_run_is_loaded_when_it_is_there_and_refused_when_it_differs(config):
@@ -78,3 +87,26 @@ def test_a_runs_folder_that_cannot_be_made_is_one_sentence(config, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match=r"file/ft cannot be made"):
         train_run("ft", fine_tuning(config, 0), tmp_path / "file")
+
+
+def test_what_is_refused_leaves_no_run_behind(config):
+    """Else the corrected command would meet a run of that name."""
+    train_run("ft", fine_tuning(config, 0), config.runs)
+    config.hitl = replace(config.hitl, trainable="last_block")
+    refused = [human_in_the_loop(config, "ft", 0, blocks="all")]
+    for changes in ({"mixed_precision": "fp16"}, {"trackers": ("nothing_of_that_name",)}):
+        stage = replace(config.ft, **changes)
+        refused.append(RunConfig(config.data, config.model, stage))
+    for settings in refused:
+        with pytest.raises(ValueError, match=r"freezes it|needs a GPU|is not installed"):
+            train_run("x", settings, config.runs)
+    assert not (config.runs / "x").exists()
+
+
+def test_a_run_folder_that_is_read_only_is_one_sentence(config, monkeypatch):
+    def denied(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(runs.FileLock, "acquire", denied)  # root may write everywhere
+    with pytest.raises(StorageError, match="ft cannot be written to"):
+        train_run("ft", fine_tuning(config, 0), config.runs)

@@ -20,7 +20,8 @@ def test_cached_tokens_train_and_measure_as_the_whole_model_does(config, tmp_pat
     model, _ = starting_point(settings, config.runs)
     dataset = dataset_for(model, settings, "train", augment=False)
     cached = tokens.with_cached_tokens(model, dataset, settings, tmp_path)
-    assert tokens.with_cached_tokens(model, dataset, settings, tmp_path) is cached
+    again = tokens.with_cached_tokens(model, dataset, settings, tmp_path)
+    assert again.tokens is cached.tokens
     stage = replace(config.hitl, human=replace(config.hitl.human, loss="kl"))
     for parts in zip(
         DataLoader(dataset, batch_size=16), DataLoader(cached, batch_size=16), strict=True
@@ -33,7 +34,8 @@ def test_cached_tokens_train_and_measure_as_the_whole_model_does(config, tmp_pat
     assert run.history["val_top1"].between(0, 1).all()
     with torch.no_grad():
         model.vit.blocks[0].mlp.fc1.weight.add_(1.0)
-    assert tokens.with_cached_tokens(model, dataset, settings, tmp_path) is not cached
+    again = tokens.with_cached_tokens(model, dataset, settings, tmp_path)
+    assert not torch.equal(again.tokens, cached.tokens)
 
 
 def test_cached_tokens_need_a_frozen_trunk(config):
@@ -63,3 +65,23 @@ def test_tokens_before_the_blocks_that_learn(config, tmp_path, monkeypatch, trai
     tokens._CACHE.clear()
     again = tokens.with_cached_tokens(model, dataset, settings, tmp_path)
     assert torch.equal(again.tokens, cached.tokens)
+
+
+def test_maps_are_read_anew_and_another_architecture_is_another_trunk(config, tmp_path):
+    """A correction that was painted since is seen; the trunk is not run for it again."""
+    config.ft = replace(config.ft, trainable="last_block")
+    settings = fine_tuning(config, 0)
+    model, _ = starting_point(settings, config.runs)
+    dataset = dataset_for(model, settings, "train", augment=False)
+    first = tokens.with_cached_tokens(model, dataset, settings, tmp_path)
+    wider = replace(settings, data=replace(config.data, sigma=3.0))
+    second = tokens.with_cached_tokens(
+        model, dataset_for(model, wider, "train", augment=False), wider, tmp_path
+    )
+    assert second.tokens is first.tokens
+    assert not torch.equal(second[0]["human"], first[0]["human"])
+    config.model.overrides["num_heads"] = 4  # the same weights, read as other heads
+    other, _ = starting_point(fine_tuning(config, 0), config.runs)
+    other.load_state_dict(model.state_dict())
+    third = tokens.with_cached_tokens(other, dataset, fine_tuning(config, 0), tmp_path)
+    assert not torch.equal(third.tokens, first.tokens)

@@ -167,7 +167,8 @@ def training(steps: pd.DataFrame, history: pd.DataFrame) -> Figure:
         axis.title.set_fontsize(9)
         if axis.lines:
             axis.legend(frameon=False, fontsize=8)
-    figure.suptitle(f"{len(history)} epoch{'s' * (len(history) != 1)} done", fontsize=10)
+    done = f"{len(history)} epoch{'s' * (len(history) != 1)} done"
+    figure.suptitle(f"Losses by step, accuracy by epoch: {done}", fontsize=10)
     return figure
 
 

@@ -82,6 +82,12 @@ class Run:
         file = self.folder / "history.csv"
         return pd.read_csv(file) if file.is_file() else pd.DataFrame()
 
+    @property
+    def progress(self) -> Progress:
+        """Where the training stood when it was over, for those who watch."""
+        steps = pd.read_csv(self.folder / "steps.csv").to_dict("records")
+        return Progress(len(self.history), history=self.history.to_dict("records"), steps=steps)
+
     def model(self, which: Literal["last", "best"] = "last") -> SigmoidViT:
         """The trained model, in evaluation mode."""
         model = bare_model(self.config, len(self.classes))
@@ -105,7 +111,8 @@ def train_run(
     Args:
         name: folder of the run below `runs`. config: all that decides the result.
         overwrite: train again even if a run of that name is there.
-        watch: called with the progress of the training, e.g. `lib.curves.LiveCurves()`.
+        watch: called with the progress of the training, e.g. `lib.curves.LiveCurves()`; of a run
+            that is there already, once.
 
     Raises:
         RunConflict: a run of that name was made with another configuration; names a difference.
@@ -115,7 +122,10 @@ def train_run(
     if not overwrite:
         refuse_conflict(folder, config)
         if is_finished(folder):
-            return Run.load(folder)
+            run = Run.load(folder)
+            if watch and processes().is_main_process:
+                watch(run.progress)
+            return run
     refuse_missing(config.train)
     model, train_set = starting_point(config, runs)
     refuse_frozen_supervision(model, config.train)

@@ -47,3 +47,12 @@ def test_drawing_takes_no_more_time_than_it_may(config, monkeypatch):
     config.ft = replace(config.ft, log_every=1)
     train_run("ft", fine_tuning(config, 0), config.runs, watch=LiveCurves(seconds=1e6))
     assert shown.updates == 2  # the ends of the two epochs
+
+
+def test_a_run_that_is_there_is_drawn_as_it_ended(config, monkeypatch):
+    run = train_run("ft", fine_tuning(config, 0), config.runs)
+    shown = Shown()
+    monkeypatch.setattr(curves, "display", shown)
+    train_run("ft", fine_tuning(config, 0), config.runs, watch=LiveCurves())
+    (figure,) = shown.figures
+    assert figure.axes[1].lines[0].get_ydata() == pytest.approx(run.history["train_top1"])

@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "teach": {"attention", "model", "data", "feedback", "gaze", "losses", "metrics", "config"}
     | {"train", "optim", "evaluate"},
     "train": {"model", "losses", "metrics", "config", "optim", "tokens", "checkpoint", "files"},
-    "runs": {"train", "checkpoint", "tokens", "data", "model", "config", "files"},
+    "runs": {"train", "checkpoint", "tokens", "data", "model", "config", "files", "optim"},
     "pretrain": {"toybirds", "model", "config"},
     "curves": {"checkpoint", "plots"},
     "panel": {"data", "editor", "feedback", "live", "model", "teach"},

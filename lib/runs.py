@@ -123,6 +123,7 @@ def train_run(
         refuse_conflict(folder, config)
         if is_finished(folder):
             run = Run.load(folder)
+            (folder / STATE).unlink(missing_ok=True)  # of a process that was killed as it finished
             if watch and processes().is_main_process:
                 watch(run.progress)
             return run

@@ -23,7 +23,9 @@ from lib.runs import (
 def test_a_run_is_loaded_when_it_is_there_and_refused_when_it_differs(config):
     first = train_run("ft", fine_tuning(config, 0), config.runs)
     stamp = (first.folder / "last.safetensors").stat().st_mtime_ns
+    (first.folder / STATE).write_bytes(b"left by a process that was killed as it finished")
     again = train_run("ft", fine_tuning(config, 0), config.runs)
+    assert not (first.folder / STATE).exists()
     assert again == first and (first.folder / "last.safetensors").stat().st_mtime_ns == stamp
     other = fine_tuning(config, 1)
     with pytest.raises(RunConflict, match=r"train\.seed is 0 there and 1 here"):

@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 
@@ -36,9 +36,22 @@ SPLIT_NAMES = {
     "folder": "folder_dataset.json",
 }
 
-# Options of `train`: the recipe, and the fields of TrainConfig without a prefix.
-Recipe = Literal[tuple(RECIPES)]
-Train = Annotated[TrainConfig, tyro.conf.arg(name="")]
+T = TypeVar("T")
+Flat = Annotated[T, tyro.conf.arg(name="")]  # the fields of a dataclass as options without a prefix
+
+
+@dataclass
+class Training:
+    """Options of both steps of `train`, beside the fields of TrainConfig."""
+
+    data: DataConfig
+    model: ModelConfig
+    name: str | None = None  # of the run; ft-s<seed> or hitl-<loss>-s<seed> when left out
+    # where the values below come from; "original" is that of the first experiment
+    recipe: Literal[tuple(RECIPES)] = "tuned"
+    resume: bool = False  # go on where a run of that name was stopped; options must be as they were
+    overwrite: bool = False  # train again in the place of a run of that name
+
 
 # Mistakes that a person can mend: told in one sentence, exit code 2, no traceback; the last one
 # is a loss that is not finite.
@@ -80,51 +93,25 @@ def train(arguments: list[str]) -> None:
     """
     # The recipe changes what the other options start from, so it is read first.
     first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--recipe")
+    first.add_argument("--recipe", default=os.environ.get("RECIPE") or "tuned")
     recipe = first.parse_known_args(arguments)[0].recipe
-    config = preset(recipe=recipe if recipe in RECIPES else None)
+    config = preset(recipe=recipe)
+    given = Training(config.data, config.model, recipe=recipe)
 
-    def fine_tune(
-        name: str | None = None,
-        recipe: Recipe = "tuned",
-        resume: bool = False,
-        overwrite: bool = False,
-        train: Train = config.ft,
-        data: DataConfig = config.data,
-        model: ModelConfig = config.model,
-    ) -> None:
-        """Step 1: cross entropy only, from pretrained weights and a new head.
-
-        Args:
-            name: of the run; ft-s<seed> when left out.
-            recipe: where the values below come from; "original" is that of the first experiment.
-            resume: go on where a run of that name was stopped; every option must be as it was.
-            overwrite: train again in the place of a run of that name.
-        """
-        name = name or f"ft-s{train.seed}"
-        _train_one(config, name, RunConfig(data, model, train), resume, overwrite)
+    def fine_tune(run: Flat[Training] = given, train: Flat[TrainConfig] = config.ft) -> None:
+        """Step 1: cross entropy only, from pretrained weights and a new head."""
+        _train_one(config, run.name or f"ft-s{train.seed}", run, train)
 
     def hitl(
-        init: str,
-        name: str | None = None,
-        recipe: Recipe = "tuned",
-        resume: bool = False,
-        overwrite: bool = False,
-        train: Train = config.hitl,
-        data: DataConfig = config.data,
-        model: ModelConfig = config.model,
+        init: str, run: Flat[Training] = given, train: Flat[TrainConfig] = config.hitl
     ) -> None:
         """Step 2: with human attention as one more term of the loss, from a trained run.
 
         Args:
             init: name of the run to start from.
-            name: of the run; hitl-<loss>-s<seed> when left out.
-            recipe: where the values below come from; "original" is that of the first experiment.
-            resume: go on where a run of that name was stopped; every option must be as it was.
-            overwrite: train again in the place of a run of that name.
         """
-        name = name or f"hitl-{train.human.loss}-s{train.seed}"
-        _train_one(config, name, RunConfig(data, model, train, init), resume, overwrite)
+        name = run.name or f"hitl-{train.human.loss}-s{train.seed}"
+        _train_one(config, name, run, train, init)
 
     tyro.extras.subcommand_cli_from_dict(
         {"ft": fine_tune, "hitl": hitl},
@@ -134,24 +121,28 @@ def train(arguments: list[str]) -> None:
     )
 
 
-def _train_one(config: Config, name: str, run: RunConfig, resume: bool, overwrite: bool) -> None:
+def _train_one(
+    config: Config, name: str, given: Training, train: TrainConfig, init: str | None = None
+) -> None:
     """`train_run`, for a person who may not know that the run is there."""
-    from lib.runs import is_finished, train_run
+    from lib.runs import finished_run, train_run
     from lib.train import processes
 
-    folder = config.runs / name
+    folder, resume, overwrite = config.runs / name, given.resume, given.overwrite
     if resume and overwrite:
         raise ValueError("--resume and --overwrite are given; the one keeps what the other drops")
     if (folder / "config.json").is_file() and not (resume or overwrite):
-        stands = "is finished" if is_finished(folder) else "was stopped half way"
+        stands = "is finished" if finished_run(folder) else "was stopped half way"
         raise FileExistsError(
             f"{folder} exists and {stands}; go on with --resume, train again with --overwrite, or "
             "choose another --name"
         )
     if resume and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is no run that could be resumed; leave out --resume")
-    if run.data.split_file is not None:
-        run.data = replace(run.data, split_md5=file_md5(run.data.split_file))
+    data = given.data
+    if data.split_file is not None:
+        data = replace(data, split_md5=file_md5(data.split_file))
+    run = RunConfig(data, given.model, train, init)
     found = train_run(name, run, config.runs, overwrite)
     if processes().is_main_process:
         last = found.history.iloc[-1]
@@ -159,7 +150,7 @@ def _train_one(config: Config, name: str, run: RunConfig, resume: bool, overwrit
 
 
 def sweep(
-    axes: Annotated[Sweep, tyro.conf.arg(name="")] = Sweep(),  # noqa: B008
+    axes: Flat[Sweep] = Sweep(),  # noqa: B008
     jobs: int = 1,
     keep_weights: bool = False,
     out: Path | None = None,

@@ -121,8 +121,8 @@ def train_run(
     folder = runs / name
     if not overwrite:
         refuse_conflict(folder, config)
-        if is_finished(folder):
-            run = Run.load(folder)
+        run = finished_run(folder)
+        if run:
             (folder / STATE).unlink(missing_ok=True)  # of a process that was killed as it finished
             if watch and processes().is_main_process:
                 watch(run.progress)
@@ -193,13 +193,12 @@ def refuse_conflict(folder: Path, config: RunConfig) -> None:
             )
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether a run is there and complete."""
+def finished_run(folder: Path) -> Run | None:
+    """The run of a folder; None where there is none, or where it is not complete."""
     try:
-        Run.load(folder)
+        return Run.load(folder)
     except FileNotFoundError:
-        return False
-    return True
+        return None
 
 
 def starting_point(config: RunConfig, runs: Path) -> tuple[SigmoidViT, BirdDataset]:

@@ -22,12 +22,15 @@ TINY += ["--model.overrides.embed-dim", "32", "--model.overrides.depth", "2"]
 TINY += ["--model.overrides.num-heads", "2"]
 
 
+def environment(runs: Path) -> dict[str, str]:
+    return {**os.environ, "RUNS_DIR": str(runs), "PRESET": "toy", "OMP_NUM_THREADS": "1"}
+
+
 def run(*command: str, runs: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "RUNS_DIR": str(runs), "PRESET": "toy", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
-        env=environment,
+        env=environment(runs),
         capture_output=True,
         text=True,
         timeout=300,
@@ -73,11 +76,9 @@ def test_two_processes_that_were_killed_go_on_as_two(runs):
     hitl = (*hitl, "--human.blocks", "all", "--ema", "0.9", "--name", "killed")
     hitl = (*hitl, "--checkpoint-minutes", "0", "--resume")
     first = [part for part in hitl if part != "--resume"]
-    environment = {**os.environ, "RUNS_DIR": str(runs.parent), "PRESET": "toy"}
-    environment["OMP_NUM_THREADS"] = "1"
     training = subprocess.Popen(
         [sys.executable, *LAUNCHED, *first],
-        cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.DEVNULL,
+        cwd=ROOT, env=environment(runs.parent), start_new_session=True, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     steps = runs / "killed" / "steps.csv"
     while not steps.is_file() and training.poll() is None:  # written after the first epoch

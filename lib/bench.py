@@ -7,7 +7,6 @@ neighbouring turns, so that what else the machine does falls on both.
 from __future__ import annotations
 
 import copy
-import os
 import sys
 import tempfile
 import time
@@ -33,6 +32,7 @@ from lib.attention import LADDER, AttentionEdit
 from lib.checkpoint import Batches
 from lib.config import Config, DataConfig, HumanConfig, RunConfig, TrainConfig
 from lib.data import BirdDataset, make_dataset
+from lib.jobs import environment
 from lib.live import LiveImage
 from lib.model import SigmoidViT, create_model
 from lib.optim import make_optimizer
@@ -351,15 +351,9 @@ def _address_space(field: Literal["VmSize", "VmPeak"]) -> int:
 
 def _in_new_process(function: Callable[..., int], *arguments: object) -> int:
     """What `function` returns in a fresh interpreter, its allocator set to give memory back."""
-    kept = dict(os.environ)
-    os.environ.update(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_ARENA_MAX="1")
-    try:
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            return pool.submit(function, *arguments).result()
-    finally:
-        for key in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_ARENA_MAX"):
-            os.environ.pop(key)
-            os.environ.update({key: kept[key]} if key in kept else {})
+    thrifty = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    with environment(thrifty), ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def cached_epochs(config: Config, epochs: int = 10, all_epochs: bool = False) -> pd.DataFrame:

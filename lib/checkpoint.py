@@ -164,10 +164,10 @@ class Training:
             state = {**self.model.vit.state_dict(), **self.best}
             write_state(state, folder / "best.safetensors", self.model.grid)
 
-    def load(self, folder: Path) -> bool:
-        """Reads the checkpoint of `folder`; False where there is none."""
+    def load(self, folder: Path) -> None:
+        """Goes on from the checkpoint of `folder`, if there is one."""
         if not (folder / STATE).is_file():
-            return False
+            return
         state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
         self.model.vit.load_state_dict(state["model"], strict=False)
         if self.ema:
@@ -181,7 +181,6 @@ class Training:
         self.progress = Progress(**state["progress"])
         if not self.accelerator.is_main_process:  # see `gather_sums`
             self.progress.sums, self.progress.seen = torch.zeros(3), 0
-        return True
 
     def _names(self) -> list[str]:
         return list(trained_state(self.model))

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -191,18 +192,14 @@ class BirdDataset(Dataset):
         pixels = _pixels(self.records[index]) if self._decoded is None else self._decoded[index]
         fine = torch.stack([self._maps[index], self._valid[index]]).float()
         mask = F.interpolate(fine[None], pixels.shape[1:], mode="nearest")[0]
-        crop = self._crop(*pixels.shape[1:])
+        height, width = pixels.shape[1:]
+        # Without a range of its own, the one aspect ratio allowed is that of the picture.
+        ratio = self.config.crop_ratio or (width / height, width / height)
+        crop = _random_crop(tuple(self.config.image_size), tuple(self.config.crop_scale), ratio)
         picture, mask = self._flip(crop(tv_tensors.Image(pixels), tv_tensors.Mask(mask)))
         dense, known = mask.as_subclass(Tensor)  # a padded border, if any, is filled with invalid 0
         human, valid = to_grid(dense, known, self.grid)
         return picture.as_subclass(Tensor), human.clamp(0, 1).flatten(), valid.flatten()
-
-    def _crop(self, height: int, width: int) -> v2.Transform:
-        """The random crop of a picture of that size, brought to the model's input size."""
-        size, scale = tuple(self.config.image_size), self.config.crop_scale
-        # Without a range of its own, the one aspect ratio allowed is that of the picture.
-        ratio = self.config.crop_ratio or (width / height, width / height)
-        return v2.RandomResizedCrop(size, scale, ratio, antialias=True)
 
     def _squeezed(self, index: int) -> Tensor:
         """The whole picture as uint8 [3, H, W]."""
@@ -235,6 +232,14 @@ class BirdDataset(Dataset):
         for row, look in zip(maps, record.gaze, strict=True):
             row.copy_(self._map((look,), record.size, 1)[0].flatten())
         return maps, self._counts(index)
+
+
+@lru_cache(maxsize=256)  # made once, not for every picture
+def _random_crop(
+    size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]
+) -> v2.Transform:
+    """A random crop, brought to the model's input size."""
+    return v2.RandomResizedCrop(size, scale, ratio, antialias=True)
 
 
 @contextmanager

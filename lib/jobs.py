@@ -10,8 +10,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
@@ -92,8 +92,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-@contextmanager
-def _environment_of_a_share(threads: int) -> Iterator[None]:
+def _environment_of_a_share(threads: int) -> AbstractContextManager[None]:
     """What a process must find in its environment at its start: threads, and no bars of its own.
 
     Threads of several processes that spin while they wait for work keep the cores from each other:
@@ -101,6 +100,12 @@ def _environment_of_a_share(threads: int) -> Iterator[None]:
     """
     values = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
     values["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "1000")
+    return environment(values)
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables that hold within, for processes that are started there."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

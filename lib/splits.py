@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from lib.files import make_folder, write_text
+
 PARTS = ("train", "val", "test")  # in this order, so that a leak runs from train to test
 REMAKE = "correct it, or make the file again with `python -m lib split`"
 
@@ -195,10 +197,8 @@ def write_split(split: Split, path: str | Path) -> None:
     }
     content["label_list"] = split.label_list
     text = json.dumps(content, ensure_ascii=False, indent=4)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    make_folder(path.parent)
+    write_text(path, text)
 
 
 def read_split(path: str | Path) -> Split:

@@ -90,7 +90,7 @@ def with_cached_tokens(
 
 def _digest(model: SigmoidViT, dataset: BirdDataset, config: RunConfig, blocks: int) -> str:
     """Of all that decides the tokens that enter the last `blocks` blocks."""
-    data = {k: v for k, v in cfg.flat(config.data).items() if k.split(".")[0] not in _NO_MATTER}
+    data = {k: v for k, v in cfg.flat(config.data).items() if k not in _NO_MATTER}
     images = dataset.table.drop(columns="has_map").to_csv()
     architecture = (cfg.flat(config.model), model.normalisation, model.num_heads, blocks)
     digest = hashlib.sha256(repr((data, images, architecture)).encode())

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "metrics": set(),
     "gaze": set(),
     "toybirds": set(),
-    "splits": set(),
+    "splits": {"files"},
     "cache": set(),
     "download": set(),
     "feedback": set(),
@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "curves": {"checkpoint", "plots"},
     "panel": {"data", "editor", "feedback", "live", "model", "teach"},
     "bench": {"model", "config", "train", "data", "readers", "live", "attention"}
-    | {"checkpoint", "optim", "runs", "tokens"},
+    | {"checkpoint", "jobs", "optim", "runs", "tokens"},
     "evaluate": {"train", "runs", "tokens", "data", "model", "metrics", "config", "plots"}
     | {"gaze", "attention", "files"},
     "sweep": {"attention", "checkpoint", "config", "evaluate", "files", "jobs", "losses"}

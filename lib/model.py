@@ -181,20 +181,40 @@ class SigmoidViT(nn.Module):
     def _attend_read(
         self, attn: nn.Module, x: Tensor, want_row: bool, row_edit: tuple | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention of the rows that the head reads: `[B, N, dim]` to `[B, num_read, dim]`."""
+        """Attention of the rows that the head reads: `[B, N, dim]` to `[B, num_read, dim]`.
+
+        Few queries need no key and no value of any token: q (W_k x) = (W_k^T q) x, and
+        sum_n a_n (W_v x_n) = W_v (sum_n a_n x_n), so both matrices meet num_read vectors, not N.
+        """
         width = attn.num_heads * attn.head_dim
-        weight, bias = attn.qkv.weight, attn.qkv.bias
-        query_bias, other_bias = (None, None) if bias is None else (bias[:width], bias[width:])
-        q = F.linear(x[:, : self.num_read], weight[:width], query_bias)
-        k, v = F.linear(x, weight[width:], other_bias).chunk(2, dim=-1)
-        q, k, v = (_split_heads(part, attn.num_heads) for part in (q, k, v))
-        q, k = attn.q_norm(q), attn.k_norm(k)
-        logits = _logits(attn, q, k)  # [B, heads, num_read, N]
-        row = logits[:, :, 0] if want_row else None
+        parts = (width, width, width)
+        query_weight, *others = attn.qkv.weight.split(parts)
+        query_bias, *biases = (None,) * 3 if attn.qkv.bias is None else attn.qkv.bias.split(parts)
+        q = F.linear(x[:, : self.num_read], query_weight, query_bias)
+        q = attn.q_norm(_split_heads(q, attn.num_heads))  # [B, heads, num_read, d]
+        key_weight, value_weight = (w.unflatten(0, (attn.num_heads, -1)) for w in others)
+        key_bias, value_bias = (
+            None if b is None else b.unflatten(0, (attn.num_heads, 1, -1)) for b in biases
+        )
+        if isinstance(attn.k_norm, nn.Identity):
+            q = q * attn.scale
+            pulled = torch.einsum("bhrd,hdc->bhrc", q, key_weight).flatten(1, 2)
+            logits = (pulled @ x.transpose(1, 2)).unflatten(1, q.shape[1:3])
+            if key_bias is not None:  # one number a row, which softmax ignores and the sigmoid not
+                logits = logits + (q * key_bias).sum(-1, keepdim=True)
+        else:  # each key is normed by itself, so each must be there
+            k = F.linear(x, others[0], biases[0])
+            logits = _logits(attn, q, attn.k_norm(_split_heads(k, attn.num_heads)))
+        row = logits[:, :, 0] if want_row else None  # of [B, heads, num_read, N]
         if row_edit is not None:
             edit, mask, values = row_edit
             logits = edit_logits(logits, mask, values, edit.offset, self.num_prefix)
-        return _project(attn, _weigh(attn, logits, v)), row
+        weights = _weights(attn, logits, x.dtype)
+        mixed = (weights.flatten(1, 2) @ x).unflatten(1, weights.shape[1:3])
+        heads = torch.einsum("bhrc,hdc->bhrd", mixed, value_weight)
+        if value_bias is not None:
+            heads = heads + weights.sum(-1, keepdim=True) * value_bias  # 1, but for dropout
+        return _project(attn, heads), row
 
     def _attend_all(
         self, attn: nn.Module, x: Tensor, want_row: bool, row_edit: tuple | None
@@ -235,10 +255,15 @@ def _logits(attn: nn.Module, q: Tensor, k: Tensor) -> Tensor:
     return (q * attn.scale) @ k.transpose(-2, -1)
 
 
-def _weigh(attn: nn.Module, logits: Tensor, v: Tensor) -> Tensor:
-    """softmax(logits) v; the softmax in float32, as saturated edits need its range."""
+def _weights(attn: nn.Module, logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """softmax(logits); computed in float32, as saturated edits need its range."""
     weights = torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    return attn.attn_drop(weights).to(v.dtype) @ v
+    return attn.attn_drop(weights).to(dtype)
+
+
+def _weigh(attn: nn.Module, logits: Tensor, v: Tensor) -> Tensor:
+    """softmax(logits) v."""
+    return _weights(attn, logits, v.dtype) @ v
 
 
 def _project(attn: nn.Module, heads: Tensor) -> Tensor:

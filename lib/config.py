@@ -81,7 +81,8 @@ class HumanConfig:
     loss: Literal["mse", "mse_zero", "bce", "kl", "cosine", "energy"] = "energy"  # lib/losses.py
     lam: float = 1.0  # weight of the human attention loss; 0 is the control without maps
     blocks: Literal["last", "last2", "last4", "all"] | tuple[int, ...] = "last"  # supervised blocks
-    heads: Literal["all"] | tuple[int, ...] = "all"  # supervised heads; the others stay free
+    # supervised heads, the others stay free; "mean" supervises the mean of their attention
+    heads: Literal["all", "mean"] | tuple[int, ...] = "all"
     offset: Literal["none", "centred"] = "none"  # constant of the sigmoid (mse, bce, cosine)
 
 
@@ -336,7 +337,9 @@ def _build(kind: Any, value: Any) -> Any:
 
 def difference(config: RunConfig, text: str) -> str | None:
     """The first field that decides a result and differs from JSON made by `to_json`, in words."""
-    ours, theirs = _flatten(json.loads(to_json(config))), _flatten(json.loads(text))
+    # A field that is younger than the text had the value that it now has by default.
+    young = flat(RunConfig(DataConfig(), ModelConfig(), TrainConfig()))
+    ours, theirs = _flatten(json.loads(to_json(config))), young | _flatten(json.loads(text))
     for key in sorted(ours.keys() | theirs.keys()):
         if ours.get(key) != theirs.get(key) and key.removeprefix("train.") not in HOW:
             return f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"

@@ -11,6 +11,7 @@ Beware of `mse` with offset "none": on sparse maps it is won mostly by pushing e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -41,7 +42,8 @@ def attention_loss(
         valid: `[B, P]`, bool; False where undecided. An image with no valid cell, or whose valid
             map is 0 everywhere, has no map and contributes 0.
         offset: constant of the sigmoid, see `lib.attention.row_offset`.
-        heads: supervised heads; the others are left free.
+        heads: supervised heads, each on its own; the others are left free. "mean" supervises what
+            the heads look at together, the mean of their attention, and leaves to each its part.
 
     Returns:
         A scalar in float32, differentiable with respect to the rows.
@@ -57,10 +59,27 @@ def attention_loss(
     has_map = seen.any(dim=-1).float()  # [B]
     per_block = []
     for logits in rows.values():
-        logits = logits[:, list(resolve_heads(heads, logits.shape[1]))].float()
-        losses = LOSSES[name](logits, human[:, None], valid[:, None], offset)  # [B, H]
+        logits, constant = logits.float(), offset
+        if heads == "mean":
+            logits, constant = _together(name, logits, offset, logits.shape[-1] - human.shape[-1])
+        else:
+            logits = logits[:, list(resolve_heads(heads, logits.shape[1]))]
+        losses = LOSSES[name](logits, human[:, None], valid[:, None], constant)  # [B, H]
         per_block.append((losses.mean(dim=1) * has_map).mean())
     return torch.stack(per_block).mean()
+
+
+def _together(name: str, logits: Tensor, offset: str, num_prefix: int) -> tuple[Tensor, str]:
+    """Logits `[B, 1, N]` of the heads' mean attention, sigmoid or softmax as the loss sees it.
+
+    Losses take logits. log p is a logit row whose softmax is p; logit(s) one whose sigmoid is s,
+    and then there is no constant left to take off: the offset is "none".
+    """
+    if name in SEES_OFFSET:
+        attention = torch.sigmoid(logits - row_offset(logits, offset, num_prefix))
+        return torch.logit(attention.mean(dim=1, keepdim=True), eps=1e-6), "none"
+    log_attention = torch.log_softmax(logits, dim=-1)
+    return torch.logsumexp(log_attention, dim=1, keepdim=True) - math.log(logits.shape[1]), offset
 
 
 def _patch_logits(logits: Tensor, human: Tensor, offset: str) -> Tensor:

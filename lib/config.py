@@ -84,6 +84,20 @@ class HumanConfig:
     # supervised heads, the others stay free; "mean" supervises the mean of their attention
     heads: Literal["all", "mean"] | tuple[int, ...] = "all"
     offset: Literal["none", "centred"] = "none"  # constant of the sigmoid (mse, bce, cosine)
+    # Controls and ablations: which maps training images have (lib/supervision.py).
+    maps: Literal["human", "shuffled", "mean", "box"] = "human"  # the image's own, or instead of it
+    annotated: str = "all"  # training images that keep their map: all, a number, or 10%
+    noise: Literal["none", "shifted", "blurred", "half_readers"] = "none"  # added to the maps
+
+    def __post_init__(self) -> None:
+        number = self.annotated.removesuffix("%")
+        is_number = (
+            number.replace(".", "", 1).isdecimal()
+            if "%" in self.annotated
+            else (number.isdecimal())
+        )
+        if self.annotated != "all" and not (is_number and float(number) > 0):
+            raise ValueError(f'annotated is "{self.annotated}"; use all, a number, or e.g. 10%')
 
 
 @dataclass
@@ -142,8 +156,12 @@ class Sweep:
     # 0 is the control: one a seed, whatever loss, blocks, heads and offset are
     lam: tuple[float, ...] = (0.0, 0.1, 1.0)
     blocks: tuple[str, ...] = ("last",)  # last, last2, last4, all, or indices such as 8,9
-    heads: tuple[str, ...] = ("all",)  # all, half (the first ones), one, or indices such as 0,2
+    # all, half (the first ones), one, indices such as 0,2, or mean: of all heads, as one map
+    heads: tuple[str, ...] = ("all",)
     offset: tuple[Literal["none", "centred"], ...] = ("none",)  # kl and energy do not see it
+    maps: tuple[Literal["human", "shuffled", "mean", "box"], ...] = ("human",)
+    annotated: tuple[str, ...] = ("all",)  # number or share of images that keep their map
+    noise: tuple[Literal["none", "shifted", "blurred", "half_readers"], ...] = ("none",)
     # all, last_block, head, or a number of blocks; empty is that of the preset. "all" is trained
     # from pictures, with crops and flips, even where the preset trains on cached tokens
     trainable: tuple[str, ...] = ()

@@ -92,15 +92,29 @@ class BirdDataset(Dataset):
         deviation = torch.tensor(std, dtype=torch.float32).view(3, 1, 1)
         self._scale = 1 / (255 * deviation)
         self._shift = -torch.tensor(mean, dtype=torch.float32).view(3, 1, 1) / deviation
-        self._maps, self._valid = self._render()
-        self._has_map = self._valid.flatten(1).any(dim=1)
+        self.table = _table(self.records, self.classes, config.image_size)
+        self.table.insert(4, "has_map", False)
+        self.use_maps(*self.render(self.records))
         self._tell_missing()
         self._decoded = self._open_cache()
-        self.table = _table(self.records, self.classes, config.image_size)
-        self.table.insert(4, "has_map", self._has_map.numpy())
         self._flip = v2.RandomHorizontalFlip(config.flip)
 
-    def _render(self) -> tuple[Tensor, Tensor]:
+    @property
+    def maps(self) -> tuple[Tensor, Tensor]:
+        """All human maps and their validity, as `render` gives them. Not to be changed."""
+        return self._maps, self._valid
+
+    @property
+    def has_map(self) -> np.ndarray:
+        """Which images have a human map, bool [N]."""
+        return self.table["has_map"].to_numpy()
+
+    def use_maps(self, maps: Tensor, valid: Tensor) -> None:
+        """Puts other maps in the place of the data's own; shapes as `render` gives them."""
+        self._maps, self._valid = maps.to(torch.float16 if self.augment else torch.float32), valid
+        self.table["has_map"] = valid.flatten(1).any(dim=1).numpy()
+
+    def render(self, records: Sequence[Record]) -> tuple[Tensor, Tensor]:
         """All human maps and their validity, [N, gh, gw], or [N, FINE * gh, FINE * gw] to train.
 
         Rendered once, here and not on first use: what a loader's worker process caches is its own
@@ -108,14 +122,14 @@ class BirdDataset(Dataset):
         the fine maps of the 6,000 CUB images at 38 MB (14 x 14) and is exact to 0.0005.
         """
         fine = FINE if self.augment else 1
-        shape = (len(self.records), fine * self.grid[0], fine * self.grid[1])
+        shape = (len(records), fine * self.grid[0], fine * self.grid[1])
         maps = torch.zeros(shape, dtype=torch.float16 if self.augment else torch.float32)
         valid = torch.zeros(shape, dtype=torch.bool)
         # Map files are decoded, which frees the interpreter; everything else is faster in one.
-        files = any(isinstance(record.human, Path) for record in self.records)
+        files = any(isinstance(record.human, Path) for record in records)
         with ThreadPoolExecutor(os.cpu_count() if files else 1) as pool:
-            found = pool.map(lambda r: self._map(r.human, r.size, fine), self.records)
-            bar = tqdm(found, "human maps", len(self.records), delay=1.0, leave=False)
+            found = pool.map(lambda r: self._map(r.human, r.size, fine), records)
+            bar = tqdm(found, "human maps", len(records), delay=1.0, leave=False)
             for i, (values, known) in enumerate(bar):
                 maps[i], valid[i] = values, known
         return maps, valid
@@ -131,9 +145,7 @@ class BirdDataset(Dataset):
         return human_map(source, size, self.grid, *style, fine, shown)
 
     def _tell_missing(self) -> None:
-        missing = [
-            r.image_id for r, has in zip(self.records, self._has_map, strict=True) if not has
-        ]
+        missing = [r.image_id for r, has in zip(self.records, self.has_map, strict=True) if not has]
         if missing and self.config.maps != "none":
             shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
             text = (
@@ -216,6 +228,13 @@ class BirdDataset(Dataset):
             found = fixation_counts(look.fixations, (look.height, look.width), self.grid)
             row.copy_(torch.from_numpy(found.ravel()))
         return counts
+
+    def parts(self, index: int) -> Tensor | None:
+        """Number of the bird's visible parts in each cell, float32 [P]; None: not known."""
+        record = self.records[index]
+        if record.parts is None or record.size is None:
+            return None
+        return torch.from_numpy(fixation_counts(record.parts, record.size, self.grid)).flatten()
 
     def image(self, index: int) -> np.ndarray:
         """The squeezed picture for figures: uint8 [H, W, 3], RGB, not normalised, not augmented."""

@@ -7,7 +7,7 @@ their own question of the saved CSV.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 
@@ -16,11 +16,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchmetrics.functional.classification import binary_calibration_error
 from tqdm.auto import tqdm
 
 from lib import config as cfg
 from lib import metrics, plots
-from lib.attention import LADDER, AttentionEdit, resolve_blocks
+from lib.attention import LADDER, AttentionEdit, resolve_blocks, sigmoid_attention
 from lib.config import Config, RunConfig
 from lib.data import BirdDataset
 from lib.files import write_text
@@ -40,6 +41,53 @@ COLUMNS: dict[str, str] = {
     "sigmoid": "mean sigmoid",
 }
 
+# All that `metrics.alignment` measures, with the words of the reader.
+ALIGNMENT: dict[str, str] = {
+    "nss": "NSS",
+    "cc": "CC",
+    "sim": "SIM",
+    "kl": "KL",
+    "auc": "AUC-Judd",
+    "sauc": "shuffled AUC",
+    "iou": "IoU",
+    "in_box": "energy in box",
+    "point_box": "pointing game, box",
+    "point_part": "pointing game, parts",
+}
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the attention on each image of a data set is held against, `[n, P]` each."""
+
+    human: Tensor  # in [0, 1]
+    fixations: Tensor  # counts
+    elsewhere: Tensor  # fixation counts of all other images
+    box: Tensor | None  # share of each cell that the bounding box covers; None without boxes
+    parts: Tensor | None  # 1 where a part of the bird lies in the cell; None without parts
+
+    @classmethod
+    def of(cls, dataset: BirdDataset) -> Targets:
+        """Those of a data set without augmentation."""
+        found = [dataset.annotations(i) for i in range(len(dataset))]
+        fixations = torch.stack([item["fixations"] for item in found])
+        parts = [dataset.parts(i) for i in range(len(dataset))]
+        known = next((part for part in parts if part is not None), None)
+        if known is not None:
+            parts = [torch.zeros_like(known) if part is None else part for part in parts]
+        return cls(
+            human=torch.stack([item["human"] for item in found]),
+            fixations=fixations,
+            elsewhere=fixations.sum(0) - fixations,
+            box=_cover(dataset, ""),
+            parts=None if known is None else (torch.stack(parts) > 0).float(),
+        )
+
+    def at(self, index: Tensor, like: Tensor) -> dict[str, Tensor | None]:
+        """Those of some images, on the device of `like`: arguments of `metrics.alignment`."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: None if v is None else v[index.cpu()].to(like) for name, v in found.items()}
+
 
 def per_image(
     model: SigmoidViT,
@@ -48,6 +96,7 @@ def per_image(
     block: int = -1,
     batch_size: int = 64,
     workers: int = 0,
+    offset: str = "none",
 ) -> pd.DataFrame:
     """Prediction and alignment of every image of a data set.
 
@@ -56,30 +105,35 @@ def per_image(
         dataset: without augmentation.
         items: the same images with cached tokens, where the model's trunk has been run already.
         block: whose class row is compared with people's gaze; the last by default.
+        offset: constant of the sigmoid map, see `lib.attention.row_offset`.
 
     Returns:
-        the data set's own table plus: predicted (label), top1 to top5 (bool), p_true (probability
-        of the true class), nss, cc, sim, kl, class_token (softmax mass the class token keeps),
-        sigmoid (mean raw sigmoid attention), and where a decoy is drawn: conflicting (bool, the
-        decoy is another class's) and on_decoy (share of the patches' attention on it).
+        the data set's own table plus: predicted (label), top1 to top5 (bool), p_true and confidence
+        (probability of the true and of the predicted class), the columns of `metrics.alignment` of
+        the softmax attention, mean of heads, and of the mean sigmoid map ("sigmoid_cc", ...),
+        class_token (softmax mass the class token keeps), sigmoid (mean raw sigmoid attention), and
+        where a decoy is drawn: conflicting (bool, the decoy is another class's) and on_decoy (share
+        of the patches' attention on it).
     """
     index = resolve_blocks((block,), model.depth)[0]
-    decoys = decoy_cover(dataset)
+    decoys, targets = decoy_cover(dataset), Targets.of(dataset)
     found: list[pd.DataFrame] = []
     batches = predict(model, items or dataset, batch_size, workers, rows=(index,))
     total = -(-len(dataset) // batch_size)
     for batch, scores, rows in tqdm(batches, total=total, desc="evaluating", leave=False):
         row = rows[index].float()
         attention = metrics.patch_attention(row, model.num_prefix)
-        labels = batch["label"]
+        sigmoid = sigmoid_attention(row, offset, model.num_prefix).mean(1)
+        labels, probabilities = batch["label"], scores.softmax(-1)
+        held = targets.at(batch["index"], attention)
+        on_sigmoid = metrics.alignment(sigmoid, **held)
         columns = {
             "predicted": scores.argmax(-1),
             **{f"top{k}": metrics.top_k(scores, labels, k) for k in range(1, 6)},
-            "p_true": scores.softmax(-1).gather(1, labels[:, None])[:, 0],
-            "nss": metrics.nss(attention, batch["fixations"]),
-            "cc": metrics.cc(attention, batch["human"]),
-            "sim": metrics.sim(attention, batch["human"]),
-            "kl": metrics.kl(attention, batch["human"]),
+            "p_true": probabilities.gather(1, labels[:, None])[:, 0],
+            "confidence": probabilities.amax(-1),
+            **metrics.alignment(attention, **held),
+            **{f"sigmoid_{name}": value for name, value in on_sigmoid.items()},
             "class_token": metrics.class_token_mass(row),
             "sigmoid": torch.sigmoid(row[..., model.num_prefix :]).mean((1, 2)),
         }
@@ -95,13 +149,51 @@ def per_image(
     return frame
 
 
+def per_head(
+    model: SigmoidViT,
+    dataset: BirdDataset,
+    items: Dataset | None = None,
+    block: int = -1,
+    offset: str = "none",
+    batch_size: int = 64,
+) -> pd.DataFrame:
+    """Alignment of each head of a block by itself, arguments as `per_image`.
+
+    Returns:
+        one row an image, head and map ("softmax" or "sigmoid"): image_id, head, map, the columns of
+        `metrics.alignment`, and class_token (softmax mass that the head leaves on it).
+    """
+    index = resolve_blocks((block,), model.depth)[0]
+    targets, found = Targets.of(dataset), []
+    batches = predict(model, items or dataset, batch_size, rows=(index,))
+    total = -(-len(dataset) // batch_size)
+    for batch, _, rows in tqdm(batches, total=total, desc="heads", leave=False):
+        row = rows[index].float()
+        softmax = row.softmax(-1)
+        held = targets.at(batch["index"], row)
+        held = {name: None if v is None else v[:, None] for name, v in held.items()}  # [B, 1, P]
+        images, heads = np.indices(row.shape[:2])
+        places = dataset.table["image_id"].to_numpy()[batch["index"].cpu().numpy()]
+        for name, maps in (
+            ("softmax", softmax[..., model.num_prefix :]),
+            ("sigmoid", sigmoid_attention(row, offset, model.num_prefix)),
+        ):
+            values = metrics.alignment(maps, **held) | {"class_token": softmax[..., 0]}
+            columns = {"image_id": places[images].ravel(), "head": heads.ravel(), "map": name}
+            columns |= {key: value.cpu().numpy().ravel() for key, value in values.items()}
+            found.append(pd.DataFrame(columns))
+    return pd.concat(found, ignore_index=True)
+
+
 def measure(
     model: SigmoidViT, dataset: BirdDataset, config: RunConfig, tokens: Path
 ) -> pd.DataFrame:
     """`per_image` of a run's model; where it was trained on cached tokens, on those in `tokens`."""
+    offset = config.train.human.offset
     if config.train.cache_tokens:
-        return per_image(model, dataset, with_cached_tokens(model, dataset, config, tokens))
-    return per_image(model, dataset, workers=config.train.workers)
+        items = with_cached_tokens(model, dataset, config, tokens)
+        return per_image(model, dataset, items, offset=offset)
+    return per_image(model, dataset, workers=config.train.workers, offset=offset)
 
 
 def conflicting_decoys(table: pd.DataFrame) -> pd.Series:
@@ -111,25 +203,48 @@ def conflicting_decoys(table: pd.DataFrame) -> pd.Series:
 
 def decoy_cover(dataset: BirdDataset) -> Tensor | None:
     """Share of every cell that the decoy covers, `[n, P]` in [0, 1]; None without decoys."""
-    if "dx0" not in dataset.table:
+    return _cover(dataset, "d")
+
+
+def _cover(dataset: BirdDataset, prefix: str) -> Tensor | None:
+    """Share of every cell that a box of the table covers, `[n, P]`; None without such boxes."""
+    corners = [prefix + corner for corner in ("x0", "y0", "x1", "y1")]
+    if corners[0] not in dataset.table:
         return None
-    boxes = dataset.table[["dx0", "dy0", "dx1", "dy1"]].to_numpy(np.float32)
     size = tuple(dataset.config.image_size)
-    maps = [box_map(box, size, dataset.grid) for box in boxes]  # no decoy, a NaN box: zeros
+    boxes = dataset.table[corners].to_numpy(np.float32)
+    maps = [box_map(box, size, dataset.grid) for box in boxes]  # no box, one of NaN: zeros
     return torch.from_numpy(np.stack(maps)).flatten(1).float()
 
 
 def summarise(frame: pd.DataFrame) -> dict[str, float]:
-    """Means over images, the columns of `COLUMNS` plus top-k, p_true (mean, min, max) and more."""
-    numbers = ["top1", "top2", "top3", "top4", "top5", "p_true", "nss", "cc", "sim", "kl"]
+    """Means over the images of `per_image`, p_true_min, p_true_max, and ece (see `calibration`).
+
+    Where a decoy is drawn also accuracy on conflicting and on agreeing images, and on_decoy.
+    """
+    numbers = [f"top{k}" for k in range(1, 6)] + ["p_true", "confidence"]
+    numbers += [p + name for p in ("", "sigmoid_") for name in ALIGNMENT if name in frame]
     numbers += ["class_token", "sigmoid"]
     summary = {name: float(frame[name].mean()) for name in numbers}
     summary |= {"p_true_min": frame["p_true"].min(), "p_true_max": frame["p_true"].max()}
+    summary["ece"] = expected_calibration_error(frame)
     if "conflicting" in frame:
         summary["conflicting"] = float(frame.loc[frame["conflicting"], "top1"].mean())
         summary["agreeing"] = float(frame.loc[~frame["conflicting"], "top1"].mean())
         summary["on_decoy"] = float(frame["on_decoy"].mean())
     return summary
+
+
+def expected_calibration_error(frame: pd.DataFrame, bins: int = 15) -> float:
+    """ECE (Guo et al., ICML 2017) of the images of `per_image`: 0 is best.
+
+    The mean distance of confidence and accuracy over `bins` equal bins of confidence, weighted by
+    their images.
+    """
+    confidence = torch.tensor(frame["confidence"].to_numpy(np.float32))
+    right = torch.tensor(frame["top1"].to_numpy(bool)).long()
+    # torchmetrics asks for probabilities and labels: those of two classes, "it is right" or not.
+    return binary_calibration_error(confidence, right, n_bins=bins).item()
 
 
 def human_baselines(dataset: BirdDataset) -> pd.DataFrame:
@@ -140,48 +255,38 @@ def human_baselines(dataset: BirdDataset) -> pd.DataFrame:
 
     Returns:
         one row a baseline: human (each reader against all others, the ceiling), mean map (of all
-        other images), another image (its map, from the other half of the set), uniform; columns
-        nss, cc, sim, kl. NaN where a metric is not defined: the CC of a constant map.
+        other images), another image (its map, from the other half of the set), uniform; columns of
+        `metrics.alignment`. NaN where a metric is not defined: the CC of a constant map.
     """
-    items = [dataset.readers(i) for i in range(len(dataset))]
-    items = [(maps, counts) for maps, counts in items if len(maps) > 1]
+    whole = Targets.of(dataset)
+    found = {i: dataset.readers(i) for i in range(len(dataset))}
+    items = {i: (maps, counts) for i, (maps, counts) in found.items() if len(maps) > 1}
     has_readers = bool(items)
     if not has_readers:
         chosen = np.flatnonzero(dataset.table["has_map"])
-        maps = [dataset[int(i)]["human"][None] for i in chosen]
-        items = [(one, torch.zeros_like(one)) for one in maps]
+        items = {int(i): (whole.human[i][None], whole.fixations[i][None]) for i in chosen}
     if len(items) < 2:
-        return pd.DataFrame(columns=["map", "nss", "cc", "sim", "kl"])
-    whole = torch.stack([maps.sum(0) for maps, _ in items])
+        return pd.DataFrame(columns=["map", *ALIGNMENT])
+    sums = torch.stack([maps.sum(0) for maps, _ in items.values()])
     names = ("human", "mean map", "another image", "uniform")
     rows: dict[str, list[dict[str, Tensor]]] = {name: [] for name in names[1 - has_readers :]}
-    total = whole.sum(0)
-    for i, (maps, counts) in enumerate(items):
-        others, other_counts = (maps.sum(0) - maps, counts.sum(0) - counts)  # [R, P]
-        if not has_readers:
-            others, other_counts = maps, counts
+    for place, (i, (maps, counts)) in enumerate(items.items()):
+        held = whole.at(torch.tensor([i]), maps)
+        if has_readers:  # [R, P]: each reader is held against the others
+            held["human"], held["fixations"] = maps.sum(0) - maps, counts.sum(0) - counts
         candidates = {
             "human": maps,
-            "mean map": (total - whole[i]).expand_as(maps),
-            "another image": whole[(i + len(whole) // 2) % len(whole)].expand_as(maps),
+            "mean map": (sums.sum(0) - sums[place]).expand_as(maps),
+            "another image": sums[(place + len(sums) // 2) % len(sums)].expand_as(maps),
             "uniform": torch.ones_like(maps),
         }
         for name in rows:
-            rows[name].append(_alignment(candidates[name], others, other_counts))
+            rows[name].append(metrics.alignment(candidates[name], **held))
     table = {
-        name: {key: torch.cat([r[key] for r in found]).nanmean().item() for key in found[0]}
-        for name, found in rows.items()
+        name: {key: torch.cat([one[key] for one in parts]).nanmean().item() for key in parts[0]}
+        for name, parts in rows.items()
     }
     return pd.DataFrame(table).T.rename_axis("map").reset_index()
-
-
-def _alignment(attention: Tensor, human: Tensor, fixations: Tensor) -> dict[str, Tensor]:
-    return {
-        "nss": metrics.nss(attention, fixations),
-        "cc": metrics.cc(attention, human),
-        "sim": metrics.sim(attention, human),
-        "kl": metrics.kl(attention, human),
-    }
 
 
 # --------------------------------------------------------------------------------- the edit ladder

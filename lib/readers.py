@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 DATA_REMEDY = "set DATA_DIR to the folder that holds the data, or fill datasets/ (see its README)"
 TOY_FIRST_ID = {"train": 0, "val": 100_000, "test": 200_000}  # an id names one drawn bird only
+PARTS = Path("parts", "part_locs.txt")  # of CUB-200-2011, below its home
 MAP_EXTENSIONS = (".npy", ".png", ".jpg", ".jpeg")
 
 
@@ -45,6 +46,7 @@ class Record:
     boxes: dict[str, tuple[float, ...]] = field(default_factory=dict)  # prefix -> x0, y0, x1, y1
     size: tuple[int, int] | None = None  # height, width of the picture; None: cannot be read
     columns: dict[str, int] = field(default_factory=dict)  # further columns of the table
+    parts: np.ndarray | None = None  # float32 [K, 3]: x, y in pixels, 1; None: parts are not known
 
     @property
     def gaze(self) -> tuple[Recording, ...]:
@@ -82,13 +84,15 @@ def read_records(config: DataConfig, part: Part) -> tuple[list[Record], list[str
         )
     human = _human_sources(config, listing, (*split.train, *split.val, *split.test))
     boxes = _cub_boxes(listing.home) if config.name == "cub2011" else {}
+    parts = _cub_parts(listing.home) if config.name == "cub2011" else {}
     records = []
     for row in tqdm(rows, desc=f"{part} records", delay=1.0, leave=False):
         path, image_id = listing.images / row.path, listing.ids[row.path]
         source = human(row)
         size = _frame(source) if isinstance(source, tuple) and source else picture_size(path)
         box = {"": _look_up(boxes, image_id, "bounding_boxes.txt")} if boxes else {}
-        records.append(Record(image_id, row.label, path, source, box, size))
+        found = parts.get(image_id)
+        records.append(Record(image_id, row.label, path, source, box, size, parts=found))
     return records, [_words(name) for name in listing.label_list]
 
 
@@ -407,19 +411,33 @@ def _cub_box_of(config: DataConfig, listing: Listing) -> Callable[[Row], Source 
 
 def _cub_parts_of(config: DataConfig, listing: Listing) -> Callable[[Row], Source | None]:
     """The visible ones of the 15 parts as looks of equal length."""
-    path = listing.home / "parts" / "part_locs.txt"
-    parts: dict[int, list[tuple[float, float, float]]] = {}
-    for image, (_, x, y, visible) in _lines(path, float, columns=4):
-        if visible:
-            parts.setdefault(image, []).append((x, y, 1.0))
+    parts = _cub_parts(listing.home)
+    if not parts:
+        raise FileNotFoundError(f"{listing.home / PARTS} is missing; {DATA_REMEDY}.")
 
     def source(row: Row) -> tuple[Recording, ...]:
         image, size = listing.ids[row.path], picture_size(listing.images / row.path)
         if size is None or image not in parts:
             return ()
-        return (Recording(image, size[1], size[0], np.array(parts[image], dtype=np.float32)),)
+        return (Recording(image, size[1], size[0], parts[image]),)
 
     return source
+
+
+def _cub_parts(home: Path) -> dict[int, np.ndarray]:
+    """Visible parts by image id, see `Record.parts`; none where the file is not there."""
+    path = home / PARTS
+    return _parts_in(path, path.stat().st_mtime_ns) if path.is_file() else {}
+
+
+@lru_cache(maxsize=2)  # 177,000 lines that every split of every run would read again
+def _parts_in(path: Path, changed: int) -> dict[int, np.ndarray]:
+    """The parts of a file; `changed`, its time, makes a changed file another one."""
+    parts: dict[int, list[tuple[float, float, float]]] = {}
+    for image, (_, x, y, visible) in _lines(path, float, columns=4):
+        if visible:
+            parts.setdefault(image, []).append((x, y, 1.0))
+    return {image: np.array(places, dtype=np.float32) for image, places in parts.items()}
 
 
 def _cub2010_box_of(config: DataConfig, listing: Listing) -> Callable[[Row], Source | None]:
@@ -537,19 +555,21 @@ def _toy_records(config: DataConfig, part: Part) -> tuple[list[Record], list[str
     records = []
     for i in range(count):
         image_id, box = first + i, tuple(birds.boxes[i])
+        places = np.column_stack([birds.parts[i], np.ones(len(birds.parts[i]), np.float32)])
         recordings = tuple(
             Recording(image_id, width, height, looks) for looks in birds.gaze[i] if len(looks)
         )
         sources = {
             "gaze": recordings,
             "boxes": Box(box, width, height),
+            "parts": (Recording(image_id, width, height, places),),
             "corrections": painted.get(image_id),
             "none": None,
         }
         if config.maps not in sources:
             raise ValueError(
-                f"toy birds come without {config.maps}; set MAPS to gaze, boxes, none, or to a "
-                "folder of corrections."
+                f"toy birds come without {config.maps}; set MAPS to gaze, boxes, parts, none, or "
+                "to a folder of corrections."
             )
         records.append(
             Record(
@@ -560,6 +580,7 @@ def _toy_records(config: DataConfig, part: Part) -> tuple[list[Record], list[str
                 boxes={"": box, "d": tuple(birds.decoy_boxes[i])},
                 size=(height, width),
                 columns={"decoy": int(birds.decoys[i])},
+                parts=places,
             )
         )
     return records, [species.name for species in toybirds.SPECIES]

@@ -25,6 +25,7 @@ from lib.data import BirdDataset, make_dataset
 from lib.files import StorageError, make_folder, write_text
 from lib.model import SigmoidViT, create_model, load_weights
 from lib.optim import refuse_frozen_supervision
+from lib.supervision import supervised
 from lib.tokens import with_cached_tokens
 from lib.train import fit, processes, refuse_missing
 
@@ -209,13 +210,13 @@ def starting_point(config: RunConfig, runs: Path) -> tuple[SigmoidViT, BirdDatas
     """
     if config.init is not None:
         model = Run.load(runs / config.init).model()
-        return model, dataset_for(model, config, "train", augment=not config.train.cache_tokens)
+        return model, training_set(model, config)
     set_seed(config.train.seed)
     model = bare_model(config, num_classes=0)
     if config.model.weights is not None:
         report = load_weights(model, config.model.weights)
         tqdm.write(f"{config.model.weights.name}: {report}; the head is new")
-    train_set = dataset_for(model, config, "train", augment=not config.train.cache_tokens)
+    train_set = training_set(model, config)
     set_seed(config.train.seed)  # the new head is the same whatever the trunk drew
     model.vit.reset_classifier(len(train_set.classes))
     return model, train_set
@@ -230,6 +231,14 @@ def bare_model(config: RunConfig, num_classes: int) -> SigmoidViT:
 def dataset_for(model: SigmoidViT, config: RunConfig, split: str, augment: bool) -> BirdDataset:
     """A split on the model's grid, normalised as its weights expect."""
     return make_dataset(config.data, split, model.grid, *model.normalisation, augment=augment)
+
+
+def training_set(model: SigmoidViT, config: RunConfig) -> BirdDataset:
+    """The training images as a run trains on them: crops, and the maps of `config.train.human`."""
+    dataset = dataset_for(model, config, "train", augment=not config.train.cache_tokens)
+    human = config.train.human
+    own = (human.maps, human.annotated, human.noise) == ("human", "all", "none")
+    return dataset if own or human.lam == 0 else supervised(dataset, human, config.train.seed)
 
 
 def refuse_supervision_without_maps(train_set: BirdDataset, config: TrainConfig) -> None:

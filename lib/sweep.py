@@ -47,7 +47,10 @@ FOLDER = "sweep"  # below the runs folder: one folder a cell
 RESULT = "result.json"  # in a cell's folder
 SPLITS = ("val", "test")
 # The table's first columns say which training a row is of; the numbers of `summarise` follow.
-COLUMNS = ("preset", "loss", "lam", "blocks", "heads", "offset", "trainable", "seed", "split")
+COLUMNS = ("preset", "loss", "lam", "blocks", "heads", "offset", "maps", "annotated", "noise")
+COLUMNS += ("trainable", "seed", "split")
+# What is named in a cell's folder only where it is not the usual.
+USUAL = {"maps": "human", "annotated": "all", "noise": "none"}
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,9 @@ class Cell:
 def cells(config: Config, sweep: Sweep) -> list[Cell]:
     """Every combination of a sweep's settings, each that can differ from the others once.
 
-    lam = 0 is one control a seed and trained part: no map enters it, so loss, blocks, heads and
-    offset are empty. `kl` and `energy` do not see the offset, theirs is "none". Settings that mean
-    the same in this model get one name: in four blocks, last4 is all.
+    lam = 0 is one control a seed and trained part: no map enters it, so loss, blocks, heads,
+    offset and what is done to the maps are empty. `kl` and `energy` do not see the offset, theirs
+    is "none". Settings that mean the same in this model get one name: in four blocks, last4 is all.
 
     Raises:
         ValueError: for an unknown setting, or a block or head that the model does not have.
@@ -78,19 +81,23 @@ def cells(config: Config, sweep: Sweep) -> list[Cell]:
     heads = [_heads(word, model.num_heads) for word in sweep.heads]
     parts = [_part(word, model.depth) for word in sweep.trainable or (config.hitl.trainable,)]
     found: dict[str, Cell] = {}
-    for seed, part, loss, lam, block, head, offset in itertools.product(
-        sweep.seeds, parts, sweep.loss, map(float, sweep.lam), blocks, heads, sweep.offset
+    lams, maps = map(float, sweep.lam), (sweep.maps, sweep.annotated, sweep.noise)
+    for seed, part, loss, lam, block, head, offset, *changed in itertools.product(
+        sweep.seeds, parts, sweep.loss, lams, blocks, heads, sweep.offset, *maps
     ):
         if lam == 0:
             human = {"lam": 0.0}
-            words = {"loss": "control", "lam": 0.0, "blocks": "", "heads": "", "offset": ""}
+            empty = dict.fromkeys(("blocks", "heads", "offset", *USUAL), "")
+            words = {"loss": "control", "lam": 0.0} | empty
             name = "control"
         else:
             human = {"loss": loss, "lam": lam, "blocks": block, "heads": head}
             human["offset"] = offset if loss in SEES_OFFSET else "none"
+            human |= dict(zip(USUAL, changed, strict=True))
             words = human | {"blocks": _text(block), "heads": _head_word(head, model.num_heads)}
             name = f"{loss}-l{str(lam).removesuffix('.0')}-blocks_{words['blocks']}"
             name += f"-heads_{words['heads']}-offset_{words['offset']}"
+            name += "".join(f"-{k}_{words[k]}" for k, usual in USUAL.items() if words[k] != usual)
         name += f"-train_{part}-s{seed}"
         settings = human_in_the_loop(config, f"ft-s{seed}", seed, **human)
         settings.train = _training(part, settings.train)
@@ -100,9 +107,9 @@ def cells(config: Config, sweep: Sweep) -> list[Cell]:
 
 
 def _refuse_unknown(sweep: Sweep) -> None:
-    """ValueError for a setting without a value, an unknown loss or offset, or an endless lam."""
+    """ValueError for a setting without a value, an unknown word, or an endless lam."""
     hints = get_type_hints(HumanConfig)
-    known = {name: get_args(hints[name]) for name in ("loss", "offset")}
+    known = {name: get_args(hints[name]) for name in ("loss", "offset", "maps", "noise")}
     for name, values in asdict(sweep).items():
         if not values and name != "trainable":
             raise ValueError(f"{name} has no value; name at least one")
@@ -121,16 +128,20 @@ def _blocks(word: str, depth: int) -> str | tuple[int, ...]:
 
 
 def _heads(word: str, count: int) -> str | tuple[int, ...]:
-    """Supervised heads as `HumanConfig` has them; "all" where all are named."""
+    """Supervised heads as `HumanConfig` has them; "all" where each of them is named."""
+    if word == "mean":
+        return word
     wanted = _head_words(count).get(word, _indices(word))
     if isinstance(wanted, str):
-        raise ValueError(f'heads is "{word}"; use all, half, one, or indices such as 0,2')
+        raise ValueError(f'heads is "{word}"; use all, half, one, mean, or indices such as 0,2')
     wanted = resolve_heads(wanted, count)
     return "all" if len(wanted) == count else wanted
 
 
 def _head_word(heads: str | tuple[int, ...], count: int) -> str:
     """The word for supervised heads, or their indices."""
+    if heads == "mean":
+        return heads
     wanted = resolve_heads(heads, count)
     return next((w for w, named in _head_words(count).items() if named == wanted), _text(wanted))
 
@@ -330,7 +341,8 @@ def collect(config: Config) -> pd.DataFrame:
         made["train"] |= {name: ours["train"][name] for name in free}
         made["init"] = None
         if cfg.difference(preset, json.dumps(made)) is None:
-            rows += result["rows"]
+            # Sweeps of an older version had fewer settings to tell.
+            rows += [dict.fromkeys(COLUMNS, "") | row for row in result["rows"]]
     if not rows:
         return pd.DataFrame(columns=[*COLUMNS, "status", "seconds"])
     table = pd.DataFrame(rows).sort_values(list(COLUMNS), ignore_index=True)

@@ -128,7 +128,7 @@ def test_one_training_has_one_name_whatever_the_words():
         ({"offset": ("left",)}, 'offset is "left"; use one of none, centred'),
         ({"blocks": ("first",)}, 'blocks is "first"'),
         ({"blocks": ("2",)}, "block 2 is named, but the model has 2 blocks"),
-        ({"heads": ("third",)}, 'heads is "third"; use all, half, one, or indices'),
+        ({"heads": ("third",)}, 'heads is "third"; use all, half, one, mean, or indices'),
         ({"heads": ("0,7",)}, "head 7 is named, but the model has 2 heads"),
         ({"trainable": ("most",)}, 'trainable is "most"'),
         ({"trainable": ("last_block",), "blocks": ("last", "all")}, "block 0 is supervised, but"),

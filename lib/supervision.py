@@ -39,7 +39,7 @@ def supervised(dataset: BirdDataset, human: HumanConfig, seed: int) -> BirdDatas
     rng = np.random.default_rng(seed)
     order = rng.permutation(np.flatnonzero(dataset.has_map))
     maps, valid = dataset.maps
-    maps, valid = maps.float(), valid.clone()
+    maps, valid = maps.to(torch.float32, copy=True), valid.clone()
     if human.noise == "half_readers":
         maps, valid = _half_of_the_readers(dataset)
     if human.maps == "shuffled":
@@ -114,6 +114,6 @@ def _boxes(dataset: BirdDataset) -> tuple[Tensor, Tensor]:
     shape, size = tuple(dataset.maps[0].shape[1:]), tuple(dataset.config.image_size)
     boxes = dataset.table[["x0", "y0", "x1", "y1"]].to_numpy()
     found = torch.from_numpy(np.stack([box_map(box, size, shape) for box in boxes]))
-    has_map = torch.as_tensor(dataset.has_map)
+    has_map = torch.tensor(dataset.has_map)
     valid = has_map[:, None, None].expand(found.shape).clone()
     return torch.where(valid, found, 0.0), valid

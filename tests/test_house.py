@@ -44,7 +44,9 @@ MAY_IMPORT = {
     "teach": {"attention", "model", "data", "feedback", "gaze", "losses", "metrics", "config"}
     | {"train", "optim", "evaluate"},
     "train": {"model", "losses", "metrics", "config", "optim", "tokens", "checkpoint", "files"},
-    "runs": {"train", "checkpoint", "tokens", "data", "model", "config", "files", "optim"},
+    "runs": {"train", "checkpoint", "tokens", "data", "model", "config", "files", "optim"}
+    | {"supervision"},
+    "supervision": {"config", "data", "gaze"},
     "pretrain": {"toybirds", "model", "config"},
     "curves": {"checkpoint", "plots"},
     "panel": {"data", "editor", "feedback", "live", "model", "teach"},

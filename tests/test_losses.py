@@ -154,3 +154,33 @@ def test_bad_input_is_refused_in_words():
         attention_loss("mse", {}, human, valid)
     with pytest.raises(ValueError, match="head 2"):
         value("mse", logits, human, valid, heads=(2,))
+
+
+@pytest.mark.parametrize("offset", ["none", "centred"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_mean_of_equal_heads_is_each_of_them(name, offset):
+    logits, human, valid = case(3)
+    logits = logits[:, :1].expand(-1, 4, -1)
+    each = value(name, logits, human, valid, offset=offset)
+    mean = value(name, logits, human, valid, offset=offset, heads="mean")
+    assert mean == pytest.approx(each, rel=1e-4, abs=1e-6)
+
+
+def test_two_heads_may_share_the_map():
+    """Each looks at one half of what people looked at; together they look at all of it."""
+    human, valid = torch.tensor([[1.0, 1.0, 0.0, 0.0]]), torch.ones(1, 4, dtype=torch.bool)
+    row = torch.full((1, 2, 5), -20.0)
+    row[0, 0, 1] = row[0, 1, 2] = 10.0
+    assert value("kl", row, human, valid) > 5
+    assert value("kl", row, human, valid, heads="mean") == pytest.approx(0, abs=1e-4)
+    assert value("mse", row, human, valid, heads="mean") == pytest.approx(0.125, abs=1e-3)
+
+
+@given(seed=st.integers(0, 10**6))
+def test_the_mean_head_is_the_map_that_is_measured(seed):
+    """KL(human || mean of the heads' softmax on the patches), whatever the class token keeps."""
+    logits, human, valid = case(seed)
+    attention = logits.softmax(-1)[..., 1:].mean(1)
+    p, q = human / human.sum(-1, keepdim=True), attention / attention.sum(-1, keepdim=True)
+    expected = torch.where(p > 0, p * (p.clamp(min=1e-8) / q).log(), 0.0).sum(-1).mean().item()
+    assert value("kl", logits, human, valid, heads="mean") == pytest.approx(expected, abs=1e-5)

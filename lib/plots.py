@@ -259,3 +259,118 @@ def parts(table: pd.DataFrame, title: str, xlabel: str) -> Figure:
     axis.title.set_fontsize(10)
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
     return figure
+
+
+# ---------------------------------------------------------------------------------- ablations
+
+
+# One colour a loss, in every figure.
+LOSS_COLOURS = {
+    "mse": PALETTE[6],
+    "mse_zero": PALETTE[2],
+    "bce": PALETTE[4],
+    "kl": PALETTE[0],
+    "cosine": PALETTE[5],
+    "energy": PALETTE[3],
+    "control": "black",
+}
+HEAD_MARKS = {"all": "o", "mean": "D", "half": "^", "one": "v", "": "*"}
+
+
+def pareto(
+    settings: pd.DataFrame,
+    front: Sequence[bool],
+    lines: Mapping[str, float],
+    title: str,
+    xlabel: str = "CC with people",
+    ylabel: str = "accuracy",
+    x: str = "cc",
+    y: str = "top1",
+) -> Figure:
+    """Accuracy against alignment: a point a setting, a colour a loss, the front drawn through.
+
+    Args:
+        settings: `lib.ablations.by_setting`: means over seeds and their standard deviations.
+        front: which of them no other beats.
+        lines: alignments to mark, e.g. that of people with each other (the ceiling).
+    """
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    best = settings[np.asarray(front)].sort_values(x)
+    axis.step(best[x], best[y], where="post", color="0.6", linewidth=6, alpha=0.35, zorder=1)
+    for (loss, heads), part in settings.groupby(["loss", "heads"], sort=False):
+        part = part.sort_values("lam")
+        colour = LOSS_COLOURS[loss]
+        if len(part) > 1:
+            axis.plot(part[x], part[y], color=colour, linewidth=0.8, alpha=0.6, zorder=2)
+        axis.errorbar(
+            part[x], part[y], xerr=part[f"{x}_std"], yerr=part[f"{y}_std"], fmt="none",
+            ecolor=colour, elinewidth=0.6, alpha=0.35, zorder=2,
+        )  # fmt: skip
+        mark = HEAD_MARKS.get(heads, "s")
+        size = 140 if loss == "control" else 32
+        name = loss if heads in ("", "all") else f"{loss}, {heads} of heads"
+        axis.scatter(part[x], part[y], s=size, color=colour, marker=mark, label=name, zorder=3)
+        for _, row in part[part["lam"] > 0].iterrows():
+            place = {"xytext": (4, 4), "textcoords": "offset points"}
+            axis.annotate(f"{row['lam']:g}", (row[x], row[y]), fontsize=6, color=colour, **place)
+    for control in settings.loc[settings["loss"] == "control", y]:
+        axis.axhline(control, color="black", linewidth=0.7, linestyle=":")
+    for name, value in lines.items():
+        axis.axvline(value, color="0.4", linewidth=1, linestyle="--")
+        axis.text(value, 0.02, f" {name}", transform=axis.get_xaxis_transform(), fontsize=8,
+                  rotation=90, va="bottom", ha="right", color="0.3")  # fmt: skip
+    axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axis.title.set_fontsize(10)
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
+    return figure
+
+
+def by_lambda(table: pd.DataFrame, panels: Mapping[str, str], title: str) -> Figure:
+    """One panel a number, lambda on a logarithmic axis, a colour a loss; the control as a line.
+
+    Args:
+        table: rows of a sweep: a row a training, of one split; bands are standard deviations.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.3),
+                                layout="constrained")  # fmt: skip
+    trained = table[table["loss"] != "control"]
+    control = table[table["loss"] == "control"]
+    losses = [loss for loss in LOSS_COLOURS if loss in set(trained["loss"])]
+    for axis, (name, words) in zip(np.atleast_1d(axes), panels.items(), strict=True):
+        axis.set_xscale("log")  # before drawing: bands are made on the axis as it is
+        sns.lineplot(
+            trained, x="lam", y=name, hue="loss", hue_order=losses, style="heads", errorbar="sd",
+            palette=LOSS_COLOURS, markers=True, dashes=False, ax=axis, err_kws={"alpha": 0.12},
+            legend="auto" if axis is np.atleast_1d(axes)[-1] else False,
+        )  # fmt: skip
+        if len(control):
+            axis.axhline(control[name].mean(), color="black", linewidth=0.8, linestyle=":")
+        axis.set(title=words, xlabel="lambda", ylabel="")
+        axis.title.set_fontsize(9)
+    sns.move_legend(np.atleast_1d(axes)[-1], "upper left", bbox_to_anchor=(1, 1), frameon=False,
+                    fontsize=8, title_fontsize=8)  # fmt: skip
+    figure.suptitle(f"{title}\ndotted: the control without maps", fontsize=10)
+    return figure
+
+
+def choices(table: pd.DataFrame, by: str, panels: Mapping[str, str], title: str) -> Figure:
+    """One panel a number, one row a choice: a dot a seed, a stroke at their mean.
+
+    Args:
+        table: a row a training; `by` is the column of the choice, in the order of the rows.
+    """
+    names = list(dict.fromkeys(table[by]))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(2.6 * len(panels) + 1.2, 0.36 * len(names) + 1.3), sharey=True,
+        layout="constrained",
+    )  # fmt: skip
+    for axis, (column, words) in zip(np.atleast_1d(axes), panels.items(), strict=True):
+        sns.pointplot(table, x=column, y=by, order=names, color=PALETTE[0], errorbar=None,
+                      linestyle="none", marker="|", markersize=18, ax=axis)  # fmt: skip
+        sns.stripplot(table, x=column, y=by, order=names, color="black", size=3.5, jitter=False,
+                      alpha=0.6, ax=axis)  # fmt: skip
+        axis.grid(axis="y", color="0.9")
+        axis.set(title=words, xlabel="", ylabel="")
+        axis.title.set_fontsize(9)
+    figure.suptitle(title, fontsize=10)
+    return figure

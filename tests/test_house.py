@@ -47,6 +47,7 @@ MAY_IMPORT = {
     "runs": {"train", "checkpoint", "tokens", "data", "model", "config", "files", "optim"}
     | {"supervision"},
     "supervision": {"config", "data", "gaze"},
+    "ablations": set(),
     "pretrain": {"toybirds", "model", "config"},
     "curves": {"checkpoint", "plots"},
     "panel": {"data", "editor", "feedback", "live", "model", "teach"},

@@ -279,15 +279,16 @@ def _pictures(name: str) -> Config:
     data = _data_from_environment(name)
     variants = {
         "control": {"lam": 0.0},
-        "HITL mse": {"loss": "mse", "lam": 1.0},
-        "HITL kl": {"loss": "kl", "lam": 0.1},
+        "HITL mse": {"loss": "mse", "lam": 1.0, "heads": "all"},
+        "HITL kl": {"loss": "kl", "lam": 0.1, "heads": "all"},
+        "HITL kl mean": {"loss": "kl", "lam": 1.0, "heads": "mean"},
     }
     return Config(
         preset=name,
         data=data,
         model=ModelConfig(name=model, weights=weights),
         ft=TrainConfig(**stage),
-        hitl=TrainConfig(**stage, human=HumanConfig(loss="kl", lam=0.1)),
+        hitl=TrainConfig(**stage, human=HumanConfig(loss="kl", lam=1.0, heads="mean")),
         variants={} if data.maps == "none" else variants,
     )
 

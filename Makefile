@@ -19,6 +19,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[notebooks,dev]'
 	touch $@
 
+# Only the tests of the metrics need it, and it is built by a C compiler: without one, they skip.
+$(VENV)/pysaliency: $(VENV)/installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[pysaliency]' \
+		|| echo 'pysaliency could not be built (no C compiler?); its tests will be skipped'
+	touch $@
+
 demo: $(VENV)/installed ## the whole experiment on drawn birds, about 2 minutes
 	$(BIN)/python -m lib demo --seeds $(SEEDS)
 
@@ -30,7 +36,7 @@ lab: $(VENV)/installed ## JupyterLab on the notebooks
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=1200
 SPREAD := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-test: lint ## lint, all tests, all notebooks
+test: lint $(VENV)/pysaliency ## lint, all tests, all notebooks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD) $(NBVAL) $(NOTEBOOKS) tests
 
 notebooks: $(VENV)/installed ## execute the notebooks in place and tidy them

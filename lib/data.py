@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
@@ -290,6 +290,21 @@ def make_dataset(
         raise ValueError(f"split {split!r} is unknown; use train, val or test.")
     records, classes = read_records(config, split)
     return BirdDataset(records, classes, config, grid, mean, std, augment)
+
+
+def subset(dataset: BirdDataset, images: Sequence[int] | None) -> Subset:
+    """Some images of a data set, by their index in it; None is all.
+
+    Raises:
+        ValueError: no image at all, one twice, or an index that the data set does not have.
+    """
+    chosen = list(range(len(dataset))) if images is None else [int(i) for i in images]
+    wrong = [i for i in chosen if not 0 <= i < len(dataset)]
+    if wrong:
+        raise ValueError(f"image {wrong[0]} is asked for; this split has 0 to {len(dataset) - 1}")
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(f"images names {len(chosen)}, {len(set(chosen))} apart; name each once")
+    return Subset(dataset, chosen)
 
 
 def _pixels(record: Record) -> Tensor:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from lib import config as cfg
 from lib import metrics, plots
-from lib.attention import LADDER, AttentionEdit, resolve_blocks, sigmoid_attention
+from lib.attention import resolve_blocks, sigmoid_attention
 from lib.config import Config, RunConfig
 from lib.data import BirdDataset
 from lib.files import write_text
@@ -287,43 +287,6 @@ def human_baselines(dataset: BirdDataset) -> pd.DataFrame:
         for name, parts in rows.items()
     }
     return pd.DataFrame(table).T.rename_axis("map").reset_index()
-
-
-# --------------------------------------------------------------------------------- the edit ladder
-
-
-@torch.no_grad()
-def edit_ladder(
-    model: SigmoidViT, dataset: BirdDataset, masks: Tensor, value: float = 0.0, batch_size: int = 64
-) -> pd.DataFrame:
-    """What the same edit does, made ever wider in the model.
-
-    Args:
-        masks: bool `[n, P]`, the cells of each image to edit. value: their sigmoid attention.
-
-    Returns:
-        one row an image and rung ("no edit" and those of `LADDER`): index, rung, predicted, top1,
-        p_true.
-    """
-    device = next(model.parameters()).device
-    model.eval()
-    found = []
-    loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size)
-    for batch in tqdm(loader, desc="ladder", leave=False):
-        images, labels = batch["image"].to(device), batch["label"]
-        mask = masks[batch["index"]].to(device)
-        for rung in ("no edit", *LADDER):
-            scope = LADDER.get(rung)
-            edit = None if scope is None else AttentionEdit(mask, value, **scope)
-            scores = model(images, edit=edit).float().cpu()
-            columns = {
-                "index": batch["index"],
-                "predicted": scores.argmax(-1),
-                "top1": scores.argmax(-1) == labels,
-                "p_true": scores.softmax(-1).gather(1, labels[:, None])[:, 0],
-            }
-            found.append(pd.DataFrame({k: v.numpy() for k, v in columns.items()}).assign(rung=rung))
-    return pd.concat(found, ignore_index=True)
 
 
 # ------------------------------------------------------------------------------------ a comparison

@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,6 +127,17 @@ class SigmoidViT(nn.Module):
             tokens = block(tokens)
         return found
 
+    def block_by_block(self, images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every block in order: the tokens `[B, N, dim]` that leave it, and its class row.
+
+        The row is `[B, heads, N]`, logits as `forward` returns them; no N x N matrix is built. The
+        last block runs for all tokens here, though no patch that leaves it reaches the head.
+        """
+        tokens = self.embed(images)
+        for index in range(self.depth):
+            tokens, row = self._block(index, tokens, True, None, one_query=False)
+            yield tokens, row
+
     def forward_tokens(
         self,
         tokens: Tensor,
@@ -147,7 +158,7 @@ class SigmoidViT(nn.Module):
         found: dict[int, Tensor] = {}
         for index in range(start, self.depth):
             row_edit = (edit, mask, values) if index in edited else None
-            tokens, row = self._block(index, tokens, index in wanted, row_edit)
+            tokens, row = self._block(index, tokens, index in wanted, row_edit, self.one_query)
             if row is not None:
                 found[index] = row
         scores = self.vit.forward_head(self.vit.norm(tokens))
@@ -159,11 +170,16 @@ class SigmoidViT(nn.Module):
         return resolve_blocks(edit.blocks, self.depth)
 
     def _block(
-        self, index: int, tokens: Tensor, want_row: bool, row_edit: tuple | None
+        self,
+        index: int,
+        tokens: Tensor,
+        want_row: bool,
+        row_edit: tuple | None,
+        one_query: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """One block; its tokens, and its class row `[B, heads, N]` if wanted."""
         block = self.vit.blocks[index]
-        read_only = self.one_query and index == self.depth - 1
+        read_only = one_query and index == self.depth - 1
         if not (read_only or want_row or row_edit):
             if self.vit.grad_checkpointing and torch.is_grad_enabled():
                 return checkpoint(block, tokens, use_reentrant=False), None

@@ -214,6 +214,210 @@ def ladder(table: pd.DataFrame, title: str, ylabel: str) -> Figure:
     return figure
 
 
+def erasing(table: pd.DataFrame) -> Figure:
+    """What erasing patches from the attention costs, rung by rung: one column of panels a model.
+
+    Args:
+        table: one row an image, what and rung: columns what, rung, p_true_change, flipped, and
+            variant where there are several models. Bars are 95 % bootstrap intervals over images.
+    """
+    table = table.assign(variant=table.get("variant", ""))
+    table["rung"] = table["rung"].str.replace(", ", ",\n")
+    models, kinds = (list(dict.fromkeys(table[key])) for key in ("variant", "what"))
+    panels = {
+        "p_true_change": "change of the true\nclass's probability",
+        "flipped": "share of predictions\nthat change",
+    }
+    figure, axes = plt.subplots(
+        2,
+        len(models),
+        figsize=(3.6 * len(models) + 2.2, 5.2),
+        squeeze=False,
+        sharex=True,
+        sharey="row",
+        layout="constrained",
+    )
+    for column, model in enumerate(models):
+        part = table[table["variant"] == model]
+        for axis, (key, words) in zip(axes[:, column], panels.items(), strict=True):
+            sns.pointplot(
+                part, x="rung", y=key, hue="what", hue_order=kinds, palette=PALETTE[: len(kinds)],
+                dodge=0.3, errorbar=("ci", 95), n_boot=500, seed=0, linewidth=1.5,
+                err_kws={"linewidth": 1.2}, markersize=4, ax=axis,
+            )  # fmt: skip
+            axis.axhline(0, color="black", linewidth=0.8)
+            axis.set(xlabel="", ylabel=words if column == 0 else "")
+            axis.legend_.remove()
+        axes[0, column].set_title(model, fontsize=9)
+        axes[1, column].tick_params(axis="x", labelsize=8)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False,
+        title="erased",
+    )  # fmt: skip
+    figure.supxlabel("where in the model the patches are erased", fontsize=10)
+    count = table["index"].nunique()
+    figure.suptitle(f"What erasing patches from the attention costs ({count} images)", fontsize=11)
+    return figure
+
+
+def curves(table: pd.DataFrame, hue: str | None = None) -> Figure:
+    """Deletion and insertion: the mean probability of the true class, and the area below it.
+
+    Args:
+        table: columns curve ("deletion", "insertion"), fraction, p_true, one row an image, curve
+            and fraction. hue: a column that tells lines apart, e.g. variant or order.
+    """
+    names = list(dict.fromkeys(table[hue])) if hue else [""]
+    panels = {
+        "deletion": ("Patches leave the picture: a small area is good", "patches taken out"),
+        "insertion": ("Patches enter a blurred picture: a large area is good", "patches put in"),
+    }
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    for axis, (curve, (words, what)) in zip(axes, panels.items(), strict=True):
+        for name, colour in zip(names, PALETTE, strict=False):
+            chosen = (table["curve"] == curve) & (table[hue] == name if hue else True)
+            mean = table[chosen].groupby("fraction")["p_true"].mean()
+            area = np.trapezoid(mean, mean.index)
+            label = f"{name}: area {area:.2f}" if hue else f"area {area:.2f}"
+            axis.plot(mean.index, mean, "o-", ms=3, color=colour, label=label)
+        axis.set(title=words, xlabel=f"share of {what}", xlim=(0, 1), ylim=(0, 1))
+        axis.title.set_fontsize(9)
+        axis.legend(frameon=False, fontsize=8)
+    axes[0].set_ylabel("probability of the true class")
+    count = table["index"].nunique()
+    figure.suptitle(f"Patches of {count} pictures taken out and put in, step by step", fontsize=11)
+    return figure
+
+
+def token_norms(models: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
+    """How long the patches' tokens are as they leave each block, and where outliers begin.
+
+    Args:
+        models: for every model its norms `[n, D, P]` and the cutoff of each block `[D]`.
+    """
+    low = min(norms.min() for norms, _ in models.values())
+    high = max(max(norms.max(), cutoffs.max()) for norms, cutoffs in models.values())
+    edges = np.geomspace(max(low, 1e-3) * 0.95, high * 1.05, 120)
+    figure, axes = plt.subplots(
+        1,
+        len(models),
+        figsize=(4.2 * len(models) + 1, 3.8),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
+    )
+    for axis, (name, (norms, cutoffs)) in zip(axes[0], models.items(), strict=True):
+        blocks = np.arange(norms.shape[1])
+        counts = np.stack([np.histogram(norms[:, block], edges)[0] for block in blocks], axis=1)
+        shares = np.ma.masked_equal(counts / norms[:, 0].size, 0)
+        image = axis.pcolormesh(
+            np.arange(len(blocks) + 1) - 0.5, edges, shares, cmap=MAP_COLOURS,
+            norm="log", vmin=1e-5, vmax=1,
+        )  # fmt: skip
+        axis.hlines(cutoffs, blocks - 0.45, blocks + 0.45, color="#D55E00", label="cutoff")
+        share = (norms > cutoffs[:, None]).mean()
+        axis.set(yscale="log", xlabel="block", title=f"{name}: {share:.3%} are outliers")
+        axis.set_xticks(blocks, blocks + 1)
+        axis.title.set_fontsize(9)
+    axes[0, 0].set_ylabel("L2 norm of a patch's token")
+    axes[0, 0].legend(frameon=False, fontsize=8, loc="upper left")
+    figure.colorbar(image, ax=axes, label="share of the block's patches")
+    figure.suptitle(
+        "Patch tokens by block, and the norm above which one is an outlier", fontsize=11
+    )
+    return figure
+
+
+def artefacts(table: pd.DataFrame) -> Figure:
+    """How much of the attention goes where it should not, block by block and model by model.
+
+    Args:
+        table: one row an image and block: columns block, and for outliers, flat, background and
+            sinks the share of patches and `_mass`; variant where there are several models. The
+            dotted line is the share of patches: what uniform attention would put there.
+    """
+    table = table.assign(variant=table.get("variant", "model"), block=table["block"] + 1)
+    models = list(dict.fromkeys(table["variant"]))
+    palette = dict(zip(models, PALETTE, strict=False))
+    panels = {
+        "outliers": "tokens of outlying norm",
+        "flat": "low-information background",
+        "background": "all background",
+        "sinks": "sinks on the background",
+    }
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.4), layout="constrained")
+    for axis, (key, words) in zip(axes, panels.items(), strict=True):
+        # Side by side: models with the same frozen trunk differ in its last blocks only.
+        look = {"data": table, "x": "block", "hue": "variant", "palette": palette, "ax": axis}
+        look |= {"dodge": 0.5 if len(models) > 1 else False, "linewidth": 1.2, "markersize": 3}
+        sns.pointplot(y=f"{key}_mass", n_boot=500, seed=0, err_kws={"linewidth": 1}, **look)
+        sns.pointplot(y=key, errorbar=None, linestyles=":", markers="", legend=False, **look)
+        axis.set(title=words, ylabel="", xlabel="block", ylim=(0, None))
+        axis.title.set_fontsize(10)
+        axis.tick_params(axis="x", labelsize=7)
+    for axis in axes[1:]:
+        axis.legend_.remove()
+    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].set_ylabel("share of the attention on patches")
+    count = table["index"].nunique()
+    figure.suptitle(
+        f"Attention on artefacts and background ({count} images); dotted: share of the patches",
+        fontsize=11,
+    )
+    return figure
+
+
+def token_gallery(
+    images: Sequence[np.ndarray],
+    boxes: np.ndarray,
+    norms: Mapping[str, np.ndarray],
+    attention: Mapping[str, np.ndarray],
+    outliers: Mapping[str, np.ndarray],
+) -> Figure:
+    """One row an image: the picture with the bird's box, then norms and attention of each model.
+
+    Args:
+        images: uint8 `[H, W, 3]`. boxes: `[n, 4]`, x0, y0, x1, y1 in pixels; NaN draws none.
+        norms: for every model the norms `[n, gh, gw]`, in one scale for all. attention: the same
+            for attention, each map scaled to its own maximum. outliers: bool `[n, gh, gw]`; a cross
+            marks them.
+    """
+    wide = 1 + 2 * len(norms)
+    figure, axes = plt.subplots(
+        len(images),
+        wide,
+        figsize=(1.7 * wide + 0.8, 1.7 * len(images) + 0.7),
+        squeeze=False,
+        layout="constrained",
+    )
+    lowest, highest = (f([f(maps) for maps in norms.values()]) for f in (np.min, np.max))
+    for row, (image, box) in enumerate(zip(images, boxes, strict=True)):
+        height, width = image.shape[:2]
+        axes[row, 0].imshow(image)
+        axes[row, 0].add_patch(
+            plt.Rectangle(box[:2], *(box[2:] - box[:2]), fill=False, color="#E69F00", linewidth=2)
+        )
+        for axis, (name, maps) in zip(axes[row, 1:], norms.items(), strict=False):
+            shown = axis.imshow(
+                maps[row], vmin=lowest, vmax=highest, cmap="magma", extent=(0, width, height, 0)
+            )
+            y, x = np.nonzero(outliers[name][row])
+            gh, gw = maps[row].shape
+            axis.scatter((x + 0.5) * width / gw, (y + 0.5) * height / gh, 12, "white", marker="x")
+            axis.set(xlim=(0, width), ylim=(height, 0))
+        for axis, maps in zip(axes[row, 1 + len(norms) :], attention.values(), strict=True):
+            overlay(axis, image, maps[row])
+    for axis in axes.flat:
+        axis.set_axis_off()
+    titles = ["image", *(f"norm\n{name}" for name in norms)]
+    titles += [f"attention\n{name}" for name in attention]
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=9)
+    figure.colorbar(shown, ax=axes, label="norm of the token", shrink=0.6)
+    figure.suptitle("Norms of the patches' tokens (cross: outlier), and attention", fontsize=10)
+    return figure
+
+
 def turns(
     table: pd.DataFrame,
     value: str,

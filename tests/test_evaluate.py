@@ -9,7 +9,6 @@ import torch
 from conftest import tiny_config
 
 from lib import evaluate
-from lib.attention import AttentionEdit
 from lib.runs import dataset_for
 
 
@@ -57,22 +56,6 @@ def test_decoy_cover_is_where_the_decoy_is(comparison):
     boxes = test.table[["dx0", "dy0", "dx1", "dy1"]].to_numpy()
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     assert np.allclose(cover.sum(1) * 16 * 16, area, rtol=1e-3)  # patches of 16 x 16 pixels
-
-
-def test_ladder_rungs_are_the_edits_that_they_name(comparison):
-    _, trials, _ = comparison
-    model = trials[0].run.model()
-    test = dataset_for(model, trials[0].run.config, "test", augment=False)
-    masks = evaluate.decoy_cover(test) > 0
-    table = evaluate.edit_ladder(model, test, masks, batch_size=7)
-    assert table["rung"].value_counts().to_dict() == dict.fromkeys(
-        ["no edit", *evaluate.LADDER], len(test)
-    )
-    picked = table[(table["rung"] == "all blocks") & (table["index"] == 9)].iloc[0]
-    edit = AttentionEdit(masks[9], 0.0, blocks="all")
-    with torch.no_grad():
-        scores = model(test[9]["image"][None], edit=edit)[0]
-    assert picked["p_true"] == pytest.approx(scores.softmax(0)[test[9]["label"]].item(), abs=1e-5)
 
 
 def test_human_baselines_are_ordered(comparison):

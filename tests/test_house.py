@@ -55,6 +55,8 @@ MAY_IMPORT = {
     | {"checkpoint", "jobs", "optim", "runs", "tokens"},
     "evaluate": {"train", "runs", "tokens", "data", "model", "metrics", "config", "plots"}
     | {"gaze", "attention", "files"},
+    "causal": {"attention", "data", "losses", "metrics", "model"},
+    "artefacts": {"data", "gaze", "metrics", "model", "plots"},
     "sweep": {"attention", "checkpoint", "config", "evaluate", "files", "jobs", "losses"}
     | {"optim", "runs", "train"},
     "jobs": set(),
@@ -105,7 +107,7 @@ def test_imports_run_downward(path):
 
 def test_a_bare_gpu_server_can_import_the_training_path():
     names = ("train", "model", "data", "evaluate", "pretrain", "bench", "live", "teach")
-    names += ("sweep",)
+    names += ("sweep", "causal", "artefacts")
     forbidden = sorted(NOTEBOOK_ONLY | {"tyro"})
     # None in sys.modules makes an import fail; one process, as each would load PyTorch again.
     code = f"import sys; sys.modules.update(dict.fromkeys({forbidden}))\n"

@@ -237,20 +237,27 @@ class SigmoidViT(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of all tokens, `[B, N, dim]` to the same; fused but for the edited rows."""
         q, k, v = _queries_keys_values(attn, x)
-        dropout = attn.attn_drop.p if self.training else 0.0
-        heads = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)  # [B, heads, N, d]
         # Not `_logits`: its matrix product would copy k and keep the copy for the backward pass.
         row = (q[:, :, :1] * attn.scale * k).sum(dim=-1) if want_row else None
-        if row_edit is not None:
-            edit, mask, values = row_edit
-            queries = q.shape[2] if edit.queries == "all" else self.num_read
-            logits = _logits(attn, q[:, :, :queries], k)
-            logits = edit_logits(logits, mask, values, edit.offset, self.num_prefix)
+        if row_edit is None:
+            return _project(attn, self._fused(attn, q, k, v)), row
+        edit, mask, values = row_edit
+        touched = mask.any(dim=-1)[:, :, None, None]
+        queries = q.shape[2] if edit.queries == "all" else self.num_read
+        logits = _logits(attn, q[:, :, :queries], k)
+        logits = edit_logits(logits, mask, values, edit.offset, self.num_prefix)
+        heads = _weigh(attn, logits, v)
+        if queries < q.shape[2] or not bool(touched.all()):
             # Images and heads that nobody edited keep the fused kernel's bits.
-            touched = mask.any(dim=-1)[:, :, None, None]
-            edited = torch.where(touched, _weigh(attn, logits, v), heads[:, :, :queries])
-            heads = torch.cat([edited, heads[:, :, queries:]], dim=2)
+            plain = self._fused(attn, q, k, v)
+            edited = torch.where(touched, heads, plain[:, :, :queries])
+            heads = torch.cat([edited, plain[:, :, queries:]], dim=2)
         return _project(attn, heads), row
+
+    def _fused(self, attn: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """PyTorch's own attention of all tokens, `[B, heads, N, d]`."""
+        dropout = attn.attn_drop.p if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
 
 
 def _as_blocks(rows: str | Sequence[int]) -> str | tuple[int, ...]:

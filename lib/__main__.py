@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,7 +70,7 @@ def demo(
         overwrite: train again even where a finished run is there.
         out: folder of the result; result/result%Y%m%d_%H%M below the repository by default.
     """
-    from lib import evaluate
+    from lib import evaluate, report
 
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}; train with 1 or more")
@@ -78,7 +79,7 @@ def demo(
         config.ft, config.hitl = (replace(part, epochs=epochs) for part in (config.ft, config.hitl))
     trials = evaluate.train_comparison(config, range(seeds), overwrite)
     images = evaluate.evaluate_trials(trials)
-    folder = evaluate.write_report(config, trials, images, out)
+    folder = report.write_report(trials, images, out, command=_called())
     table = evaluate.comparison_table(evaluate.by_seed(images))
     print(f"\npreset {config.preset}, {seeds} seed{'s' * (seeds > 1)}, test images\n")
     print(table.to_string())
@@ -147,6 +148,57 @@ def _train_one(
     if processes().is_main_process:
         last = found.history.iloc[-1]
         print(f"{folder}: {last['epoch']:.0f} epochs, validation accuracy {last['val_top1']:.3f}")
+
+
+def evaluate_runs(
+    runs: tyro.conf.Positional[tuple[str, ...]],
+    against: str | None = None,
+    split: Literal["test", "val", "train"] = "test",
+    which: Literal["last", "best"] = "last",
+    out: Path | None = None,
+    gallery: int = 12,
+    gallery_rule: Literal["order", "change"] = "order",
+) -> None:
+    """Measure trained models side by side: tables, paired tests, figures, a gallery page.
+
+    Args:
+        runs: names below the PRESET's runs folder, such as ft-s0 or sweep/NAME, or paths of runs.
+            Those that differ in their -s<seed> alone are one model of the tables.
+        against: the model that the others are compared with; the control where there is one, else
+            the first.
+        split: images to measure on.
+        which: weights of the last epoch, or of the one that was best on the validation images.
+        out: folder of the result; result/result%Y%m%d_%H%M below the repository by default. A row
+            a run is added to summary.csv beside it.
+        gallery: pictures whose prediction was fixed, and as many that were broken, for each model
+            on the gallery page; 0 makes no page.
+        gallery_rule: the first in the order of the data set, or the largest changes.
+    """
+    from lib import report
+    from lib.files import make_folder
+    from lib.summary import read_summary
+
+    config = preset()
+    trials = report.load_trials(runs, config.runs, which)
+    against = report.yardstick_variant(trials, against)
+    parent = ROOT / "result" if out is None else out.resolve().parent
+    make_folder(out or parent)  # what cannot be written is found out now, not after measuring
+    read_summary(parent / "summary.csv")
+    if gallery < 0:
+        raise ValueError(f"gallery is {gallery}; use 0 for no gallery, or a number of pictures")
+    dataset = report.common_dataset(trials, split, against)
+    images = report.measure_runs(trials, dataset, config.runs / "tokens", which)
+    folder = report.write_report(
+        trials, images, out, against, split, which, gallery, gallery_rule, _called(), dataset
+    )
+    print((folder / "result.txt").read_text(encoding="utf-8"))
+    print(f"figures and tables: {folder}")
+
+
+def _called() -> str:
+    """The command line as it could be typed again."""
+    chosen = f"PRESET={os.environ['PRESET']} " if os.environ.get("PRESET") else ""
+    return f"{chosen}python -m lib {shlex.join(sys.argv[1:])}"
 
 
 def sweep(
@@ -495,6 +547,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = {
         "demo": demo,
         "train": train,
+        "evaluate": evaluate_runs,
         "sweep": sweep,
         "weights": weights,
         "download": fetch,

@@ -1,4 +1,4 @@
-"""From trained runs to tables and figures: everything about one evaluation in one result folder.
+"""From trained runs to tables: one row an image, and what is made of it.
 
 `per_image` is one row an image; every table is a mean over such rows, so that a reader can ask
 their own question of the saved CSV.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +18,10 @@ from torch.utils.data import Dataset
 from torchmetrics.functional.classification import binary_calibration_error
 from tqdm.auto import tqdm
 
-from lib import config as cfg
-from lib import metrics, plots
+from lib import metrics
 from lib.attention import resolve_blocks, sigmoid_attention
 from lib.config import Config, RunConfig
 from lib.data import BirdDataset
-from lib.files import write_text
 from lib.gaze import box_map
 from lib.model import SigmoidViT
 from lib.runs import Run, dataset_for, fine_tuning, human_in_the_loop, train_run
@@ -218,7 +215,7 @@ def _cover(dataset: BirdDataset, prefix: str) -> Tensor | None:
 
 
 def summarise(frame: pd.DataFrame) -> dict[str, float]:
-    """Means over the images of `per_image`, p_true_min, p_true_max, and ece (see `calibration`).
+    """Means over the images of `per_image`, p_true_min, p_true_max, and ece.
 
     Where a decoy is drawn also accuracy on conflicting and on agreeing images, and on_decoy.
     """
@@ -236,15 +233,20 @@ def summarise(frame: pd.DataFrame) -> dict[str, float]:
 
 
 def expected_calibration_error(frame: pd.DataFrame, bins: int = 15) -> float:
-    """ECE (Guo et al., ICML 2017) of the images of `per_image`: 0 is best.
+    """ECE of the images of `per_image` (Guo et al., ICML 2017), in [0, 1]; 0 is best.
 
     The mean distance of confidence and accuracy over `bins` equal bins of confidence, weighted by
-    their images.
+    their images. TorchMetrics' error of two classes is that of any number of classes when it is
+    given confidence, and right or wrong.
     """
-    confidence = torch.tensor(frame["confidence"].to_numpy(np.float32))
-    right = torch.tensor(frame["top1"].to_numpy(bool)).long()
-    # torchmetrics asks for probabilities and labels: those of two classes, "it is right" or not.
-    return binary_calibration_error(confidence, right, n_bins=bins).item()
+    confidence = torch.from_numpy(below_one(frame["confidence"]))
+    right = torch.from_numpy(frame["top1"].to_numpy(np.int64))
+    return binary_calibration_error(confidence, right, n_bins=bins, norm="l1").item()
+
+
+def below_one(confidence: pd.Series) -> np.ndarray:
+    """Confidences in [0, 1): one of exactly 1 would get a bin of its own."""
+    return np.minimum(confidence.to_numpy(np.float32), np.nextafter(np.float32(1), np.float32(0)))
 
 
 def human_baselines(dataset: BirdDataset) -> pd.DataFrame:
@@ -356,77 +358,3 @@ def comparison_table(seeds: pd.DataFrame) -> pd.DataFrame:
 def _mean_and_std(values: pd.Series) -> str:
     spread = f" ± {values.std():.3f}" if len(values) > 1 else ""
     return f"{values.mean():.3f}{spread}"
-
-
-def write_report(
-    config: Config, trials: Sequence[Trial], images: pd.DataFrame, folder: Path | None = None
-) -> Path:
-    """Tables, figures and configuration of a comparison in one folder.
-
-    Args:
-        folder: where to write; `result/result%Y%m%d_%H%M` below the repository by default, with
-            a number behind it when that is taken.
-
-    Returns:
-        the folder: result.txt, table.csv, seeds.csv, images.csv, baselines.csv, misclassified.csv,
-        config.json and figures (.png).
-    """
-    folder = folder or _new_folder(cfg.ROOT / "result")
-    folder.mkdir(parents=True, exist_ok=True)
-    seeds = by_seed(images)
-    table = comparison_table(seeds)
-    model = trials[0].run.model()
-    dataset = dataset_for(model, trials[0].run.config, "test", augment=False)
-    baselines = human_baselines(dataset)
-    write_text(folder / "table.csv", table.to_csv())
-    write_text(folder / "seeds.csv", seeds.to_csv(index=False))
-    write_text(folder / "images.csv", images.to_csv(index=False))
-    write_text(folder / "baselines.csv", baselines.to_csv(index=False))
-    write_text(folder / "misclassified.csv", images[~images["top1"]].to_csv(index=False))
-    write_text(folder / "config.json", cfg.to_json(config))
-    text = f"{table.to_string()}\n\nmaps that no model made:\n{baselines.round(3).to_string()}\n"
-    write_text(folder / "result.txt", text)
-    first = {t.variant: t.run for t in trials if t.seed == trials[0].seed}
-    figures = {
-        "comparison": plots.comparison(seeds, COLUMNS),
-        "p_true": plots.true_class_density(images),
-        "history": plots.histories({name: run.history for name, run in first.items()}),
-        "attention": attention_gallery(first, dataset),
-    }
-    for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
-        plots.plt.close(figure)  # saved, not shown: a notebook would draw it as well
-    return folder
-
-
-def attention_gallery(
-    runs: dict[str, Run], dataset: BirdDataset, chosen: Sequence[int] = range(5)
-) -> plots.Figure:
-    """Rows of images: the picture with people's gaze, then each model's class row on it."""
-    columns: dict[str, list] = {}
-    batch = torch.utils.data.default_collate([dataset[i] for i in chosen])
-    for name, run in runs.items():
-        model = run.model()
-        with torch.no_grad():
-            scores, rows = model(batch["image"], rows="last")
-        attention = metrics.patch_attention(rows[model.depth - 1], model.num_prefix)
-        right = scores.argmax(-1) == batch["label"]
-        columns[name] = [
-            (map_.reshape(dataset.grid).numpy(), bool(ok))
-            for map_, ok in zip(attention, right, strict=True)
-        ]
-    human = [item.reshape(dataset.grid).numpy() for item in batch["human"]]
-    return plots.gallery([dataset.image(i) for i in chosen], human, columns)
-
-
-def _new_folder(parent: Path) -> Path:
-    """result%Y%m%d_%H%M, with _2, _3, ... behind it when that minute has one already."""
-    stem = datetime.now().strftime("result%Y%m%d_%H%M")
-    for number in range(1, 1000):
-        folder = parent / (stem if number == 1 else f"{stem}_{number}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return folder
-    raise FileExistsError(f"{parent} has a thousand results of this minute; move some away")

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from PIL import Image
 
 # Colours that readers with any colour vision can tell apart (Okabe and Ito, 2008).
 PALETTE = ["#0072B2", "#999999", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]
 MAP_COLOURS = "viridis"
+LONGEST = 24  # letters of a model's name that fit below a bar, or above a map
+SPLITS = {"train": "training", "val": "validation", "test": "test"}  # in the words of titles
 
 
 def overlay(axis: plt.Axes, image: np.ndarray, grid_map: np.ndarray, strength: float = 0.8) -> None:
@@ -24,9 +29,7 @@ def overlay(axis: plt.Axes, image: np.ndarray, grid_map: np.ndarray, strength: f
         strength: opacity of the map where it is highest; where it is 0 the image is only dimmed.
     """
     height, width = image.shape[:2]
-    known = np.isfinite(grid_map)
-    scaled = np.where(known, grid_map, 0)
-    scaled = scaled / max(float(scaled.max()), 1e-12)
+    scaled, opacity = _scaled(grid_map, strength)
     axis.imshow(image)
     axis.imshow(
         scaled,
@@ -34,10 +37,43 @@ def overlay(axis: plt.Axes, image: np.ndarray, grid_map: np.ndarray, strength: f
         cmap=MAP_COLOURS,
         vmin=0,
         vmax=1,
-        alpha=strength * (0.4 + 0.6 * scaled) * known,
+        alpha=opacity,
         interpolation="nearest",
     )
     axis.set_axis_off()
+
+
+def _scaled(grid_map: np.ndarray, strength: float) -> tuple[np.ndarray, np.ndarray]:
+    """A map over its own maximum, and how opaque each cell is: both `[gh, gw]` in [0, 1]."""
+    known = np.isfinite(grid_map)
+    scaled = np.where(known, grid_map, 0)
+    scaled = scaled / max(float(scaled.max()), 1e-12)
+    return scaled, strength * (0.4 + 0.6 * scaled) * known
+
+
+def picture(
+    image: np.ndarray, grid_map: np.ndarray | None = None, pixels: int = 280, strength: float = 0.8
+) -> np.ndarray:
+    """What `overlay` draws as plain pixels, for pages that show hundreds: a figure takes 60 ms.
+
+    Args:
+        image: uint8 `[H, W, 3]`. grid_map: `[gh, gw]`, see `overlay`; None shows the image alone.
+        pixels: width of the result; it keeps the image's proportions.
+
+    Returns:
+        uint8 `[h, pixels, 3]`.
+    """
+    size = (pixels, round(pixels * image.shape[0] / image.shape[1]))
+    drawn = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+    if grid_map is None:
+        return drawn
+    scaled, opacity = _scaled(grid_map, strength)
+    colours = plt.get_cmap(MAP_COLOURS)(scaled)  # [gh, gw, 4], red, green, blue, opacity
+    colours[..., 3] = opacity
+    cells = Image.fromarray(np.uint8(np.rint(255 * colours)), "RGBA")
+    above = Image.fromarray(drawn).convert("RGBA")
+    above.alpha_composite(cells.resize(size, Image.Resampling.NEAREST))
+    return np.asarray(above.convert("RGB"))
 
 
 def gallery(
@@ -70,7 +106,7 @@ def gallery(
             overlay(axes[row, column], image, map_)
             _frame(axes[row, column], "#009E73" if right else "#D55E00")
     for axis, name in zip(axes[0], names, strict=True):
-        axis.set_title(name, fontsize=9)
+        axis.set_title(_wrapped(name), fontsize=9)
     figure.suptitle(f"{title}\ngreen frame: right, red frame: wrong", fontsize=10)
     return figure
 
@@ -102,14 +138,29 @@ def maps_in_a_row(
     return figure
 
 
-def comparison(seeds: pd.DataFrame, columns: Mapping[str, str]) -> Figure:
-    """One panel a figure of merit: a bar a model (mean of seeds), a dot a seed."""
+def comparison(
+    seeds: pd.DataFrame, columns: Mapping[str, str], split: str = "test", wide: int = 6
+) -> Figure:
+    """One panel a figure of merit: a bar a model (mean of seeds), a dot a seed.
+
+    Args:
+        seeds: a row a run, columns variant, seed and those of `columns`, which has their titles.
+        wide: panels in a row.
+    """
     shown = {k: words for k, words in columns.items() if k in seeds and seeds[k].notna().any()}
     models = list(dict.fromkeys(seeds["variant"]))
+    fit = max(map(len, models)) <= LONGEST
+    rows, across = -(-len(shown) // wide), min(wide, len(shown))
     figure, axes = plt.subplots(
-        1, len(shown), figsize=(2.3 * len(shown), 3.6), squeeze=False, layout="constrained"
+        rows,
+        across,
+        figsize=(2.3 * across, 3.6 * rows),
+        squeeze=False,
+        layout="constrained",
     )
-    for axis, (key, words) in zip(axes[0], shown.items(), strict=True):
+    for axis in axes.flat[len(shown) :]:
+        axis.remove()
+    for axis, (key, words) in zip(axes.flat, shown.items(), strict=False):
         sns.barplot(
             seeds, x="variant", y=key, hue="variant", order=models, hue_order=models,
             palette=PALETTE[: len(models)], errorbar=None, ax=axis, legend=False, alpha=0.75,
@@ -117,17 +168,25 @@ def comparison(seeds: pd.DataFrame, columns: Mapping[str, str]) -> Figure:
         sns.stripplot(seeds, x="variant", y=key, order=models, color="black", size=4, ax=axis)
         axis.set(title=words, xlabel="", ylabel="")
         axis.title.set_fontsize(9)
-        axis.tick_params(axis="x", rotation=60, labelsize=8)
+        axis.set_xticks(range(len(models)), models if fit else [], rotation=60, fontsize=8)
         for label in axis.get_xticklabels():
-            label.set_ha("right")
-            label.set_rotation_mode("anchor")
+            label.set(ha="right", rotation_mode="anchor")
+    if not fit:  # a name of a sweep is longer than a panel is high: named once, by their colours
+        bars = axes[0, 0].patches[: len(models)]
+        figure.legend(bars, models, loc="outside lower left", frameon=False, fontsize=8)
     count = seeds["seed"].nunique()
-    figure.suptitle(f"Test images: mean of {count} seed{'s' * (count > 1)}, one dot a seed")
+    start = f"{SPLITS[split].capitalize()} images"
+    figure.suptitle(f"{start}: mean of {count} seed{'s' * (count > 1)}, one dot a seed")
     return figure
 
 
-def true_class_density(images: pd.DataFrame) -> Figure:
-    """How sure each model is of the right class: the distribution over test images."""
+def _wrapped(name: str) -> str:
+    """A model's name in lines that fit above a map: those of sweeps are long."""
+    return textwrap.fill(name, LONGEST)
+
+
+def true_class_density(images: pd.DataFrame, split: str = "test") -> Figure:
+    """How sure each model is of the right class: the distribution over a split's images."""
     models = list(dict.fromkeys(images["variant"]))
     figure, axis = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
     sns.kdeplot(
@@ -135,7 +194,7 @@ def true_class_density(images: pd.DataFrame) -> Figure:
         common_norm=False, clip=(0, 1), bw_adjust=0.6, ax=axis,
     )  # fmt: skip
     axis.set(
-        title="Probability that each model gives to the true class, over test images",
+        title=f"Probability that each model gives to the true class, over {SPLITS[split]} images",
         xlabel="probability of the true class",
         ylabel="density of images",
         xlim=(0, 1),
@@ -185,12 +244,68 @@ def histories(runs: Mapping[str, pd.DataFrame]) -> Figure:
     wide = len(panels)
     figure, axes = plt.subplots(1, wide, figsize=(3 * wide, 3), layout="constrained")
     for axis, (key, words) in zip(axes, panels.items(), strict=True):
-        for colour, (name, history) in zip(PALETTE, runs.items(), strict=False):
+        for colour, (name, history) in zip(cycle(PALETTE), runs.items(), strict=False):
             axis.plot(history["epoch"], history[key], marker="o", ms=3, color=colour, label=name)
         axis.set(title=words, xlabel="epoch")
         axis.title.set_fontsize(9)
     axes[-1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
     figure.suptitle("How the models learned")
+    return figure
+
+
+def reliability(bins: pd.DataFrame, errors: Mapping[str, float], split: str = "test") -> Figure:
+    """Whether a model that is 80 % sure is right in 80 % of cases: one line a model.
+
+    Args:
+        bins: a row a variant and bin of confidence: columns variant, images, confidence, accuracy.
+        errors: expected calibration error of every variant, for the legend.
+    """
+    figure, (axis, below) = plt.subplots(
+        2, 1, figsize=(5.8, 5), sharex=True, height_ratios=(3, 1), layout="constrained"
+    )
+    axis.plot([0, 1], [0, 1], color="black", linewidth=1, linestyle=":", label="calibrated")
+    for colour, (name, error) in zip(cycle(PALETTE), errors.items(), strict=False):
+        part = bins[(bins["variant"] == name) & (bins["images"] > 0)].sort_values("confidence")
+        label = f"{name} (ECE {error:.3f})"
+        axis.plot(part["confidence"], part["accuracy"], "o-", ms=4, color=colour, label=label)
+        share = part["images"] / part["images"].sum()
+        below.plot(part["confidence"], share, "o-", ms=3, color=colour)
+    axis.set(
+        title=f"Confidence against accuracy, {SPLITS[split]} images (below the line: too sure)",
+        ylabel="accuracy",
+        xlim=(0, 1.02),
+        ylim=(0, 1.02),
+    )
+    axis.title.set_fontsize(10)
+    axis.legend(frameon=False, fontsize=8)
+    below.set(xlabel="confidence (probability of the predicted class)", ylabel="share of images")
+    below.set_ylim(bottom=0)
+    return figure
+
+
+def accuracy_and_alignment(
+    seeds: pd.DataFrame, ceiling: float | None = None, split: str = "test"
+) -> Figure:
+    """Does looking where people look come with being right? One dot a run.
+
+    Args:
+        seeds: a row a run, columns variant, top1, cc.
+        ceiling: CC of one person with the others, a line; None or NaN leaves it out.
+    """
+    figure, axis = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
+    models = list(dict.fromkeys(seeds["variant"]))
+    for colour, marker, name in zip(cycle(PALETTE), cycle("osD^vPX*"), models, strict=False):
+        part = seeds[seeds["variant"] == name]
+        axis.scatter(part["cc"], part["top1"], color=colour, marker=marker, label=name, alpha=0.8)
+    if ceiling is not None and np.isfinite(ceiling):
+        axis.axvline(ceiling, color="black", linewidth=1, linestyle=":", label="human ceiling")
+    axis.set(
+        title=f"Accuracy and agreement with people, {SPLITS[split]} images: one dot a run",
+        xlabel="CC with people's maps",
+        ylabel="accuracy",
+    )
+    axis.title.set_fontsize(10)
+    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
     return figure
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from conftest import tiny_config
@@ -31,6 +30,9 @@ def test_one_row_an_image_a_model_and_a_seed(comparison):
         one = model(test[5]["image"][None])[0]
     assert frame["predicted"][5] == one.argmax().item()
     assert frame["p_true"][5] == pytest.approx(one.softmax(0)[test[5]["label"]].item(), abs=1e-5)
+    assert frame["confidence"][5] == pytest.approx(one.softmax(0).max().item(), abs=1e-5)
+    assert (frame["confidence"] >= frame["p_true"]).all()
+    assert (frame["confidence"] == frame["p_true"])[frame["top1"]].all()
     assert (frame["top5"] >= frame["top1"]).all()
     assert ((frame["decoy"] != frame["label"]) == frame["conflicting"]).all()
     assert frame["on_decoy"].between(0, 1).all()
@@ -63,16 +65,3 @@ def test_human_baselines_are_ordered(comparison):
     test = dataset_for(trials[0].run.model(), trials[0].run.config, "test", augment=False)
     table = evaluate.human_baselines(test).set_index("map")
     assert table.loc["human", "cc"] > table.loc["mean map", "cc"] > table.loc["another image", "cc"]
-
-
-def test_the_report_holds_everything_and_never_overwrites(comparison, tmp_path, monkeypatch):
-    config, trials, images = comparison
-    monkeypatch.setattr(evaluate.cfg, "ROOT", tmp_path)
-    folders = [evaluate.write_report(config, trials, images) for _ in range(2)]
-    assert folders[0] != folders[1] and folders[0].parent.name == "result"
-    names = {path.name for path in folders[0].iterdir()}
-    figures = {f"{name}.png" for name in ("comparison", "p_true", "history", "attention")}
-    tables = {f"{name}.csv" for name in ("table", "seeds", "images", "baselines", "misclassified")}
-    assert names == figures | tables | {"result.txt", "config.json"}
-    assert len(pd.read_csv(folders[0] / "images.csv")) == len(images)
-    assert "HITL all blocks" in (folders[0] / "result.txt").read_text()

@@ -29,7 +29,17 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 def test_help_names_the_commands():
     done = command("--help")
     assert done.returncode == 0
-    for word in ("demo", "weights", "download", "split", "check", "pretrain", "bench", "sweep"):
+    for word in (
+        "demo",
+        "evaluate",
+        "weights",
+        "download",
+        "split",
+        "check",
+        "pretrain",
+        "bench",
+        "sweep",
+    ):
         assert word in done.stdout
 
 
@@ -59,6 +69,8 @@ def run_main(monkeypatch, capsys):
         (("train", "ft", "--resume"), {}, "is no run that could be resumed"),
         (("train", "ft", "--resume", "--overwrite"), {}, "--resume and --overwrite"),
         (("train", "hitl", "--init", "absent"), {}, "absent is no finished run"),
+        (("evaluate", "absent-s0"), {"PRESET": "toy"}, "no run absent-s0 in"),
+        (("evaluate",), {"PRESET": "toy"}, "no run is named"),
         (("train", "ft", "--drop-path", "2"), {}, "drop_path is 2; it must be in [0, 1)"),
     ],
 )
@@ -119,6 +131,52 @@ def test_a_run_that_exists_is_refused_unless_told_what_to_do(tmp_path, run_main)
     assert code == 0 and "1 epochs" in out
     code, out, _ = run_main("train", "ft", *tiny, "--lr", "1", "--overwrite", **environment)
     assert code == 0 and '"lr": 1.0' in (tmp_path / "toy" / "ft-s0" / "config.json").read_text()
+
+
+@pytest.fixture
+def two_runs(tmp_path, run_main):
+    """Two small trained models below a runs folder."""
+    tiny = ["--data.toy-train", "16", "--data.toy-val", "8", "--data.toy-test", "8"]
+    tiny += ["--epochs", "1", "--batch-size", "8", "--model.weights", "None"]
+    tiny += ["--model.overrides.depth", "1"]
+    environment = {"RUNS_DIR": str(tmp_path / "runs"), "PRESET": "toy"}
+    for more in (["ft"], ["hitl", "--init", "ft-s0", "--name", "control-s0"]):
+        code, _, error = run_main("train", *more, *tiny, **environment)
+        assert code == 0, error
+    return environment
+
+
+def test_evaluate_measures_runs_side_by_side(tmp_path, run_main, two_runs, monkeypatch):
+    out = tmp_path / "results" / "one"
+    arguments = ["evaluate", "ft-s0", "control-s0", "--split", "val", "--which", "best"]
+    arguments += ["--gallery", "2", "--gallery-rule", "change", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["lib", *arguments])
+    code, told, error = run_main(*arguments, **two_runs)
+    assert code == 0, error
+    assert 'Each model minus "control"' in told and "val, 8 images, 8 classes" in told
+    assert f"PRESET=toy python -m lib {' '.join(arguments)}" in told
+    assert told == (out / "result.txt").read_text() + f"\nfigures and tables: {out}\n"
+    assert "whose probability of the true class changed most" in (out / "gallery.html").read_text()
+    assert len((out.parent / "summary.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--against", "nobody"], '--against is "nobody", but the models are ft, control'),
+        (["--gallery", "-1"], "gallery is -1; use 0 for no gallery"),
+        (["--out", "{folder}/taken/one"], "taken/one cannot be made"),
+        (["--out", "{folder}/foreign/one"], "has no column date, so nothing is added to it"),
+    ],
+)
+def test_evaluate_refuses_before_it_computes(more, says, tmp_path, run_main, two_runs, monkeypatch):
+    (tmp_path / "taken").write_text("a file, no folder")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "summary.csv").write_text("mine,yours\n1,2\n")
+    monkeypatch.setattr("lib.report.measure_runs", lambda *_: pytest.fail("it computes"))
+    more = [part.format(folder=tmp_path) for part in more]
+    code, _, error = run_main("evaluate", "ft-s0", "control-s0", *more, **two_runs)
+    assert code == 2 and says in error and "Traceback" not in error
 
 
 def test_the_recipe_is_where_the_options_start(tmp_path, run_main, capsys):

@@ -29,6 +29,20 @@ def test_an_overlay_covers_the_image_and_scales_to_its_own_maximum():
     assert np.isfinite(axis.images[-1].get_array()).all()
 
 
+def test_a_picture_is_what_an_overlay_draws():
+    image = np.random.default_rng(0).integers(0, 255, (6, 12, 3), dtype=np.uint8)
+    map_ = np.array([[0.0, 1.0, 2.0], [np.nan, 3.0, 4.0]])
+    figure = plt.figure(figsize=(0.12, 0.06), dpi=100)
+    plots.overlay(figure.add_axes((0, 0, 1, 1)), image, map_)
+    figure.canvas.draw()
+    drawn = np.asarray(figure.canvas.buffer_rgba())[..., :3].astype(int)
+    found = plots.picture(image, map_, pixels=12)
+    assert np.abs(found.astype(int) - drawn).max() <= 4  # opacity is rounded to 1/255
+    assert (found[3:, :4] == image[3:, :4]).all()  # nothing is known there
+    assert (plots.picture(image, pixels=12) == image).all()
+    assert plots.picture(image, map_, pixels=24).shape == (12, 24, 3)
+
+
 def test_the_gallery_frames_right_and_wrong():
     columns = {"a": [(MAP, True), (MAP, False)], "<b>": [(MAP, False), (MAP, True)]}
     figure = plots.gallery([IMAGE, IMAGE], [MAP, MAP], columns)
@@ -54,6 +68,23 @@ def test_comparison_has_a_panel_a_figure_of_merit_that_is_there():
     assert "2 seeds" in figure.get_suptitle()
 
 
+def test_comparison_has_room_for_long_names_and_many_panels(recwarn):
+    name = "kl-l0.1-blocks_last-heads_all-offset_none-train_last_block"
+    seeds = pd.DataFrame({"variant": ["control", name], "seed": [0, 0]})
+    seeds = seeds.assign(**{f"m{i}": [0.1, 0.2] for i in range(7)})
+    figure = plots.comparison(seeds, {f"m{i}": f"metric {i}" for i in range(7)}, wide=3)
+    assert [axis.get_title() for axis in figure.axes] == [f"metric {i}" for i in range(7)]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["control", name]
+    colours = [bar.get_facecolor() for bar in figure.axes[0].patches]
+    assert [bar.get_facecolor() for bar in legend.get_patches()] == colours[:2]
+    assert not any(label.get_text() for label in figure.axes[0].get_xticklabels())
+    figure.draw_without_rendering()
+    assert not [w for w in recwarn if "constrained_layout" in str(w.message)]
+    short = plots.comparison(seeds.replace(name, "kl"), {"m0": "metric 0"})
+    assert [label.get_text() for label in short.axes[0].get_xticklabels()] == ["control", "kl"]
+
+
 def test_density_history_and_ladder_name_every_model():
     images = pd.DataFrame({"p_true": np.linspace(0, 1, 20), "variant": ["a", "b"] * 10})
     rungs = pd.DataFrame({"rung": ["no edit", "all"] * 2, "variant": ["a", "a", "b", "b"],
@@ -71,6 +102,36 @@ def test_density_history_and_ladder_name_every_model():
         assert names == ["a", "b"]
     assert len(curves.axes) == 4
     assert len(plots.histories({"a": history}).axes) == 3  # no empty panel without human maps
+
+
+def test_reliability_has_a_line_a_model_and_leaves_empty_bins_out():
+    bins = pd.DataFrame(
+        {"variant": ["a", "a", "b", "b"], "images": [3, 1, 4, 0],
+         "confidence": [0.2, 0.9, 0.5, np.nan], "accuracy": [0.1, 0.8, 0.5, np.nan]}
+    )  # fmt: skip
+    axis, below = plots.reliability(bins, {"a": 0.1, "b": 0.0}, "val").axes
+    assert "validation" in axis.get_title()
+    names = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert names == ["calibrated", "a (ECE 0.100)", "b (ECE 0.000)"]
+    assert [list(line.get_xdata()) for line in axis.lines[1:]] == [[0.2, 0.9], [0.5]]
+    assert list(below.lines[0].get_ydata()) == [0.75, 0.25]
+
+
+def test_accuracy_and_alignment_has_a_dot_a_run_and_the_ceiling_where_there_is_one():
+    seeds = pd.DataFrame({"variant": ["a", "a", "b"], "top1": [0.5, 0.6, 0.7], "cc": [0, 0.1, 0.2]})
+    axis = plots.accuracy_and_alignment(seeds, 0.8).axes[0]
+    dots = [dots.get_offsets().tolist() for dots in axis.collections]
+    assert dots == [[[0, 0.5], [0.1, 0.6]], [[0.2, 0.7]]]
+    assert axis.lines[0].get_xdata()[0] == 0.8
+    for unknown in (None, np.nan):
+        assert not plots.accuracy_and_alignment(seeds, unknown).axes[0].lines
+
+
+def test_more_models_than_colours_all_have_a_line():
+    history = pd.DataFrame({"epoch": [1], "cross_entropy": [1], "human_loss": [0], "val_top1": [0],
+                            "val_cc": [0]})  # fmt: skip
+    curves = plots.histories({str(i): history for i in range(len(plots.PALETTE) + 2)})
+    assert len(curves.axes[0].lines) == len(plots.PALETTE) + 2
 
 
 def test_turns_show_the_median_and_every_turn():

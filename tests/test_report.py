@@ -1,0 +1,331 @@
+"""The result folder and the gallery page, on tiny runs; and which runs cannot be compared."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import tiny_config
+from PIL import Image
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from lib import evaluate, gallery, report
+from lib.summary import read_summary
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    config = tiny_config(tmp_path_factory.mktemp("runs"))
+    trials = evaluate.train_comparison(config, seeds=[0, 1])
+    return config, trials, evaluate.evaluate_trials(trials)
+
+
+@pytest.fixture(scope="module")
+def written(comparison, tmp_path_factory):
+    """The reports of all runs and of one alone, as two calls soon after each other write them."""
+    _, trials, images = comparison
+    one = [t for t in trials if (t.variant, t.seed) == ("control", 0)]
+    its = images[(images["variant"] == "control") & (images["seed"] == 0)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report.cfg, "ROOT", tmp_path_factory.mktemp("root"))
+        return [
+            report.write_report(trials, images, gallery=3, command="as typed"),
+            report.write_report(one, its),
+        ]
+
+
+@pytest.fixture
+def runs(comparison, tmp_path):
+    """A copy of the runs, to be spoilt."""
+    return shutil.copytree(comparison[0].runs, tmp_path / "runs")
+
+
+def change(runs, name, **fields):
+    """Writes other values into a run's configuration: data__maps is config["data"]["maps"]."""
+    file = runs / name / "config.json"
+    config = json.loads(file.read_text())
+    for path, value in fields.items():
+        *parts, last = path.split("__")
+        inner = config
+        for part in parts:
+            inner = inner[part]
+        inner[last] = value
+    file.write_text(json.dumps(config))
+
+
+# ------------------------------------------------------------------------------------- which runs
+
+
+def test_runs_are_found_by_name_or_path_and_seeds_are_one_variant(comparison):
+    config, _, _ = comparison
+    names = ["ft-s0", str(config.runs / "ft-s1"), "control-s0"]
+    trials = report.load_trials(names, config.runs)
+    assert [(t.variant, t.seed) for t in trials] == [("ft", 0), ("ft", 1), ("control", 0)]
+    assert report.yardstick_variant(trials) == "control"
+    assert report.yardstick_variant(trials[:2]) == "ft"
+    assert report.yardstick_variant(trials, "ft") == "ft"
+    with pytest.raises(ValueError, match='--against is "none", but the models are ft, control'):
+        report.yardstick_variant(trials, "none")
+    with pytest.raises(ValueError, match=r'"ft" has seeds \[1\] and "control" \[0\]'):
+        report.yardstick_variant(trials[1:])
+
+
+def test_runs_that_are_not_there_are_named(runs):
+    with pytest.raises(FileNotFoundError, match=r"no run nope in .*there: control-s0, control-s1"):
+        report.load_trials(["nope"], runs)
+    with pytest.raises(ValueError, match="no run is named"):
+        report.load_trials([], runs)
+    (runs / "ft-s0" / "last.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="is no finished run"):
+        report.load_trials(["ft-s0"], runs)
+    (runs / "ft-s0" / "result.json").write_text("{}")  # of a sweep
+    with pytest.raises(FileNotFoundError, match="--keep-weights"):
+        report.load_trials(["ft-s0"], runs)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"data__seed": 7}, "differ in their data .seed is 0 and 7."),
+        ({"data__image_size": [32, 32]}, "differ in their data .image_size"),
+        ({"model__overrides__patch_size": 8}, r"differ in the patch grid .\(4, 4\) and \(8, 8\)."),
+    ],
+)
+def test_runs_of_other_items_are_not_compared(fields, says, runs):
+    change(runs, "control-s0", **fields)
+    with pytest.raises(ValueError, match=says):
+        report.load_trials(["ft-s0", "control-s0"], runs)
+
+
+def test_runs_of_other_classes_are_not_compared(runs):
+    file = runs / "control-s0" / "classes.json"
+    classes = json.loads(file.read_text())
+    file.write_text(json.dumps(["else", *classes[1:]]))
+    with pytest.raises(ValueError, match=f"differ in their classes .{classes[0]} and else"):
+        report.load_trials(["ft-s0", "control-s0"], runs)
+
+
+def test_one_variant_is_one_configuration_and_each_seed_once(runs):
+    with pytest.raises(ValueError, match='are both "ft" of seed 0'):
+        report.load_trials(["ft-s0", "ft-s0"], runs)
+    change(runs, "ft-s1", train__lr=1.0)
+    with pytest.raises(ValueError, match=r'one variant, "ft", but train.lr is 1.0'):
+        report.load_trials(["ft-s0", "ft-s1"], runs)
+
+
+def test_one_set_of_human_maps_measures_all(runs):
+    change(runs, "control-s0", data__maps="none", data__flip=0.0)
+    trials = report.load_trials(["control-s0", "ft-s0"], runs)
+    dataset = report.common_dataset(trials, "test", "control")
+    assert dataset.config.maps == "gaze" and dataset.table["has_map"].any()
+    images = report.measure_runs(trials, dataset, runs / "tokens")
+    assert images["cc"].notna().mean() > 0.9
+
+
+# ------------------------------------------------------------------------------------ measurements
+
+
+def test_runs_measure_as_trials_do(comparison):
+    config, _, images = comparison
+    trials = report.load_trials(["control-s1"], config.runs, "best")
+    dataset = report.common_dataset(trials, "test", "control")
+    found = report.measure_runs(trials, dataset, config.runs / "tokens")
+    part = images[(images["variant"] == "control") & (images["seed"] == 1)].reset_index(drop=True)
+    pd.testing.assert_frame_equal(found, part)
+    val = report.common_dataset(trials, "val", "control")
+    assert len(report.measure_runs(trials, val, config.runs / "tokens", "best")) == len(val) == 16
+
+
+def test_values_by_image_average_to_the_summary(comparison):
+    _, _, images = comparison
+    part = images[(images["variant"] == "control") & (images["seed"] == 0)]
+    values, names = report.values_by_image(part)
+    summary = evaluate.summarise(part)
+    assert {"top1", "cc", "conflicting", "agreeing", "on_decoy", "sigmoid"} <= set(names)
+    for name in names:
+        assert values[name].mean() == pytest.approx(summary[name], nan_ok=True), name
+
+
+def test_the_calibration_error_is_that_of_torchmetrics():
+    generator = torch.Generator().manual_seed(0)
+    scores = (3 * torch.randn(200, 5, generator=generator)).softmax(-1)
+    scores[0] = torch.tensor([1.0, 0, 0, 0, 0])  # as sure as can be
+    labels = torch.randint(5, (200,), generator=generator)
+    confidence, predicted = scores.max(-1)
+    images = pd.DataFrame({"confidence": confidence.numpy(), "top1": (predicted == labels).numpy()})
+    images = images.assign(variant="a", seed=0)
+    found = evaluate.expected_calibration_error(images, bins=10)
+    expected = multiclass_calibration_error(scores[1:], labels[1:], 5, n_bins=10)
+    without = evaluate.expected_calibration_error(images[1:], bins=10)
+    assert without == pytest.approx(expected.item(), abs=1e-6)
+    bins = report.calibration(images, bins=10)
+    gaps = (bins["confidence"] - bins["accuracy"]).abs() * bins["images"] / 200
+    assert len(bins) == 10 and bins["images"].sum() == 200
+    assert found == pytest.approx(gaps.sum(), abs=1e-6) and found > 0.1
+
+
+# ------------------------------------------------------------------------------------------ report
+
+
+def test_the_report_holds_everything_and_never_overwrites(comparison, written):
+    _, trials, images = comparison
+    first, second = written
+    assert first != second and first.parent == second.parent and first.parent.name == "result"
+    names = {path.name for path in first.iterdir()}
+    figures = {
+        f"{name}.{kind}"
+        for name in ("comparison", "p_true", "history", "calibration", "attention", "accuracy_cc")
+        for kind in ("png", "pdf")
+    }
+    tables = {"table", "seeds", "images", "baselines", "misclassified", "calibration", "tests"}
+    tables = {f"{name}.csv" for name in tables} | {"table.md", "tests.md"}
+    assert names == figures | tables | {"result.txt", "config", "gallery.html", "gallery"}
+    of_two = {"gallery.html", "gallery", "tests.csv", "tests.md"}  # one model has no other
+    assert {path.name for path in second.iterdir()} == names - of_two
+    assert len(list((first / "config").glob("*.json"))) == len(trials)
+    assert len(pd.read_csv(first / "images.csv")) == len(images)
+    wrong = pd.read_csv(first / "misclassified.csv")
+    assert len(wrong) == (~images["top1"]).sum() and not wrong["top1"].any()
+    text = (first / "result.txt").read_text()
+    for words in (
+        "as typed",
+        torch.__version__,
+        "HITL all blocks",
+        "human ceiling",
+        'minus "contr',
+    ):
+        assert words in text
+    rows = read_summary(first.parent / "summary.csv")
+    assert [row["result"] for row in rows] == [first.name] * len(trials) + [second.name]
+    seeds = pd.read_csv(first / "seeds.csv")
+    assert [float(row["cc"]) for row in rows[:8]] == pytest.approx(list(seeds["cc"]))
+
+
+def test_the_table_has_means_spread_and_interval_and_the_maps_of_no_model(written, comparison):
+    table = pd.read_csv(written[0] / "table.csv").set_index("model")
+    assert list(table.index[-4:]) == ["human ceiling", "mean map", "another image", "uniform"]
+    control = pd.read_csv(written[0] / "seeds.csv").query("variant == 'control'")
+    row = table.loc["control"]
+    assert row["cc"] == pytest.approx(control["cc"].mean())
+    assert row["cc_std"] == pytest.approx(control["cc"].std())
+    assert row["cc_low"] < row["cc"] < row["cc_high"]
+    assert row["ece"] == pytest.approx(control["ece"].mean()) and "ece_low" not in table
+    words = (written[0] / "table.md").read_text()
+    assert f"{row['cc']:.3f} ± {row['cc_std']:.3f} [{row['cc_low']:.3f}, {row['cc_high']:.3f}]" in (
+        words
+    )
+    lines = words.splitlines()
+    assert len({line.count(" | ") for line in lines}) == 1 and len(lines) == 2 + len(table)
+
+
+def test_a_pipe_in_a_name_does_not_end_a_markdown_cell():
+    assert report.markdown(pd.DataFrame({"a|b": ["c|d"]})) == "| a\\|b |\n| --- |\n| c\\|d |\n"
+
+
+def test_the_tests_are_of_the_others_against_the_control(written):
+    tests = pd.read_csv(written[0] / "tests.csv")
+    assert set(tests["variant"]) == {"fine-tuned", "HITL last block", "HITL all blocks"}
+    assert set(tests["against"]) == {"control"} and (tests["seeds"] == 2).all()
+    assert (tests["p_holm"] >= tests["p"]).all()
+    seeds = pd.read_csv(written[0] / "seeds.csv").groupby("variant")["top1"].mean()
+    top1 = tests[tests["metric"] == "top1"].set_index("variant")
+    for name in top1.index:
+        assert top1.loc[name, "difference"] == pytest.approx(seeds[name] - seeds["control"])
+        fixed, broken = top1.loc[name, ["fixed", "broken"]]
+        assert (fixed - broken) / (24 * 2) == pytest.approx(top1.loc[name, "difference"])
+
+
+# ----------------------------------------------------------------------------------------- gallery
+
+
+class Page(HTMLParser):
+    """Links and text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.text = " ".join(self.text.split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attrs if name == "src"]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def small_images():
+    """Four images, two variants and seeds; control is right on the first two."""
+    rows = []
+    for variant, right in (("control", "1100"), ("better", "0111")):
+        for seed in (0, 1):
+            for image, is_right in enumerate(right):
+                one = {"variant": variant, "seed": seed, "image_id": 50 + image, "predicted": image}
+                one |= {"class_name": "c", "top1": is_right == "1", "confidence": 0.5}
+                rows.append(one | {"p_true": 0.1 * image * (variant == "better") + 0.1 * seed})
+    return pd.DataFrame(rows)
+
+
+def test_changes_are_told_image_by_image_and_seed_by_seed():
+    changes = gallery.changed_predictions(small_images(), "control")
+    found = list(zip(changes["kind"], changes["image_id"], changes["seed"], strict=True))
+    broken, fixed = [("broken", 50, s) for s in (0, 1)], [("fixed", i, s) for i in (52, 53)
+                                                          for s in (0, 1)]  # fmt: skip
+    assert found == broken + fixed
+    assert list(changes["position"]) == [0, 0, 2, 2, 3, 3]
+    assert changes["change"].to_list() == pytest.approx([0, 0, 0.2, 0.2, 0.3, 0.3])
+    assert gallery.changed_predictions(small_images(), "better")["kind"].to_list() == (
+        ["fixed", "fixed", "broken", "broken", "broken", "broken"]
+    )
+
+
+def test_the_rules_choose_what_they_say():
+    changes = gallery.changed_predictions(small_images(), "control")
+    first = gallery.choose(changes, 1)
+    assert list(first["image_id"]) == [50, 52] and (first["seed"] == 0).all()
+    assert sorted(gallery.choose(changes, 1, "change")["image_id"]) == [50, 53]
+    assert len(gallery.choose(changes, 9)) == len(changes)
+
+
+def test_the_page_shows_what_it_counts_and_its_pictures_are_there(written, comparison):
+    _, _, images = comparison
+    page = Page((written[0] / "gallery.html").read_text())
+    changes = gallery.changed_predictions(images, "control")
+    counts = changes.groupby(["variant", "kind"]).size()
+    for (variant, kind), count in counts.items():
+        assert re.search(rf"{variant}:[^()]*\b{count} {kind}", page.text)
+        assert f"{kind.capitalize()} {min(3, count)} of {count} shown" in page.text
+    cards = counts.clip(upper=3).sum()
+    assert page.tags.count("article") == cards > 3
+    assert page.tags.count("img") == 4 * cards
+    for source in page.sources:  # relative: the folder can be moved
+        picture = np.array(Image.open(written[0] / source).convert("RGB"))
+        assert picture.shape == (280, 280, 3) and picture.std() > 1
+    on_disk = {f"gallery/{path.name}" for path in (written[0] / "gallery").iterdir()}
+    assert on_disk == set(page.sources)
+
+
+def test_names_are_escaped_and_an_image_without_a_map_says_so(comparison, tmp_path):
+    _, trials, images = comparison
+    evil = "<script>alert(1)</script> & |"
+    dataset = report.common_dataset(trials, "test", "control")
+    dataset.classes = [evil] * len(dataset.classes)
+    dataset._valid[:] = False
+    renamed = {"HITL last block": evil}
+    part = images.replace({"variant": renamed}).assign(class_name=evil)
+    others = [evaluate.Trial(renamed.get(t.variant, t.variant), t.seed, t.run) for t in trials]
+    changes = gallery.changed_predictions(part, "control")
+    text = gallery.write_gallery(tmp_path, others, dataset, changes, "control", 1).read_text()
+    page = Page(text)
+    assert "<script" not in text and "script" not in page.tags
+    assert evil in page.text and "no map" in page.text
+    assert page.tags.count("img") == 3 * page.tags.count("article")

@@ -158,6 +158,9 @@ def evaluate_runs(
     out: Path | None = None,
     gallery: int = 12,
     gallery_rule: Literal["order", "change"] = "order",
+    erase: int = 0,
+    curves: int = 0,
+    tokens: int = 0,
 ) -> None:
     """Measure trained models side by side: tables, paired tests, figures, a gallery page.
 
@@ -173,8 +176,12 @@ def evaluate_runs(
         gallery: pictures whose prediction was fixed, and as many that were broken, for each model
             on the gallery page; 0 makes no page.
         gallery_rule: the first in the order of the data set, or the largest changes.
+        erase: is the attention causal? Erase what a model looks at, on so many images, about 10
+            forward passes each; 0 does not ask.
+        curves: deletion and insertion curves of so many images, about 60 forward passes each.
+        tokens: outlying tokens and attention on background of so many images.
     """
-    from lib import report
+    from lib import probes, report
     from lib.files import make_folder
     from lib.summary import read_summary
 
@@ -187,10 +194,12 @@ def evaluate_runs(
     if gallery < 0:
         raise ValueError(f"gallery is {gallery}; use 0 for no gallery, or a number of pictures")
     dataset = report.common_dataset(trials, split, against)
+    probed = probes.probe(trials, dataset, erase, curves, tokens, which)
     images = report.measure_runs(trials, dataset, config.runs / "tokens", which)
     folder = report.write_report(
-        trials, images, out, against, split, which, gallery, gallery_rule, _called(), dataset
-    )
+        trials, images, out, against, split, which, gallery, gallery_rule, _called(), dataset,
+        probed,
+    )  # fmt: skip
     print((folder / "result.txt").read_text(encoding="utf-8"))
     print(f"figures and tables: {folder}")
 

@@ -380,25 +380,34 @@ def curves(table: pd.DataFrame, hue: str | None = None) -> Figure:
 
     Args:
         table: columns curve ("deletion", "insertion"), fraction, p_true, one row an image, curve
-            and fraction. hue: a column that tells lines apart, e.g. variant or order.
+            and fraction; variant where there are several models, which get a row of panels each.
+            hue: a column that tells lines apart, e.g. order; 7 values at most.
     """
-    names = list(dict.fromkeys(table[hue])) if hue else [""]
+    table = table.assign(variant=table.get("variant", ""), hue=table[hue] if hue else "")
+    models = list(dict.fromkeys(table["variant"]))
     panels = {
-        "deletion": ("Patches leave the picture: a small area is good", "patches taken out"),
-        "insertion": ("Patches enter a blurred picture: a large area is good", "patches put in"),
+        "deletion": ("patches leave the picture: a small area is good", "patches taken out"),
+        "insertion": ("patches enter a blurred picture: a large area is good", "patches put in"),
     }
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    for axis, (curve, (words, what)) in zip(axes, panels.items(), strict=True):
-        for name, colour in zip(names, PALETTE, strict=False):
-            chosen = (table["curve"] == curve) & (table[hue] == name if hue else True)
-            mean = table[chosen].groupby("fraction")["p_true"].mean()
-            area = np.trapezoid(mean, mean.index)
-            label = f"{name}: area {area:.2f}" if hue else f"area {area:.2f}"
-            axis.plot(mean.index, mean, "o-", ms=3, color=colour, label=label)
-        axis.set(title=words, xlabel=f"share of {what}", xlim=(0, 1), ylim=(0, 1))
-        axis.title.set_fontsize(9)
-        axis.legend(frameon=False, fontsize=8)
-    axes[0].set_ylabel("probability of the true class")
+    figure, grid = plt.subplots(
+        len(models), 2, figsize=(9, 2.9 * len(models) + 0.7), squeeze=False, sharex=True,
+        sharey=True, layout="constrained",
+    )  # fmt: skip
+    colours = dict(zip(dict.fromkeys(table["hue"]), PALETTE, strict=False))
+    for axes, model in zip(grid, models, strict=True):
+        for axis, (curve, (words, what)) in zip(axes, panels.items(), strict=True):
+            part = table[(table["curve"] == curve) & (table["variant"] == model)]
+            for name, rows in part.groupby("hue", sort=False):
+                mean = rows.groupby("fraction")["p_true"].mean()
+                area = np.trapezoid(mean, mean.index)
+                label = f"{name}: area {area:.2f}" if hue else f"area {area:.2f}"
+                axis.plot(mean.index, mean, "o-", ms=3, color=colours[name], label=label)
+            axis.set(title=f"{model}: {words}" if model else words, xlim=(0, 1), ylim=(0, 1))
+            axis.title.set_fontsize(9)
+            axis.legend(frameon=False, fontsize=8)
+            if axes is grid[-1]:
+                axis.set_xlabel(f"share of {what}")
+        axes[0].set_ylabel("p (true class)")
     count = table["index"].nunique()
     figure.suptitle(f"Patches of {count} pictures taken out and put in, step by step", fontsize=11)
     return figure

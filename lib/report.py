@@ -21,10 +21,11 @@ import torch
 from tqdm.auto import tqdm
 
 from lib import config as cfg
-from lib import plots, statistics
+from lib import plots, probes, statistics
 from lib.config import RunConfig
 from lib.data import BirdDataset
 from lib.evaluate import (
+    ALIGNMENT,
     COLUMNS,
     Trial,
     below_one,
@@ -287,7 +288,8 @@ def result_table(seeds: pd.DataFrame, spans: pd.DataFrame, baselines: pd.DataFra
 
 def in_words(table: pd.DataFrame) -> pd.DataFrame:
     """`result_table` for readers: "mean ± std [low, high]" of the columns that are shown."""
-    shown = {k: w for k, w in (COLUMNS | ECE).items() if k in table and table[k].notna().any()}
+    words = COLUMNS | ALIGNMENT | ECE
+    shown = {k: w for k, w in words.items() if k in table and table[k].notna().any()}
 
     def cell(row: pd.Series, name: str) -> str:
         text = f"{row[name]:.3f}" if pd.notna(row[name]) else "–"
@@ -342,6 +344,7 @@ def write_report(
     rule: Rule = "order",
     command: str = "",
     dataset: BirdDataset | None = None,
+    probed: dict[str, pd.DataFrame] | None = None,
 ) -> Path:
     """Tables, tests, figures, gallery and configurations of an evaluation in one folder.
 
@@ -354,17 +357,19 @@ def write_report(
         gallery: pictures a variant and kind (fixed, broken) on the page; 0 makes no page.
         rule: how they are chosen. command: what was called, for result.txt.
         dataset: `common_dataset`, where the caller has it already.
+        probed: tables of `lib.probes.probe`, to be written, drawn and told of as well.
 
     Returns:
         the folder:
         result.txt         everything that can be read in a terminal
-        table.csv, .md     a row a model, and a map that no model made; see `result_table`
+        table.csv          a row a model, and a map that no model made; see `result_table`
+        table.md           the same for readers, a column a model
         seeds.csv          a row a run; images.csv a row a run and image; misclassified.csv of them
         tests.csv, .md     `lib.statistics.paired_tests`, where there are two models or more
         calibration.csv    `calibration`; baselines.csv the maps that no model made
         config/*.json      the configuration of every run
         *.png, *.pdf       comparison, p_true, history, calibration, attention, and where there are
-                           human maps: accuracy_cc
+                           human maps: accuracy_cc; of what was probed its tables and figures
         gallery.html       `lib.gallery.write_gallery`, where there are two models or more
         A row a run is added to summary.csv beside the folder.
     """
@@ -390,7 +395,7 @@ def write_report(
         "misclassified": images[~images["top1"].astype(bool)],
         "calibration": bins,
     }
-    write_text(folder / "table.md", markdown(in_words(table).reset_index()))
+    write_text(folder / "table.md", markdown(in_words(table).T.rename_axis("").reset_index()))
     if len(tests):
         tables["tests"] = tests
         write_text(folder / "tests.md", markdown(tests_in_words(tests)))
@@ -400,6 +405,7 @@ def write_report(
         file = folder / "config" / f"{run_name(trial.variant, trial.seed)}.json"
         write_text(file, cfg.to_json(trial.run.config))
     _write_figures(folder, trials, dataset, images, seeds, bins, baselines, split, which)
+    _save_figures(folder, probes.write(folder, probed or {}))
     changes = changed_predictions(images, against)
     if gallery and len(tests):
         write_gallery(folder, trials, dataset, changes, against, gallery, rule, which, split)
@@ -414,7 +420,9 @@ def write_report(
         "torch": torch.__version__,
         "timm": timm.__version__,
     }
-    write_text(folder / "result.txt", _result_text(head, table, tests, against))
+    text = _result_text(head, table, tests, against)
+    told = probes.in_words(probed or {})
+    write_text(folder / "result.txt", f"{text}\n{told}\n" if told else text)
     append_summary(
         folder.parent / "summary.csv",
         _summary_rows(folder, trials, seeds, dataset, split, which, head["date"]),
@@ -455,6 +463,11 @@ def _write_figures(
         human = baselines.loc[baselines["map"] == "human", "cc"]
         ceiling = float(human.iloc[0]) if len(human) else None
         figures["accuracy_cc"] = plots.accuracy_and_alignment(seeds, ceiling, split)
+    _save_figures(folder, figures)
+
+
+def _save_figures(folder: Path, figures: dict[str, plots.Figure]) -> None:
+    """Each as PNG and as PDF."""
     for name, figure in figures.items():
         for kind in ("png", "pdf"):
             content = io.BytesIO()

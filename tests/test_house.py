@@ -64,9 +64,11 @@ MAY_IMPORT = {
     "summary": {"files"},
     "gallery": {"data", "evaluate", "files", "metrics", "model", "plots"},
     "report": {"config", "data", "evaluate", "files", "gallery", "plots", "runs", "statistics"}
-    | {"summary", "train"},
+    | {"summary", "train", "probes"},
+    "probes": {"artefacts", "causal", "data", "evaluate", "files", "model", "plots", "train"},
     "__main__": {
         "evaluate",
+        "probes",
         "report",
         "summary",
         "sweep",

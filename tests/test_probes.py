@@ -67,10 +67,8 @@ def test_the_command_asks_and_tells(asked, monkeypatch, tmp_path, capsys):
     run = asked[0][0].run
     monkeypatch.setenv("RUNS_DIR", str(run.folder.parents[1]))
     out = tmp_path / "out"
-    assert (
-        main(["evaluate", str(run.folder), "--erase", "3", "--gallery", "0", "--out", str(out)])
-        == 0
-    )
+    command = ["evaluate", str(run.folder), "--out", str(out), "--gallery", "0", "--erase"]
+    assert main([*command, "3"]) == 0
     assert "most attended patches" in capsys.readouterr().out
     assert {"erasing.csv", "erasing.png", "erasing.pdf"} <= {path.name for path in out.iterdir()}
     assert main([*command, "-3"]) == 2

@@ -386,14 +386,13 @@ def write_report(
     table = result_table(seeds, spans, baselines)
     tested = [n for n in (*COLUMNS, "p_true") if n in names and values[n].notna().any()]
     tests = statistics.paired_tests(values, against, tested, CONFIDENCE)
-    bins = calibration(images)
     tables = {
         "table": table.reset_index(),
         "seeds": seeds,
         "images": images,
         "baselines": baselines,
         "misclassified": images[~images["top1"].astype(bool)],
-        "calibration": bins,
+        "calibration": calibration(images),
     }
     write_text(folder / "table.md", markdown(in_words(table).T.rename_axis("").reset_index()))
     if len(tests):
@@ -404,7 +403,7 @@ def write_report(
     for trial in trials:
         file = folder / "config" / f"{run_name(trial.variant, trial.seed)}.json"
         write_text(file, cfg.to_json(trial.run.config))
-    _write_figures(folder, trials, dataset, images, seeds, bins, baselines, split, which)
+    _write_figures(folder, trials, dataset, images, seeds, baselines, split, which)
     _save_figures(folder, probes.write(folder, probed or {}))
     changes = changed_predictions(images, against)
     if gallery and len(tests):
@@ -436,21 +435,13 @@ def _write_figures(
     dataset: BirdDataset,
     images: pd.DataFrame,
     seeds: pd.DataFrame,
-    bins: pd.DataFrame,
     baselines: pd.DataFrame,
     split: Split,
     which: Which,
 ) -> None:
     first = {t.variant: t.run for t in reversed(trials)}  # of every variant its first run
     first = {name: first[name] for name in dict.fromkeys(t.variant for t in trials)}
-    # Over all seeds together: a line a model, not a line a run.
-    pooled = bins.assign(
-        confidence=bins["confidence"] * bins["images"], accuracy=bins["accuracy"] * bins["images"]
-    )
-    pooled = pooled.groupby(["variant", "low", "high"], sort=False).sum(numeric_only=True)
-    pooled = pooled.reset_index()
-    for name in ("confidence", "accuracy"):
-        pooled[name] /= pooled["images"].where(pooled["images"] > 0)
+    pooled = calibration(images.assign(seed="all"))  # a line a model, not a line a run
     errors = seeds.groupby("variant", sort=False)["ece"].mean().to_dict()
     figures = {
         "comparison": plots.comparison(seeds, COLUMNS, split),

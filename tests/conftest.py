@@ -17,7 +17,9 @@ from hypothesis import settings
 from PIL import Image
 
 from lib.config import Config, DataConfig, ModelConfig, preset
+from lib.data import BirdDataset
 from lib.model import SigmoidViT
+from lib.runs import dataset_for, fine_tuning
 
 matplotlib.use("Agg")
 settings.register_profile("lib", deadline=None, max_examples=40)
@@ -123,6 +125,14 @@ def tiny_config(runs: Path) -> Config:
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
     return tiny_config(tmp_path / "runs")
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> tuple[SigmoidViT, BirdDataset]:
+    """A model of 3 blocks with lively attention, and 24 test pictures of 16 patches."""
+    config = tiny_config(tmp_path_factory.mktemp("runs"))
+    model = SigmoidViT(tiny_vit(classes=8))
+    return model, dataset_for(model, fine_tuning(config, 0), "test", augment=False)
 
 
 @pytest.fixture(scope="session")

@@ -7,21 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import images_for, tiny_config, tiny_vit
+from conftest import images_for
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lib import artefacts, plots
-from lib.model import SigmoidViT
-from lib.runs import dataset_for, fine_tuning
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    """A model of 3 blocks and 24 test pictures of 16 patches."""
-    config = tiny_config(tmp_path_factory.mktemp("runs"))
-    model = SigmoidViT(tiny_vit(classes=8))
-    return model, dataset_for(model, fine_tuning(config, 0), "test", augment=False)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import tiny_config, tiny_vit
+from conftest import tiny_vit
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,17 +16,8 @@ from lib.attention import LADDER, AttentionEdit
 from lib.evaluate import decoy_cover
 from lib.losses import REGION
 from lib.model import SigmoidViT
-from lib.runs import dataset_for, fine_tuning
 
 WHATS = [causal.MOST, causal.REGION_NAME, causal.SAME_NUMBER, causal.SAME_MASS]
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    """A model of 3 blocks with lively attention on 24 test pictures of 16 patches."""
-    config = tiny_config(tmp_path_factory.mktemp("runs"))
-    model = SigmoidViT(tiny_vit(classes=8))
-    return model, dataset_for(model, fine_tuning(config, 0), "test", augment=False)
 
 
 @pytest.fixture(scope="module")

@@ -698,6 +698,7 @@ def choices(table: pd.DataFrame, by: str, panels: Mapping[str, str], title: str)
         sns.stripplot(table, x=column, y=by, order=names, color="black", size=3.5, jitter=False,
                       alpha=0.6, ax=axis)  # fmt: skip
         axis.grid(axis="y", color="0.9")
+        axis.locator_params(axis="x", nbins=4)
         axis.set(title=words, xlabel="", ylabel="")
         axis.title.set_fontsize(9)
     figure.suptitle(title, fontsize=10)

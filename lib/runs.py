@@ -61,10 +61,14 @@ class Run:
                 raise FileNotFoundError(f"{folder} is no finished run: it has no {name}; train it")
         run = cls(folder, cfg.from_json(RunConfig, (folder / "config.json").read_text()))
         made, wanted = len(run.history), run.config.train.epochs
-        if made < wanted or not (folder / "last.safetensors").is_file():
+        if made < wanted:
             raise FileNotFoundError(
                 f"{folder} is no finished run: it stopped after {made} of {wanted} epochs; resume "
                 "it (`python -m lib train ... --resume`, or the same call again)"
+            )
+        if not (folder / "last.safetensors").is_file():
+            raise FileNotFoundError(
+                f"{folder} has no weights: a sweep keeps none without --keep-weights; train it again"
             )
         return run
 

@@ -112,3 +112,10 @@ def test_a_run_folder_that_is_read_only_is_one_sentence(config, monkeypatch):
     monkeypatch.setattr(runs.FileLock, "acquire", denied)  # root may write everywhere
     with pytest.raises(StorageError, match="ft cannot be written to"):
         train_run("ft", fine_tuning(config, 0), config.runs)
+
+
+def test_a_finished_run_without_weights_says_so(config):
+    run = train_run("ft", fine_tuning(config, 0), config.runs)
+    (run.folder / "last.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="ft has no weights: a sweep keeps none"):
+        Run.load(run.folder)

@@ -54,9 +54,8 @@ def sim(attention: Tensor, human: Tensor) -> Tensor:
 def kl(attention: Tensor, human: Tensor) -> Tensor:
     """KL(human || attention) in nats, both made to sum to 1: `[...]`, 0 is best.
 
-    Patches where the attention is exactly 0 and people looked weigh 36 nats each: a map that was cut
-    off (a reader's, rendered to three standard deviations) is punished for its cut, which softmax
-    attention never has.
+    Mass of people where the attention is exactly 0 counts 36 nats: a map that was cut off (that of
+    a reader, rendered to three standard deviations) is punished for its cut; softmax never has one.
     """
     p, q = _distribution(human), _distribution(attention)
     return (p * torch.log(p / (q + TINY) + TINY)).sum(-1)

@@ -68,7 +68,8 @@ class Run:
             )
         if not (folder / "last.safetensors").is_file():
             raise FileNotFoundError(
-                f"{folder} has no weights: a sweep keeps none without --keep-weights; train it again"
+                f"{folder} has no weights: a sweep keeps none without --keep-weights; train it "
+                "again"
             )
         return run
 

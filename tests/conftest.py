@@ -29,7 +29,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 # Files that `make test` runs in one process, as they share something dear; others go one by one.
 TOGETHER = {
-    "trained models": r"notebooks/0[2-5]",
+    "trained models": r"notebooks/0[2-57]",
     # Notebook 06 is opened in the browser as well, and then finds its model trained.
     "the browser and its servers": r"tests/browser/|notebooks/06",
 }

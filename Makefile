@@ -22,8 +22,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 # Only the tests of the metrics need it, and it is built by a C compiler: without one, they skip.
 $(VENV)/pysaliency: $(VENV)/installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[pysaliency]' \
-		|| echo 'pysaliency could not be built (no C compiler?); its tests will be skipped'
-	touch $@
+		&& touch $@ || echo 'pysaliency could not be built (no C compiler?); its tests are skipped'
 
 demo: $(VENV)/installed ## the whole experiment on drawn birds, about 2 minutes
 	$(BIN)/python -m lib demo --seeds $(SEEDS)

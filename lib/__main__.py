@@ -176,9 +176,9 @@ def evaluate_runs(
         gallery: pictures whose prediction was fixed, and as many that were broken, for each model
             on the gallery page; 0 makes no page.
         gallery_rule: the first in the order of the data set, or the largest changes.
-        erase: is the attention causal? Erase what a model looks at, on so many images, about 10
+        erase: is the attention causal? Erase what a model looks at, on so many images, about 12
             forward passes each; 0 does not ask.
-        curves: deletion and insertion curves of so many images, about 60 forward passes each.
+        curves: deletion and insertion curves of so many images, about 80 forward passes each.
         tokens: outlying tokens and attention on background of so many images.
     """
     from lib import probes, report

@@ -104,11 +104,13 @@ def best_at_no_cost(
     """The setting with the highest alignment whose accuracy is not below the control's.
 
     Args:
-        tolerance: how far below the control's the mean accuracy may be.
+        tolerance: how far below the control's the mean accuracy may be. A mean over few seeds is
+            uncertain, and this takes the best of many: confirm what it finds.
 
     Returns:
-        its row of `by_setting`; None where no setting keeps the accuracy.
+        its row of `by_setting`; None where no setting keeps the accuracy. One of which a seed
+        diverged is not considered.
     """
-    trained = settings[settings["loss"] != "control"]
+    trained = settings[(settings["loss"] != "control") & (settings["diverged"] == 0)]
     allowed = trained[trained[f"{accuracy}_gain"] >= -tolerance]
     return None if allowed.empty else allowed.loc[allowed[aligned].idxmax()]

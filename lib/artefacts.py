@@ -76,7 +76,9 @@ def read_tokens(
         found["attention"].append(torch.stack(attention, dim=1))
         found["contrast"].append(_contrast(batch["image"], dataset.grid))
     arrays = {name: torch.cat(parts).numpy() for name, parts in found.items()}
-    boxes = dataset.table[["x0", "y0", "x1", "y1"]].to_numpy(np.float64)[arrays["index"]]
+    boxes = np.full((len(arrays["index"]), 4), np.nan)
+    if "x0" in dataset.table:
+        boxes = dataset.table[["x0", "y0", "x1", "y1"]].to_numpy(np.float64)[arrays["index"]]
     has_box = np.isfinite(boxes).all(axis=1)
     size = tuple(dataset.config.image_size)
     covers = np.stack([box_map(box, size, dataset.grid).ravel() for box in boxes])

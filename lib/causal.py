@@ -30,7 +30,9 @@ from lib.model import SigmoidViT
 
 SHARE = 0.1  # of the patches: how many "most attended" are unless k says otherwise
 MOST, REGION_NAME = "most attended", "people's region"
+# Controls of the two: random patches outside of what they are held against.
 SAME_NUMBER, SAME_MASS = "random, same number", "random, same mass"
+AS_REGION = "random, as many as the region"
 
 # --------------------------------------------------------------------------------- the edit ladder
 
@@ -148,7 +150,7 @@ def erase(
 
     Returns:
         the rows of `edit_ladder` in which something was erased: none of "no edit", and none of
-        "people's region" for an image without a human map.
+        people's region, or of as many patches, for an image without a human map.
     """
     table = edit_ladder(
         model, dataset, partial(cells_to_erase, k=k, seed=seed), 0.0, images, rungs, batch_size
@@ -166,13 +168,14 @@ def cells_to_erase(
         attention: `[B, P]`, non-negative.
         k: how many patches "most attended" are; a tenth by default.
         seed: of the random choices, which depend on it and on an image's index alone, and are
-            nested: the same number and the same mass are two lengths of one random order.
+            nested: they are taken from the front of one random order.
 
     Returns:
-        bool `[B, P]` each. "most attended": the k with most attention. "people's region": where the
-        human map is at least `REGION` of its maximum; empty without a map. "random, same number":
-        k patches. "random, same mass": as many as it takes to reach the mass of the most attended.
-        Random means of all patches: some of those with most attention may be among them.
+        bool `[B, P]` each. "most attended": the k with most attention. "random, same number": k of
+        the others. "random, same mass": as many of the others as it takes to reach the mass of the
+        most attended, or all of them where they hold less. "people's region": where the human map
+        is at least `REGION` of its maximum; empty without a map. "random, as many as the region":
+        of the patches outside of it.
 
     Raises:
         ValueError: k below 1, or more than there are patches.
@@ -184,27 +187,30 @@ def cells_to_erase(
     most = torch.zeros_like(attention, dtype=torch.bool)
     most.scatter_(1, attention.topk(k).indices, True)
     human = torch.where(batch["valid"], batch["human"], 0.0)
-    number, mass = torch.zeros_like(most), torch.zeros_like(most)
+    region = (human > 0) & (human >= REGION * human.amax(-1, keepdim=True))
+    number, mass, as_region = (torch.zeros_like(most) for _ in range(3))
     for row, index in enumerate(batch["index"].tolist()):
         order = torch.from_numpy(np.random.default_rng((seed, index)).permutation(patches))
-        number[row, order[:k]] = True
-        count = patches_to_reach(attention[row, order], attention[row, most[row]])
-        mass[row, order[:count]] = True
+        others = order[~most[row, order]]
+        number[row, others[:k]] = True
+        count = patches_to_reach(attention[row, others], attention[row, most[row]])
+        mass[row, others[:count]] = True
+        as_region[row, order[~region[row, order]][: int(region[row].sum())]] = True
     return {
         MOST: most,
-        REGION_NAME: (human > 0) & (human >= REGION * human.amax(-1, keepdim=True)),
         SAME_NUMBER: number,
         SAME_MASS: mass,
+        REGION_NAME: region,
+        AS_REGION: as_region,
     }
 
 
 def patches_to_reach(ordered: Tensor, chosen: Tensor) -> int:
-    """How many of `ordered` `[P]`, taken from the front, have the mass of `chosen` `[k]` at least.
+    """How many of `ordered` `[n]`, taken from the front, have the mass of `chosen` `[k]` at least.
 
-    `chosen` are k of the same patches, so that P of them always do.
+    n where they have less all together.
     """
     reached = ordered.double().cumsum(0) < chosen.double().sum()
-    # Two orders of one sum may differ in the last digit; all the patches are enough.
     return min(int(reached.sum()) + 1, len(ordered))
 
 
@@ -229,7 +235,7 @@ def sentence(table: pd.DataFrame) -> str:
     The verdict compares, image by image, what the most attended patches and random patches of the
     same mass cost the true class. A mean difference within two standard errors (the number after
     the sign ±) of 0 is called not measurable: of few images, that says little. Mind how many the
-    random ones are: taking most of a picture away hurts wherever they lie.
+    random ones are, and their mass: taking most of a picture away hurts wherever they lie.
 
     Raises:
         ValueError: several models, or an order of erasing that is missing.
@@ -250,7 +256,8 @@ def sentence(table: pd.DataFrame) -> str:
     text += f"changes {_effect(most[0], between)}; "
     if len(rungs) > 1:
         text += f"in {_PLACES[rungs[-1]]} {_effect(most[-1])}; "
-    text += f"{random[-1]['patches']:.0f} random patches of the same mass: {_effect(random[-1])}. "
+    text += f"{random[-1]['patches']:.0f} other patches, random ones of the same attention mass "
+    text += f"({random[0]['mass']:.2f} against {most[0]['mass']:.2f}): {_effect(random[-1])}. "
     verdicts = [f"{_verdict(table, rung)} in {_PLACES[rung]}" for rung in rungs]
     images = int(means.loc[(MOST, rungs[0]), "images"])
     text += f"Where the model looks matters {', and '.join(verdicts)}"

@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
@@ -90,13 +91,14 @@ class HumanConfig:
     noise: Literal["none", "shifted", "blurred", "half_readers"] = "none"  # added to the maps
 
     def __post_init__(self) -> None:
+        for name in ("loss", "offset", "maps", "noise"):  # else a misspelt control is no control
+            known, value = get_args(get_type_hints(HumanConfig)[name]), getattr(self, name)
+            if value not in known:
+                raise ValueError(f'{name} is "{value}"; use one of {", ".join(known)}')
         number = self.annotated.removesuffix("%")
-        is_number = (
-            number.replace(".", "", 1).isdecimal()
-            if "%" in self.annotated
-            else (number.isdecimal())
-        )
-        if self.annotated != "all" and not (is_number and float(number) > 0):
+        pattern = r"\d+(\.\d+)?" if self.annotated.endswith("%") else r"\d+"
+        is_number = re.fullmatch(pattern, number) and float(number) > 0
+        if self.annotated != "all" and not is_number:
             raise ValueError(f'annotated is "{self.annotated}"; use all, a number, or e.g. 10%')
 
 

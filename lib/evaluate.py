@@ -53,6 +53,10 @@ ALIGNMENT: dict[str, str] = {
 }
 
 
+# Maps that no model made, see `human_baselines`.
+BASELINES = ("one reader", "mean map", "another image", "uniform")
+
+
 @dataclass(frozen=True)
 class Targets:
     """What the attention on each image of a data set is held against, `[n, P]` each."""
@@ -185,12 +189,14 @@ def per_head(
 def measure(
     model: SigmoidViT, dataset: BirdDataset, config: RunConfig, tokens: Path
 ) -> pd.DataFrame:
-    """`per_image` of a run's model; where it was trained on cached tokens, on those in `tokens`."""
-    offset = config.train.human.offset
+    """`per_image` of a run's model; where it was trained on cached tokens, on those in `tokens`.
+
+    The sigmoid map is that without an offset, whatever the run was trained with: in one table, one
+    definition.
+    """
     if config.train.cache_tokens:
-        items = with_cached_tokens(model, dataset, config, tokens)
-        return per_image(model, dataset, items, offset=offset)
-    return per_image(model, dataset, workers=config.train.workers, offset=offset)
+        return per_image(model, dataset, with_cached_tokens(model, dataset, config, tokens))
+    return per_image(model, dataset, workers=config.train.workers)
 
 
 def conflicting_decoys(table: pd.DataFrame) -> pd.Series:
@@ -252,43 +258,59 @@ def below_one(confidence: pd.Series) -> np.ndarray:
 def human_baselines(dataset: BirdDataset) -> pd.DataFrame:
     """The same metrics for maps that no model made: what a model's are to be held against.
 
-    Each is measured against readers that did not draw it, the leave-one-out scheme of the ceiling.
-    Maps without readers (boxes, files) have no ceiling and no NSS: they are measured whole.
+    "one reader" is each reader against the *others*, whose gaze is pooled: how well a single person
+    predicts people, which a model may do better. Every other row is held against the pooled gaze of
+    all readers, as models are, and is made of other images only.
 
     Returns:
-        one row a baseline: human (each reader against all others, the ceiling), mean map (of all
-        other images), another image (its map, from the other half of the set), uniform; columns of
-        `metrics.alignment`. NaN where a metric is not defined: the CC of a constant map.
+        one row a map: one reader (not where maps have no readers), mean map (of all other images),
+        another image (its map, from the other half of the set), uniform; columns of
+        `metrics.alignment`, means over images. NaN where a metric is not defined: the CC of a
+        constant map, NSS of maps without fixations. KL punishes the map of a single reader for its
+        zeros, see `metrics.kl`.
     """
     whole = Targets.of(dataset)
-    found = {i: dataset.readers(i) for i in range(len(dataset))}
-    items = {i: (maps, counts) for i, (maps, counts) in found.items() if len(maps) > 1}
-    has_readers = bool(items)
-    if not has_readers:
-        chosen = np.flatnonzero(dataset.table["has_map"])
-        items = {int(i): (whole.human[i][None], whole.fixations[i][None]) for i in chosen}
-    if len(items) < 2:
+    chosen = np.flatnonzero(dataset.has_map)
+    if len(chosen) < 2:
         return pd.DataFrame(columns=["map", *ALIGNMENT])
-    sums = torch.stack([maps.sum(0) for maps, _ in items.values()])
-    names = ("human", "mean map", "another image", "uniform")
-    rows: dict[str, list[dict[str, Tensor]]] = {name: [] for name in names[1 - has_readers :]}
-    for place, (i, (maps, counts)) in enumerate(items.items()):
-        held = whole.at(torch.tensor([i]), maps)
-        if has_readers:  # [R, P]: each reader is held against the others
-            held["human"], held["fixations"] = maps.sum(0) - maps, counts.sum(0) - counts
+    total = whole.human[chosen].sum(0)
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in BASELINES}
+    for place, i in enumerate(chosen.tolist()):
+        held = whole.at(torch.tensor([i]), whole.human)  # [1, P]
+        other = chosen[(place + len(chosen) // 2) % len(chosen)]
         candidates = {
-            "human": maps,
-            "mean map": (sums.sum(0) - sums[place]).expand_as(maps),
-            "another image": sums[(place + len(sums) // 2) % len(sums)].expand_as(maps),
-            "uniform": torch.ones_like(maps),
+            "mean map": (total - whole.human[i])[None],
+            "another image": whole.human[other][None],
+            "uniform": torch.ones_like(whole.human[:1]),
         }
-        for name in rows:
-            rows[name].append(metrics.alignment(candidates[name], **held))
-    table = {
-        name: {key: torch.cat([one[key] for one in parts]).nanmean().item() for key in parts[0]}
-        for name, parts in rows.items()
-    }
+        found = {name: metrics.alignment(one, **held) for name, one in candidates.items()}
+        maps, counts = dataset.readers(i)  # [R, P]
+        if len(maps) > 1:
+            others = {"human": maps.sum(0) - maps, "fixations": counts.sum(0) - counts}
+            found["one reader"] = metrics.alignment(maps, **(held | others))
+        for name, values in found.items():  # an image counts once, whatever its readers
+            rows[name].append({key: value.nanmean().item() for key, value in values.items()})
+    table = {name: pd.DataFrame(values).mean() for name, values in rows.items() if values}
     return pd.DataFrame(table).T.rename_axis("map").reset_index()
+
+
+def perfect_cc(dataset: BirdDataset) -> float:
+    """An estimate of the CC of a model that knew all that readers share, in [0, 1].
+
+    sqrt(R r / (1 + (R - 1) r)), the reliability of a mean of R readers (Spearman and Brown, 1910),
+    with r the mean correlation of two readers of an image. NaN where no image has two.
+    """
+    found = []
+    for i in range(len(dataset)):
+        maps = dataset.readers(i)[0]
+        if len(maps) > 1:
+            each = metrics.cc(maps[:, None], maps)  # [R, R]
+            pairs = each[~torch.eye(len(maps), dtype=torch.bool)]
+            found.append((len(maps), pairs.nanmean().item()))
+    if not found:
+        return float("nan")
+    readers, r = (float(np.nanmean(values)) for values in zip(*found, strict=True))
+    return float(np.sqrt(readers * r / (1 + (readers - 1) * r)))
 
 
 # ------------------------------------------------------------------------------------ a comparison

@@ -76,8 +76,10 @@ def _together(name: str, logits: Tensor, offset: str, num_prefix: int) -> tuple[
     and then there is no constant left to take off: the offset is "none".
     """
     if name in SEES_OFFSET:
-        attention = torch.sigmoid(logits - row_offset(logits, offset, num_prefix))
-        return torch.logit(attention.mean(dim=1, keepdim=True), eps=1e-6), "none"
+        x = logits - row_offset(logits, offset, num_prefix)
+        # log s - log(1 - s) of the mean s: not through s itself, which rounds to 1.
+        inside, outside = (torch.logsumexp(F.logsigmoid(y), 1, keepdim=True) for y in (x, -x))
+        return inside - outside, "none"
     log_attention = torch.log_softmax(logits, dim=-1)
     return torch.logsumexp(log_attention, dim=1, keepdim=True) - math.log(logits.shape[1]), offset
 

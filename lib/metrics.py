@@ -11,9 +11,9 @@ Where a metric has no answer it is NaN, and means are taken with `nanmean`:
 | --- | --- |
 | constant map | NSS, CC: NaN (pysaliency: 0); AUCs: 0.5; pointing game: the target's mean share |
 | map that is 0 everywhere | SIM, KL, energy inside, IoU: NaN as well |
-| no fixation, or a human map that is 0 everywhere | NaN |
+| no fixation, a fixation on every patch (AUC-Judd), or a human map that is 0 everywhere | NaN |
 | empty region (no bounding box, no part) | NaN |
-| a single fixation | an answer like any other; the AUC is the rank of that patch |
+| a single fixation | an answer like any other; AUC-Judd is the rank of that patch |
 | NaN anywhere in a map | NaN for that map, whatever the metric; other maps are as they were |
 """
 
@@ -65,7 +65,8 @@ def auc(attention: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
     """Area under the ROC curve: how often the map is higher at a positive than at a negative patch.
 
     Args:
-        positives, negatives: `[..., P]`, how often each patch was drawn. Ties count one half.
+        positives, negatives: `[..., P]`, how often each patch was drawn, float32 or better (half
+            precision cannot count them). Ties count one half.
 
     Returns:
         `[...]` in [0, 1]; 0.5 is chance.
@@ -75,7 +76,8 @@ def auc(attention: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
         part.expand(shape).contiguous() for part in (attention, positives, negatives)
     )
     ordered, order = value.sort(dim=-1)
-    sums = torch.nn.functional.pad(negative.gather(-1, order).cumsum(-1), (1, 0))  # [..., P + 1]
+    counts = negative.gather(-1, order).cumsum(-1)
+    sums = torch.nn.functional.pad(counts, (1, 0))  # [..., P + 1]
     below = sums.gather(-1, torch.searchsorted(ordered, value))
     not_above = sums.gather(-1, torch.searchsorted(ordered, value, right=True))
     wins = ((below + not_above) / 2 * positive).sum(-1)
@@ -84,11 +86,11 @@ def auc(attention: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
 
 
 def auc_judd(attention: Tensor, fixations: Tensor) -> Tensor:
-    """AUC of fixated patches (by their counts) against all patches; Judd et al., ICCV 2009.
+    """AUC of fixated patches (by their counts) against unfixated ones; Judd et al., ICCV 2009.
 
-    All values of the map are thresholds, so no noise is needed to break ties.
+    All values of the map are thresholds and ties count one half, so no noise is needed.
     """
-    return auc(attention, fixations, torch.ones_like(fixations))
+    return auc(attention, fixations, (fixations == 0).to(fixations))
 
 
 def auc_shuffled(attention: Tensor, fixations: Tensor, elsewhere: Tensor) -> Tensor:

@@ -284,21 +284,20 @@ def reliability(bins: pd.DataFrame, errors: Mapping[str, float], split: str = "t
 
 
 def accuracy_and_alignment(
-    seeds: pd.DataFrame, ceiling: float | None = None, split: str = "test"
+    seeds: pd.DataFrame, lines: Mapping[str, float], split: str = "test"
 ) -> Figure:
     """Does looking where people look come with being right? One dot a run.
 
     Args:
         seeds: a row a run, columns variant, top1, cc.
-        ceiling: CC of one person with the others, a line; None or NaN leaves it out.
+        lines: CC of maps that no model made, e.g. of one person with the others, by name.
     """
     figure, axis = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
     models = list(dict.fromkeys(seeds["variant"]))
     for colour, marker, name in zip(cycle(PALETTE), cycle("osD^vPX*"), models, strict=False):
         part = seeds[seeds["variant"] == name]
         axis.scatter(part["cc"], part["top1"], color=colour, marker=marker, label=name, alpha=0.8)
-    if ceiling is not None and np.isfinite(ceiling):
-        axis.axvline(ceiling, color="black", linewidth=1, linestyle=":", label="human ceiling")
+    _mark(axis, lines)
     axis.set(
         title=f"Accuracy and agreement with people, {SPLITS[split]} images: one dot a run",
         xlabel="CC with people's maps",
@@ -643,14 +642,19 @@ def pareto(
             axis.annotate(f"{row['lam']:g}", (row[x], row[y]), fontsize=6, color=colour, **place)
     for control in settings.loc[settings["loss"] == "control", y]:
         axis.axhline(control, color="black", linewidth=0.7, linestyle=":")
-    for name, value in lines.items():
-        axis.axvline(value, color="0.4", linewidth=1, linestyle="--")
-        axis.text(value, 0.02, f" {name}", transform=axis.get_xaxis_transform(), fontsize=8,
-                  rotation=90, va="bottom", ha="right", color="0.3")  # fmt: skip
+    _mark(axis, lines)
     axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axis.title.set_fontsize(10)
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
     return figure
+
+
+def _mark(axis: plt.Axes, lines: Mapping[str, float]) -> None:
+    """Named vertical lines."""
+    for name, value in lines.items():
+        axis.axvline(value, color="0.4", linewidth=1, linestyle="--")
+        axis.text(value, 0.02, f" {name}", transform=axis.get_xaxis_transform(), fontsize=8,
+                  rotation=90, va="bottom", ha="right", color="0.3")  # fmt: skip
 
 
 def by_lambda(table: pd.DataFrame, panels: Mapping[str, str], title: str) -> Figure:

@@ -20,7 +20,7 @@ from lib.files import write_text
 from lib.model import SigmoidViT
 from lib.train import processes
 
-ORDERS = ("attention", "random")  # of the patches of deletion and insertion; people's is added
+ORDERS = ("attention", "random")  # of the patches of deletion and insertion; people's are added
 
 
 def spread(dataset: BirdDataset, count: int) -> list[int]:
@@ -39,9 +39,9 @@ def probe(
     """Asks every model; each argument is a number of images, 0 does not ask.
 
     Args:
-        erase: `lib.causal.erase`, about 10 forward passes an image.
+        erase: `lib.causal.erase`, about 12 forward passes an image.
         curves: `lib.causal.deletion_insertion` in the order of the model's own attention, of
-            people's and at random, about 60 forward passes an image.
+            people's map, of the mean map and at random, about 80 forward passes an image.
         tokens: `lib.artefacts.per_block`, about one.
 
     Returns:
@@ -74,7 +74,9 @@ def _ask(
     if curves:
         orders = dict(zip(ORDERS, ORDERS, strict=True))
         if dataset.has_map.any():
-            orders["people"] = dataset.maps[0].flatten(1)
+            people = dataset.maps[0].flatten(1)
+            # The mean map knows the middle of a picture and nothing of the picture.
+            orders |= {"people": people, "mean map": people.mean(0).expand_as(people)}
         found["curves"] = pd.concat(
             causal.deletion_insertion(model, dataset, order, images=spread(dataset, curves)).assign(
                 order=name
@@ -82,7 +84,7 @@ def _ask(
             for name, order in orders.items()
         )
         found["areas"] = causal.areas(found["curves"])
-    if tokens and "x0" in dataset.table:
+    if tokens:
         read = artefacts.read_tokens(model, dataset, spread(dataset, tokens))
         found["tokens"] = artefacts.per_block(read)
     return found

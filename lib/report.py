@@ -282,7 +282,7 @@ def result_table(seeds: pd.DataFrame, spans: pd.DataFrame, baselines: pd.DataFra
         rows[variant] = row
     for baseline in baselines.to_dict("records"):
         name = baseline.pop("map")
-        rows["human ceiling" if name == "human" else name] = baseline
+        rows[name] = baseline
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
 
 
@@ -309,7 +309,11 @@ def tests_in_words(tests: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for row in tests.to_dict("records"):
         told = {"model": row["variant"], "metric": words.get(row["metric"], row["metric"])}
-        told["difference"] = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+        spread = f" ± {row['difference_std']:.3f}" if pd.notna(row["difference_std"]) else ""
+        told["difference"] = (
+            f"{row['difference']:+.3f}{spread} [{row['low']:+.3f}, {row['high']:+.3f}]"
+        )
+        told["seeds up"] = f"{row['seeds_up']} of {row['seeds']}"
         told |= {"p": _p_value(row["p"]), "p (Holm)": _p_value(row["p_holm"])}
         told |= dict.fromkeys(("fixed", "broken", "p (McNemar)"), "")
         if pd.notna(row.get("fixed")):
@@ -451,9 +455,8 @@ def _write_figures(
         "attention": attention_gallery(first, dataset, range(min(5, len(dataset))), which),
     }
     if seeds["cc"].notna().any():
-        human = baselines.loc[baselines["map"] == "human", "cc"]
-        ceiling = float(human.iloc[0]) if len(human) else None
-        figures["accuracy_cc"] = plots.accuracy_and_alignment(seeds, ceiling, split)
+        lines = baselines.set_index("map")["cc"].dropna().to_dict()
+        figures["accuracy_cc"] = plots.accuracy_and_alignment(seeds, lines, split)
     _save_figures(folder, figures)
 
 
@@ -493,9 +496,10 @@ def _result_text(
     )
     if len(tests):
         parts.append(
-            f'Each model minus "{against}" on the same images and seeds [95 % interval over '
-            "images]\np: sign-flip permutation test over images; Holm: corrected for the "
-            f"{len(tests)} rows\n\n{tests_in_words(tests).to_string(index=False)}"
+            f'Each model minus "{against}" on the same images and seeds ± standard deviation over '
+            "seeds [95 % interval over images]\np: sign-flip permutation test over images, for the "
+            "models as they were trained: what another seed would change is the ±\nHolm: corrected "
+            f"for the {len(tests)} rows\n\n{tests_in_words(tests).to_string(index=False)}"
         )
     return "\n\n".join(parts) + "\n"
 

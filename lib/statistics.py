@@ -124,8 +124,12 @@ def paired_tests(
         low, high: bootstrap interval of the difference over images
         p: two-sided sign-flip permutation test over images (could a coin have chosen which of the
             two models an image's value is of?); 1 where no image differs
-        p_holm: p corrected for all rows of this table by Holm's step-down method: below 0.05 in
-            any row, the chance that a model which changes nothing is there is below 5 %
+        p_holm: p corrected for all rows of this table by Holm's step-down method: if no model
+            differed, the chance that any row is below 0.05 would be at most 5 %
+        difference_std: standard deviation over the seeds of the mean difference, NaN for one seed;
+            p and the interval are about other images, for the models as they were trained, and say
+            nothing about another training
+        seeds_up: in how many seeds the mean difference is above 0
         fixed, broken, p_mcnemar: of columns that are right or wrong (0 or 1). How often the
             variant is right where `against` is wrong, and the other way round, image and seed
             counted apart; and McNemar's exact test, where an image counts once: as fixed when more
@@ -198,6 +202,8 @@ def _test(
         "high": found.high,
         "p": sign_flip_test(by_image, permutations, int(numbers["seed"])),
     }
+    by_seed = (ours - theirs).groupby("seed").mean()
+    row |= {"difference_std": by_seed.std(), "seeds_up": int((by_seed > 0).sum())}
     if ours.isin([0, 1]).all() and theirs.isin([0, 1]).all() and len(ours):
         better, worse = int((by_image > 0).sum()), int((by_image < 0).sum())
         row |= {"fixed": int((ours > theirs).sum()), "broken": int((ours < theirs).sum())}

@@ -28,6 +28,9 @@ def supervised(dataset: BirdDataset, human: HumanConfig, seed: int) -> BirdDatas
     Pictures and records are shared with `dataset`; what is random is drawn from `seed`, and the
     images that stay annotated are the first ones of one random order: 5 contain those of 1.
 
+    Nobody has seen the maps of the others: the mean map is that of the annotated images, and they
+    are shuffled among themselves.
+
     Args:
         dataset: training images, with or without augmentation.
 
@@ -38,13 +41,14 @@ def supervised(dataset: BirdDataset, human: HumanConfig, seed: int) -> BirdDatas
     changed.table = dataset.table.copy()
     rng = np.random.default_rng(seed)
     order = rng.permutation(np.flatnonzero(dataset.has_map))
+    order, left = np.split(order, [_count(human.annotated, len(order))])
     maps, valid = dataset.maps
     maps, valid = maps.to(torch.float32, copy=True), valid.clone()
     if human.noise == "half_readers":
         maps, valid = _half_of_the_readers(dataset)
     if human.maps == "shuffled":
         if len(order) < 2:
-            raise ValueError(f'maps="shuffled" needs two human maps; there are {len(order)}')
+            raise ValueError(f'maps is "shuffled", which needs two human maps of {len(order)}')
         following = np.roll(order, 1)  # one circle through all: no image keeps its own
         maps[order], valid[order] = maps[following], valid[following]
     elif human.maps == "mean":
@@ -65,7 +69,6 @@ def supervised(dataset: BirdDataset, human: HumanConfig, seed: int) -> BirdDatas
             room = [reach[0] // 2, reach[1] // 2]
             blurred = F.gaussian_blur(F.pad(maps[i : i + 1], room), reach, sigma)
             maps[i] = _to_one(F.center_crop(blurred, list(maps[i].shape))[0])
-    left = order[_count(human.annotated, len(order)) :]
     valid[left] = False
     changed.use_maps(maps, valid)
     return changed

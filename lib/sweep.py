@@ -41,6 +41,7 @@ from lib.runs import (
     refuse_supervision_without_maps,
     train_run,
 )
+from lib.supervision import supervised
 from lib.train import TrainingDiverged, processes
 
 FOLDER = "sweep"  # below the runs folder: one folder a cell
@@ -178,18 +179,23 @@ def refuse_impossible(config: Config, chosen: Sequence[Cell]) -> None:
     """Says what would fail in any cell before the first is trained.
 
     Raises:
-        ValueError: a supervised block is frozen, no image has a human map, or a run of that name
-            was made with another configuration (`RunConflict`).
+        ValueError: a supervised block is frozen, no image has a human map, or not what is to be
+            done to the maps needs, or a run of that name was made with another configuration (`RunConflict`).
     """
     model = bare_model(chosen[0].config, num_classes=0)
     augment = not chosen[0].config.train.cache_tokens  # as training reads it: it may be cached
     train_set = dataset_for(model, chosen[0].config, "train", augment)
+    seen: set[tuple[str, str, str]] = set()
     for cell in chosen:
         seed = cell.config.train.seed
         refuse_conflict(config.runs / f"ft-s{seed}", fine_tuning(config, seed))
         refuse_conflict(config.runs / FOLDER / cell.name, cell.config)
         refuse_frozen_supervision(model, cell.config.train)
         refuse_supervision_without_maps(train_set, cell.config.train)
+        human = cell.config.train.human
+        if (human.maps, human.noise, human.annotated) not in seen:
+            seen.add((human.maps, human.noise, human.annotated))
+            supervised(train_set, human, seed)
 
 
 # --------------------------------------------------------------------------------------- one cell
@@ -341,8 +347,10 @@ def collect(config: Config) -> pd.DataFrame:
         made["train"] |= {name: ours["train"][name] for name in free}
         made["init"] = None
         if cfg.difference(preset, json.dumps(made)) is None:
-            # Sweeps of an older version had fewer settings to tell.
-            rows += [dict.fromkeys(COLUMNS, "") | row for row in result["rows"]]
+            for row in result["rows"]:
+                # Sweeps of an older version had fewer settings to tell: theirs were the usual.
+                older = dict.fromkeys(USUAL, "") if row["loss"] == "control" else USUAL
+                rows.append(older | row)
     if not rows:
         return pd.DataFrame(columns=[*COLUMNS, "status", "seconds"])
     table = pd.DataFrame(rows).sort_values(list(COLUMNS), ignore_index=True)

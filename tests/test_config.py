@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,3 +121,13 @@ def test_what_learns_comes_from_the_environment(monkeypatch):
 def test_values_outside_their_range_are_named(field, value):
     with pytest.raises(ValueError, match=field):
         TrainConfig(**{field: value})
+
+
+def test_a_field_that_an_older_run_did_not_have_was_the_default():
+    config = human_in_the_loop(preset("toy"), "ft-s0", 0)
+    older = json.loads(cfg.to_json(config))
+    del older["train"]["human"]["noise"]
+    assert cfg.difference(config, json.dumps(older)) is None
+    config.train.human = replace(config.train.human, noise="blurred")
+    found = cfg.difference(config, json.dumps(older))
+    assert found == "train.human.noise is 'none' there and 'blurred' here"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
 
-from lib import evaluate
+from lib import evaluate, metrics
 from lib.runs import dataset_for
 
 
@@ -63,5 +65,55 @@ def test_decoy_cover_is_where_the_decoy_is(comparison):
 def test_human_baselines_are_ordered(comparison):
     _, trials, _ = comparison
     test = dataset_for(trials[0].run.model(), trials[0].run.config, "test", augment=False)
+    cc = evaluate.human_baselines(test).set_index("map")["cc"]
+    assert cc["one reader"] > cc["mean map"] > cc["another image"]
+    assert cc["one reader"] < evaluate.perfect_cc(test) < 1
+
+
+def test_no_reader_and_no_image_is_held_against_itself(comparison):
+    """The same by hand, for three images; every map is on another side of the line."""
+    _, trials, _ = comparison
+    config = trials[0].run.config
+    config = replace(config, data=replace(config.data, toy_test=3))
+    test = dataset_for(trials[0].run.model(), config, "test", augment=False)
+    items = [test.annotations(i) for i in range(3)]
     table = evaluate.human_baselines(test).set_index("map")
-    assert table.loc["human", "cc"] > table.loc["mean map", "cc"] > table.loc["another image", "cc"]
+    single, mean, other, elsewhere = [], [], [], []
+    for i, item in enumerate(items):
+        maps, counts = test.readers(i)
+        rest = range(len(maps))
+        single.append(
+            np.mean([
+                metrics.cc(maps[r], sum(maps[j] for j in rest if j != r)).item() for r in rest
+            ])
+        )  # fmt: skip
+        others = [items[j] for j in range(3) if j != i]
+        mean.append(metrics.cc(sum(o["human"] for o in others), item["human"]).item())
+        other.append(metrics.cc(items[(i + 1) % 3]["human"], item["human"]).item())
+        negatives = sum(o["fixations"] for o in others)
+        by_mean = sum(o["human"] for o in others)
+        elsewhere.append(metrics.auc_shuffled(by_mean, item["fixations"], negatives).item())
+        assert torch.equal(counts.sum(0), item["fixations"])
+    assert table.loc["one reader", "cc"] == pytest.approx(np.mean(single), abs=1e-5)
+    assert table.loc["mean map", "cc"] == pytest.approx(np.mean(mean), abs=1e-5)
+    assert table.loc["another image", "cc"] == pytest.approx(np.mean(other), abs=1e-5)
+    assert table.loc["mean map", "sauc"] == pytest.approx(np.mean(elsewhere), abs=1e-5)
+
+
+def test_heads_one_by_one_are_the_class_row_of_each(comparison):
+    _, trials, images = comparison
+    run = trials[0].run
+    test = run.dataset("test")
+    heads = evaluate.per_head(run.model(), test, batch_size=5)
+    assert len(heads) == 2 * len(test) * run.model().num_heads
+    with torch.no_grad():
+        _, rows = run.model()(test[7]["image"][None], rows="last")
+    row, counts = rows[run.model().depth - 1][0, 1], test[7]["fixations"]
+    chosen = heads[(heads["image_id"] == test.table.loc[7, "image_id"]) & (heads["head"] == 1)]
+    for name, map_ in (("softmax", row.softmax(-1)[1:]), ("sigmoid", row[1:].sigmoid())):
+        found = chosen[chosen["map"] == name].iloc[0]
+        assert found["nss"] == pytest.approx(metrics.nss(map_, counts).item(), abs=1e-4)
+        assert found["cc"] == pytest.approx(metrics.cc(map_, test[7]["human"]).item(), abs=1e-4)
+        assert found["class_token"] == pytest.approx(row.softmax(-1)[0].item(), abs=1e-5)
+    assert {"sigmoid_cc", "point_box", "point_part", "sauc", "ece"} <= {*images, "ece"}
+    assert 0 <= evaluate.summarise(images)["ece"] <= 1

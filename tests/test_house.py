@@ -58,7 +58,7 @@ MAY_IMPORT = {
     "causal": {"attention", "data", "losses", "metrics", "model"},
     "artefacts": {"data", "gaze", "metrics", "model", "plots"},
     "sweep": {"attention", "checkpoint", "config", "evaluate", "files", "jobs", "losses"}
-    | {"optim", "runs", "train"},
+    | {"optim", "runs", "supervision", "train"},
     "jobs": set(),
     "statistics": set(),
     "summary": {"files"},

@@ -184,3 +184,13 @@ def test_the_mean_head_is_the_map_that_is_measured(seed):
     p, q = human / human.sum(-1, keepdim=True), attention / attention.sum(-1, keepdim=True)
     expected = torch.where(p > 0, p * (p.clamp(min=1e-8) / q).log(), 0.0).sum(-1).mean().item()
     assert value("kl", logits, human, valid, heads="mean") == pytest.approx(expected, abs=1e-5)
+
+
+def test_saturated_cells_of_the_mean_can_still_learn():
+    row = torch.tensor([[[0.0, 15.0, -15.0, 0.0], [0.0, 15.0, -15.0, 0.0]]], requires_grad=True)
+    human, valid = torch.tensor([[0.0, 1.0, 0.0]]), torch.ones(1, 3, dtype=torch.bool)
+    attention_loss("bce", {0: row}, human, valid, heads="mean").backward()
+    alone = row.grad.clone()
+    row.grad = None
+    attention_loss("bce", {0: row}, human, valid, heads="all").backward()
+    assert torch.allclose(alone, row.grad, atol=1e-4) and row.grad[..., 1:3].abs().min() > 0.1

@@ -128,7 +128,7 @@ def theirs(pysaliency, maps, human, counts) -> dict[str, np.ndarray]:
     pairs = list(zip(maps, human, strict=True))
     return {
         "nss": per_image(model.NSSs(stimuli, fixations)),
-        "auc": per_image(model.AUCs(stimuli, fixations, nonfixations="uniform")),
+        "auc": per_image(model.AUCs(stimuli, fixations, nonfixations="unfixated")),
         "sauc": per_image(model.AUCs(stimuli, fixations, nonfixations="shuffled")),
         "cc": np.array([one.CC(a, h) for a, h in pairs]),
         "sim": np.array([one.SIM(a, h) for a, h in pairs]),
@@ -215,12 +215,15 @@ def test_aucs_ask_for_the_order_of_patches_only(seed, power):
 
 
 def test_knowing_the_middle_gives_a_judd_auc_and_no_shuffled_one():
-    middle = torch.tensor([0.1, 1.0, 0.1, 0.0])
-    fixations = torch.tensor([[0.0, 3, 1, 0], [1.0, 3, 0, 0]])  # everybody looks at the middle
-    maps = middle.expand(2, 4)
-    assert metrics.auc_judd(maps, fixations).mean() > 0.7
+    """People look at the middle, and in one image at a corner: the middle map knows nothing more."""
+    middle = torch.tensor([0.1, 1.0, 0.2, 0.0])
+    fixations = torch.tensor([[1.0, 3, 0, 0], [0, 3, 1, 0], [0, 3, 0, 1], [1, 3, 0, 0]])
     elsewhere = fixations.sum(0) - fixations
-    assert metrics.auc_shuffled(maps, fixations, elsewhere).mean() == pytest.approx(0.5)
+    assert metrics.auc_judd(middle.expand(4, 4), fixations).mean() > 0.8
+    found = metrics.auc_shuffled(middle.expand(4, 4), fixations, elsewhere)
+    assert found.tolist() == pytest.approx([0.5, 0.53125, 0.46875, 0.5])
+    knows = metrics.auc_shuffled(fixations, fixations, elsewhere)
+    assert (knows >= found).all() and knows.mean() > found.mean() + 0.02
 
 
 def test_heads_are_measured_as_if_each_were_alone():
@@ -281,7 +284,8 @@ def test_degenerate_input_has_the_documented_answer(case):
     box, parts = torch.tensor([1.0, 1, 1, 0, 0, 0]), torch.tensor([0.0, 1, 0, 0, 0, 0])
     good = torch.rand(6)
     maps = torch.stack([good, attention, good])
-    human = torch.stack([torch.rand(6), human, torch.rand(6)])
+    seen = torch.tensor([0.4, 0, 0.7, 0, 0, 0.2])
+    human = torch.stack([seen, human, seen])
     fixations = (human > 0).float()
     elsewhere = torch.ones(3, 6)
     found = metrics.alignment(maps, human, fixations, elsewhere, box, parts)
@@ -297,7 +301,7 @@ def test_degenerate_input_has_the_documented_answer(case):
 def test_one_fixation_is_the_rank_of_its_patch():
     attention = torch.tensor([0.1, 0.5, 0.3, 0.2])
     one = torch.tensor([0.0, 0, 1, 0])
-    assert metrics.auc_judd(attention, one).item() == pytest.approx(2.5 / 4)
+    assert metrics.auc_judd(attention, one).item() == pytest.approx(2 / 3)
     z = (0.3 - attention.mean()) / attention.std(correction=0)
     assert metrics.nss(attention, one).item() == pytest.approx(z.item(), abs=1e-6)
 

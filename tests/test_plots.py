@@ -117,14 +117,14 @@ def test_reliability_has_a_line_a_model_and_leaves_empty_bins_out():
     assert list(below.lines[0].get_ydata()) == [0.75, 0.25]
 
 
-def test_accuracy_and_alignment_has_a_dot_a_run_and_the_ceiling_where_there_is_one():
+def test_accuracy_and_alignment_has_a_dot_a_run_and_the_maps_of_no_model():
     seeds = pd.DataFrame({"variant": ["a", "a", "b"], "top1": [0.5, 0.6, 0.7], "cc": [0, 0.1, 0.2]})
-    axis = plots.accuracy_and_alignment(seeds, 0.8).axes[0]
+    axis = plots.accuracy_and_alignment(seeds, {"one reader": 0.8}).axes[0]
     dots = [dots.get_offsets().tolist() for dots in axis.collections]
     assert dots == [[[0, 0.5], [0.1, 0.6]], [[0.2, 0.7]]]
     assert axis.lines[0].get_xdata()[0] == 0.8
-    for unknown in (None, np.nan):
-        assert not plots.accuracy_and_alignment(seeds, unknown).axes[0].lines
+    assert [text.get_text().strip() for text in axis.texts] == ["one reader"]
+    assert not plots.accuracy_and_alignment(seeds, {}).axes[0].lines
 
 
 def test_more_models_than_colours_all_have_a_line():

@@ -28,7 +28,7 @@ def test_every_model_is_asked_on_the_same_images_spread_over_the_split(asked):
         assert len(groups) == len(trials)
         for _, part in groups:
             assert sorted(part["index"].unique()) == expected
-    assert set(tables["areas"]["order"]) == {"attention", "random", "people"}
+    assert set(tables["areas"]["order"]) == {"attention", "random", "people", "mean map"}
     assert probes.spread(dataset, 1000) == list(range(len(dataset)))
 
 

@@ -197,7 +197,7 @@ def test_the_report_holds_everything_and_never_overwrites(comparison, written):
         "as typed",
         torch.__version__,
         "HITL all blocks",
-        "human ceiling",
+        "one reader",
         'minus "contr',
     ):
         assert words in text
@@ -209,7 +209,7 @@ def test_the_report_holds_everything_and_never_overwrites(comparison, written):
 
 def test_the_table_has_means_spread_and_interval_and_the_maps_of_no_model(written, comparison):
     table = pd.read_csv(written[0] / "table.csv").set_index("model")
-    assert list(table.index[-4:]) == ["human ceiling", "mean map", "another image", "uniform"]
+    assert list(table.index[-4:]) == ["one reader", "mean map", "another image", "uniform"]
     control = pd.read_csv(written[0] / "seeds.csv").query("variant == 'control'")
     row = table.loc["control"]
     assert row["cc"] == pytest.approx(control["cc"].mean())

@@ -10,7 +10,7 @@ import torch
 
 from lib.config import DataConfig, HumanConfig
 from lib.data import make_dataset
-from lib.runs import bare_model, human_in_the_loop, training_set
+from lib.runs import bare_model, dataset_for, human_in_the_loop, training_set
 from lib.supervision import supervised
 
 TOY = DataConfig(name="toy", toy_train=40, toy_val=16, toy_test=24)
@@ -115,6 +115,13 @@ def test_only_so_many_images_keep_their_map(birds, annotated, count):
     assert not found.maps[1][~kept].any()
 
 
+def test_a_control_of_few_annotations_has_seen_those_alone(birds):
+    found = changed(birds, annotated="4", maps="mean")
+    kept = np.flatnonzero(found.has_map)
+    own = birds.maps[0].float()[kept].mean(0)
+    assert torch.allclose(found.maps[0].float()[kept[0]], own / own.max(), atol=1e-3)
+
+
 def test_more_annotations_contain_the_fewer(birds):
     few, more = (changed(birds, annotated=n).has_map for n in ("3", "20"))
     assert (more | ~few).all()
@@ -126,10 +133,12 @@ def test_what_the_data_cannot_give_is_told():
     with pytest.raises(ValueError, match='"half_readers", but no image has two readers'):
         supervised(boxes, HumanConfig(noise="half_readers"), 0)
     one = supervised(boxes, HumanConfig(annotated="1"), 0)
-    with pytest.raises(ValueError, match="needs two human maps; there are 1"):
+    with pytest.raises(ValueError, match="which needs two human maps of 1"):
         supervised(one, HumanConfig(maps="shuffled"), 0)
     with pytest.raises(ValueError, match='annotated is "half"; use all, a number'):
         HumanConfig(annotated="half")
+    with pytest.raises(ValueError, match='maps is "shufled"; use one of human, shuffled'):
+        HumanConfig(maps="shufled")
 
 
 def test_training_takes_the_changed_maps_and_measuring_does_not(config):
@@ -138,5 +147,13 @@ def test_training_takes_the_changed_maps_and_measuring_does_not(config):
     train = training_set(model, run)
     assert train.has_map.sum() == 5
     assert (train.maps[0][train.has_map] == train.maps[0][train.has_map][0]).all()
+    for part in ("train", "test"):  # what is measured is what people did
+        measured, own = (
+            dataset_for(
+                model, run if changed else human_in_the_loop(config, "ft-s0", 0), part, False
+            )
+            for changed in (True, False)
+        )
+        assert torch.equal(measured.maps[0], own.maps[0]) and measured.has_map.all()
     control = human_in_the_loop(config, "ft-s0", 0, lam=0.0, annotated="5")
     assert training_set(model, control).has_map.all()

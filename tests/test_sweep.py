@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -290,3 +291,26 @@ def test_the_command(swept, copied, tmp_path, monkeypatch, capsys):
     out = ["--out", str(tmp_path / "other.csv")]
     assert command.main(["sweep", "--loss", "kl", "--lam", "1e39", *out]) == 1
     assert "the loss is not finite" in capsys.readouterr().err
+
+
+def test_results_of_an_older_version_had_the_usual_maps(copied, swept):
+    """They are not trained again, so they must not fall out of the comparison either."""
+    shutil.copytree(swept[0].runs / "sweep", copied.runs / "sweep")
+    expected = sweep.collect(copied)
+    for file in (copied.runs / "sweep").glob("*/result.json"):
+        result = json.loads(file.read_text())
+        for name in sweep.USUAL:
+            del result["config"]["train"]["human"][name]
+            for row in result["rows"]:
+                del row[name]
+        file.write_text(json.dumps(result))
+    same_rows(sweep.collect(copied), expected)
+    table = sweep.run_sweep(copied, SMALL, copied.runs / "sweep.csv")[0]
+    same_rows(table, expected)
+
+
+def test_maps_that_cannot_be_had_are_refused_before_anything_is_trained(config):
+    config.data = replace(config.data, maps="boxes")
+    with pytest.raises(ValueError, match='noise is "half_readers", but no image has two readers'):
+        sweep.run_sweep(config, Sweep(noise=("none", "half_readers")), config.runs / "sweep.csv")
+    assert not list(config.runs.glob("ft-*"))

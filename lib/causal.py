@@ -256,7 +256,7 @@ def sentence(table: pd.DataFrame) -> str:
     text += f"changes {_effect(most[0], between)}; "
     if len(rungs) > 1:
         text += f"in {_PLACES[rungs[-1]]} {_effect(most[-1])}; "
-    text += f"{random[-1]['patches']:.0f} other patches, random ones of the same attention mass "
+    text += f"{random[-1]['patches']:.0f} other patches, random ones up to the same attention mass "
     text += f"({random[0]['mass']:.2f} against {most[0]['mass']:.2f}): {_effect(random[-1])}. "
     verdicts = [f"{_verdict(table, rung)} in {_PLACES[rung]}" for rung in rungs]
     images = int(means.loc[(MOST, rungs[0]), "images"])

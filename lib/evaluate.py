@@ -54,6 +54,7 @@ ALIGNMENT: dict[str, str] = {
 
 
 # Maps that no model made, see `human_baselines`.
+PERFECT = "perfect (estimate)"
 BASELINES = ("one reader", "mean map", "another image", "uniform")
 
 
@@ -263,11 +264,11 @@ def human_baselines(dataset: BirdDataset) -> pd.DataFrame:
     all readers, as models are, and is made of other images only.
 
     Returns:
-        one row a map: one reader (not where maps have no readers), mean map (of all other images),
-        another image (its map, from the other half of the set), uniform; columns of
-        `metrics.alignment`, means over images. NaN where a metric is not defined: the CC of a
-        constant map, NSS of maps without fixations. KL punishes the map of a single reader for its
-        zeros, see `metrics.kl`.
+        one row a map: perfect (CC alone, see `perfect_cc`) and one reader, where there are several
+        readers; mean map (of all other images), another image (its map, from the other half of the
+        set), uniform; columns of `metrics.alignment`, means over images. NaN where a metric is not
+        defined: the CC of a constant map, NSS of maps without fixations. KL punishes the map of a
+        single reader for its zeros, see `metrics.kl`.
     """
     whole = Targets.of(dataset)
     chosen = np.flatnonzero(dataset.has_map)
@@ -291,7 +292,10 @@ def human_baselines(dataset: BirdDataset) -> pd.DataFrame:
         for name, values in found.items():  # an image counts once, whatever its readers
             rows[name].append({key: value.nanmean().item() for key, value in values.items()})
     table = {name: pd.DataFrame(values).mean() for name, values in rows.items() if values}
-    return pd.DataFrame(table).T.rename_axis("map").reset_index()
+    if rows["one reader"]:
+        table = {PERFECT: pd.Series({"cc": perfect_cc(dataset)}), **table}
+    columns = list(table["uniform"].index)
+    return pd.DataFrame(table, index=columns).T.rename_axis("map").reset_index()
 
 
 def perfect_cc(dataset: BirdDataset) -> float:

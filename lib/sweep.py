@@ -179,8 +179,9 @@ def refuse_impossible(config: Config, chosen: Sequence[Cell]) -> None:
     """Says what would fail in any cell before the first is trained.
 
     Raises:
-        ValueError: a supervised block is frozen, no image has a human map, or not what is to be
-            done to the maps needs, or a run of that name was made with another configuration (`RunConflict`).
+        ValueError: a supervised block is frozen, no image has a human map, the maps cannot be
+            changed as asked, or a run of that name was made with another configuration
+            (`RunConflict`).
     """
     model = bare_model(chosen[0].config, num_classes=0)
     augment = not chosen[0].config.train.cache_tokens  # as training reads it: it may be cached

@@ -167,10 +167,10 @@ def test_the_sentence_says_what_the_table_shows_in_both_directions():
     assert causal.sentence(table_of(low, high)) == (
         "Erasing the 26 most attended patches in the last block changes 0 % of the predictions and "
         "the true class's probability by -0.01; in all blocks and rows 50 % and -0.35; 118 other "
-        "patches, random ones of the same attention mass (0.38 against 0.40): 0 % and -0.02. Where "
-        "the model looks matters not measurably more or less than such random patches (+0.000 ± "
-        "0.000) in the last block, and more than such random patches (+0.330 ± 0.112) in all "
-        "blocks and rows, in probability, on 4 images."
+        "patches, random ones up to the same attention mass (0.38 against 0.40): 0 % and -0.02. "
+        "Where the model looks matters not measurably more or less than such random patches "
+        "(+0.000 ± 0.000) in the last block, and more than such random patches (+0.330 ± 0.112) in "
+        "all blocks and rows, in probability, on 4 images."
     )
     assert "and less than such random" in causal.sentence(table_of(high, low))
     assert "and not measurably more" in causal.sentence(table_of([-0.5, 0.4], [0.4, -0.5]))

@@ -215,7 +215,7 @@ def test_aucs_ask_for_the_order_of_patches_only(seed, power):
 
 
 def test_knowing_the_middle_gives_a_judd_auc_and_no_shuffled_one():
-    """People look at the middle, and in one image at a corner: the middle map knows nothing more."""
+    """People look at the middle, and a little elsewhere: the middle map knows nothing more."""
     middle = torch.tensor([0.1, 1.0, 0.2, 0.0])
     fixations = torch.tensor([[1.0, 3, 0, 0], [0, 3, 1, 0], [0, 3, 0, 1], [1, 3, 0, 0]])
     elsewhere = fixations.sum(0) - fixations

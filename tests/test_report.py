@@ -82,7 +82,7 @@ def test_runs_that_are_not_there_are_named(runs):
     with pytest.raises(ValueError, match="no run is named"):
         report.load_trials([], runs)
     (runs / "ft-s0" / "last.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="is no finished run"):
+    with pytest.raises(FileNotFoundError, match="ft-s0 has no weights"):
         report.load_trials(["ft-s0"], runs)
     (runs / "ft-s0" / "result.json").write_text("{}")  # of a sweep
     with pytest.raises(FileNotFoundError, match="--keep-weights"):
@@ -209,7 +209,13 @@ def test_the_report_holds_everything_and_never_overwrites(comparison, written):
 
 def test_the_table_has_means_spread_and_interval_and_the_maps_of_no_model(written, comparison):
     table = pd.read_csv(written[0] / "table.csv").set_index("model")
-    assert list(table.index[-4:]) == ["one reader", "mean map", "another image", "uniform"]
+    assert list(table.index[-5:]) == [
+        "perfect (estimate)",
+        "one reader",
+        "mean map",
+        "another image",
+        "uniform",
+    ]
     control = pd.read_csv(written[0] / "seeds.csv").query("variant == 'control'")
     row = table.loc["control"]
     assert row["cc"] == pytest.approx(control["cc"].mean())

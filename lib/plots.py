@@ -363,7 +363,7 @@ def erasing(table: pd.DataFrame) -> Figure:
             axis.set(xlabel="", ylabel=words if column == 0 else "")
             axis.legend_.remove()
         axes[0, column].set_title(model, fontsize=9)
-        axes[1, column].tick_params(axis="x", labelsize=8)
+        axes[1, column].tick_params(axis="x", labelsize=7)
     figure.legend(
         *axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False,
         title="erased",

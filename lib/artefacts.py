@@ -194,7 +194,7 @@ def gallery(
 
     Args:
         read: `read_tokens` of each model, on the same images. block: negative from the last.
-        images: index in the data set; by default the 5 where the first model has most attention on
+        images: index in the data set; by default the 3 where the first model has most attention on
             low-information background.
 
     Raises:
@@ -206,7 +206,7 @@ def gallery(
             raise ValueError(f'"{name}" was read on other images than the first model; read again')
     if images is None:
         mass = (first.attention[:, block] * low_information(first)).sum(-1)
-        images = first.index[np.argsort(-mass)[:5]]
+        images = first.index[np.argsort(-mass)[:3]]
     position = {int(index): place for place, index in enumerate(first.index)}
     missing = [i for i in images if int(i) not in position]
     if missing:

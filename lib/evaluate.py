@@ -256,46 +256,62 @@ def below_one(confidence: pd.Series) -> np.ndarray:
     return np.minimum(confidence.to_numpy(np.float32), np.nextafter(np.float32(1), np.float32(0)))
 
 
-def human_baselines(dataset: BirdDataset) -> pd.DataFrame:
-    """The same metrics for maps that no model made: what a model's are to be held against.
+def baselines_by_image(dataset: BirdDataset) -> pd.DataFrame:
+    """The metrics of maps that no model made, on every image that has a human map.
 
     "one reader" is each reader against the *others*, whose gaze is pooled: how well a single person
-    predicts people, which a model may do better. Every other row is held against the pooled gaze of
+    predicts people, which a model may do better. Every other map is held against the pooled gaze of
     all readers, as models are, and is made of other images only.
 
     Returns:
-        one row a map: perfect (CC alone, see `perfect_cc`) and one reader, where there are several
-        readers; mean map (of all other images), another image (its map, from the other half of the
-        set), uniform; columns of `metrics.alignment`, means over images. NaN where a metric is not
-        defined: the CC of a constant map, NSS of maps without fixations. KL punishes the map of a
-        single reader for its zeros, see `metrics.kl`.
+        one row an image and map: image_id, map, columns of `metrics.alignment`. Maps: one reader
+        (the mean over readers; not where a map has no readers), mean map (of all other images),
+        another image (its map, from the other half of the set), uniform.
     """
     whole = Targets.of(dataset)
     chosen = np.flatnonzero(dataset.has_map)
     if len(chosen) < 2:
-        return pd.DataFrame(columns=["map", *ALIGNMENT])
+        return pd.DataFrame(columns=["image_id", "map", *ALIGNMENT])
     total = whole.human[chosen].sum(0)
-    rows: dict[str, list[dict[str, float]]] = {name: [] for name in BASELINES}
+    rows = []
     for place, i in enumerate(chosen.tolist()):
         held = whole.at(torch.tensor([i]), whole.human)  # [1, P]
         other = chosen[(place + len(chosen) // 2) % len(chosen)]
+        found = {}
+        maps, counts = dataset.readers(i)  # [R, P]
+        if len(maps) > 1:
+            others = {"human": maps.sum(0) - maps, "fixations": counts.sum(0) - counts}
+            found["one reader"] = metrics.alignment(maps, **(held | others))
         candidates = {
             "mean map": (total - whole.human[i])[None],
             "another image": whole.human[other][None],
             "uniform": torch.ones_like(whole.human[:1]),
         }
-        found = {name: metrics.alignment(one, **held) for name, one in candidates.items()}
-        maps, counts = dataset.readers(i)  # [R, P]
-        if len(maps) > 1:
-            others = {"human": maps.sum(0) - maps, "fixations": counts.sum(0) - counts}
-            found["one reader"] = metrics.alignment(maps, **(held | others))
-        for name, values in found.items():  # an image counts once, whatever its readers
-            rows[name].append({key: value.nanmean().item() for key, value in values.items()})
-    table = {name: pd.DataFrame(values).mean() for name, values in rows.items() if values}
-    if rows["one reader"]:
-        table = {PERFECT: pd.Series({"cc": perfect_cc(dataset)}), **table}
-    columns = list(table["uniform"].index)
-    return pd.DataFrame(table, index=columns).T.rename_axis("map").reset_index()
+        found |= {name: metrics.alignment(one, **held) for name, one in candidates.items()}
+        for name, values in found.items():
+            row = {"image_id": dataset.table["image_id"].iat[i], "map": name}
+            rows.append(row | {key: value.nanmean().item() for key, value in values.items()})
+    return pd.DataFrame(rows)
+
+
+def human_baselines(dataset: BirdDataset) -> pd.DataFrame:
+    """What a model's metrics are to be held against: means of `baselines_by_image`.
+
+    Returns:
+        one row a map: perfect (CC alone, see `perfect_cc`; where images have several readers),
+        then those of `baselines_by_image`. NaN where a metric is not defined: the CC of a constant
+        map, NSS of maps without fixations. KL punishes the map of a single reader for its zeros,
+        see `metrics.kl`.
+    """
+    images = baselines_by_image(dataset).drop(columns="image_id")
+    if images.empty:
+        return images
+    table = images.groupby("map").mean()
+    table = table.reindex([name for name in BASELINES if name in table.index])
+    if "one reader" in table.index:
+        perfect = pd.DataFrame({"cc": perfect_cc(dataset)}, index=[PERFECT], columns=table.columns)
+        table = pd.concat([perfect.astype(float), table])
+    return table.rename_axis("map").reset_index()
 
 
 def perfect_cc(dataset: BirdDataset) -> float:

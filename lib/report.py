@@ -28,6 +28,7 @@ from lib.evaluate import (
     ALIGNMENT,
     COLUMNS,
     Trial,
+    baselines_by_image,
     below_one,
     by_seed,
     human_baselines,
@@ -273,16 +274,14 @@ def result_table(seeds: pd.DataFrame, spans: pd.DataFrame, baselines: pd.DataFra
     bounds = spans.set_index(["variant", "metric"])
     rows: dict[str, dict[str, float]] = {}
     for variant, part in seeds.groupby("variant", sort=False):
-        row: dict[str, float] = {}
-        for name in numbers:
-            row |= {name: part[name].mean(), f"{name}_std": part[name].std()}
-            if (variant, name) in bounds.index:
-                span = bounds.loc[(variant, name)]
-                row |= {f"{name}_low": span["low"], f"{name}_high": span["high"]}
-        rows[variant] = row
+        rows[variant] = {name: part[name].mean() for name in numbers}
+        rows[variant] |= {f"{name}_std": part[name].std() for name in numbers}
     for baseline in baselines.to_dict("records"):
-        name = baseline.pop("map")
-        rows[name] = baseline
+        rows[baseline.pop("map")] = baseline
+    for model, row in rows.items():
+        for name in [name for name in numbers if (model, name) in bounds.index]:
+            span = bounds.loc[(model, name)]
+            row |= {f"{name}_low": span["low"], f"{name}_high": span["high"]}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
 
 
@@ -387,6 +386,10 @@ def write_report(
     seeds = by_seed(images)
     spans = statistics.intervals(values, names, CONFIDENCE)
     baselines = human_baselines(dataset)
+    if len(baselines):
+        by_image = baselines_by_image(dataset).rename(columns={"map": "variant"})
+        aligned = [name for name in ALIGNMENT if name in by_image]
+        spans = pd.concat([spans, statistics.intervals(by_image, aligned, CONFIDENCE)])
     table = result_table(seeds, spans, baselines)
     tested = [n for n in (*COLUMNS, "p_true") if n in names and values[n].notna().any()]
     tests = statistics.paired_tests(values, against, tested, CONFIDENCE)

@@ -222,6 +222,10 @@ def test_the_table_has_means_spread_and_interval_and_the_maps_of_no_model(writte
     assert row["cc_std"] == pytest.approx(control["cc"].std())
     assert row["cc_low"] < row["cc"] < row["cc_high"]
     assert row["ece"] == pytest.approx(control["ece"].mean()) and "ece_low" not in table
+    mean_map = table.loc["mean map"]
+    assert mean_map["cc_low"] < mean_map["cc"] < mean_map["cc_high"] and np.isnan(
+        mean_map["cc_std"]
+    )
     words = (written[0] / "table.md").read_text()
     assert f"{row['cc']:.3f} ± {row['cc_std']:.3f} [{row['cc_low']:.3f}, {row['cc_high']:.3f}]" in (
         words

@@ -181,7 +181,7 @@ def evaluate_runs(
         curves: deletion and insertion curves of so many images, about 80 forward passes each.
         tokens: outlying tokens and attention on background of so many images.
     """
-    from lib import probes, report
+    from lib import evaluate, probes, report
     from lib.files import make_folder
     from lib.summary import read_summary
 
@@ -195,7 +195,7 @@ def evaluate_runs(
         raise ValueError(f"gallery is {gallery}; use 0 for no gallery, or a number of pictures")
     dataset = report.common_dataset(trials, split, against)
     probed = probes.probe(trials, dataset, erase, curves, tokens, which)
-    images = report.measure_runs(trials, dataset, config.runs / "tokens", which)
+    images = evaluate.measure_runs(trials, dataset, config.runs / "tokens", which)
     folder = report.write_report(
         trials, images, out, against, split, which, gallery, gallery_rule, _called(), dataset,
         probed,

@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 
 from lib import metrics, plots
 from lib.data import BirdDataset, subset
-from lib.gaze import box_map
 from lib.model import SigmoidViT
 
 # A token is an outlier when its norm exceeds the median by so many robust standard deviations.
@@ -76,13 +75,10 @@ def read_tokens(
         found["attention"].append(torch.stack(attention, dim=1))
         found["contrast"].append(_contrast(batch["image"], dataset.grid))
     arrays = {name: torch.cat(parts).numpy() for name, parts in found.items()}
-    boxes = np.full((len(arrays["index"]), 4), np.nan)
-    if "x0" in dataset.table:
-        boxes = dataset.table[["x0", "y0", "x1", "y1"]].to_numpy(np.float64)[arrays["index"]]
-    has_box = np.isfinite(boxes).all(axis=1)
-    size = tuple(dataset.config.image_size)
-    covers = np.stack([box_map(box, size, dataset.grid).ravel() for box in boxes])
-    return Tokens(**arrays, background=(covers == 0) & has_box[:, None], has_box=has_box)
+    has_box = np.isfinite(dataset.corners()[arrays["index"]]).all(axis=1)
+    cover = dataset.cover()
+    free = has_box[:, None] if cover is None else (cover.flatten(1) == 0).numpy()[arrays["index"]]
+    return Tokens(**arrays, background=free & has_box[:, None], has_box=has_box)
 
 
 def _contrast(pictures: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -218,6 +214,6 @@ def gallery(
         norms[name] = tokens.norms[places, block].reshape(shape)
         attention[name] = tokens.attention[places, block].reshape(shape)
         outliers[name] = norms[name] > outlier_cutoffs(tokens.norms, k)[block]
-    boxes = dataset.table[["x0", "y0", "x1", "y1"]].to_numpy(np.float64)[list(images)]
+    boxes = dataset.corners()[list(images)]
     pictures = [dataset.image(int(i)) for i in images]
     return plots.token_gallery(pictures, boxes, norms, attention, outliers)

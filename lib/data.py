@@ -27,9 +27,10 @@ from tqdm.auto import tqdm
 
 from lib.cache import DecodedImages, decoded_images
 from lib.config import DataConfig
-from lib.gaze import Source, fixation_counts, human_map, to_grid
+from lib.gaze import Source, box_map, fixation_counts, human_map, to_grid
 from lib.readers import Part, Record, read_picture, read_records
 
+CORNERS = ("x0", "y0", "x1", "y1")  # columns of a box in the table, behind its prefix
 FINE = 4  # cells of a training map per grid cell and axis: a crop then moves it by quarter patches
 _TOLD: set[tuple[Path, str]] = set()  # what was said about missing maps, and of which data
 
@@ -229,6 +230,23 @@ class BirdDataset(Dataset):
             row.copy_(torch.from_numpy(found.ravel()))
         return counts
 
+    def corners(self, prefix: str = "") -> np.ndarray:
+        """x0, y0, x1, y1 of the boxes of the table, float64 [N, 4]; NaN where there is none."""
+        columns = [prefix + corner for corner in CORNERS]
+        return self.table.reindex(columns=columns).to_numpy(np.float64)
+
+    def cover(self, prefix: str = "", grid: tuple[int, int] | None = None) -> Tensor | None:
+        """Share of each cell that a box of the table covers, float32 [N, gh, gw] in [0, 1].
+
+        `prefix` names the box ("" the bird's, "d" the decoy's), `grid` is that of the model unless
+        given. No box covers nothing; None where the table has no such boxes at all.
+        """
+        if prefix + CORNERS[0] not in self.table:
+            return None
+        size, grid = tuple(self.config.image_size), grid or self.grid
+        maps = [box_map(box, size, grid) for box in self.corners(prefix)]
+        return torch.from_numpy(np.stack(maps))
+
     def parts(self, index: int) -> Tensor | None:
         """Number of the bird's visible parts in each cell, float32 [P]; None: not known."""
         record = self.records[index]
@@ -343,7 +361,7 @@ def _table(
         for prefix, box in record.boxes.items():
             size = record.size or (np.nan, np.nan)
             scale = np.tile(np.divide(image_size, size)[::-1], 2)  # x, y, x, y
-            names = [prefix + corner for corner in ("x0", "y0", "x1", "y1")]
+            names = [prefix + corner for corner in CORNERS]
             row |= zip(names, np.asarray(box, dtype=np.float64) * scale, strict=True)
         rows.append(row)
     return pd.DataFrame(rows)

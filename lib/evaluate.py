@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -22,9 +23,8 @@ from lib import metrics
 from lib.attention import resolve_blocks, sigmoid_attention
 from lib.config import Config, RunConfig
 from lib.data import BirdDataset
-from lib.gaze import box_map
 from lib.model import SigmoidViT
-from lib.runs import Run, dataset_for, fine_tuning, human_in_the_loop, train_run
+from lib.runs import Run, fine_tuning, human_in_the_loop, train_run
 from lib.tokens import with_cached_tokens
 from lib.train import predict, processes
 
@@ -81,7 +81,7 @@ class Targets:
             human=torch.stack([item["human"] for item in found]),
             fixations=fixations,
             elsewhere=fixations.sum(0) - fixations,
-            box=_cover(dataset, ""),
+            box=_flat(dataset.cover()),
             parts=None if known is None else (torch.stack(parts) > 0).float(),
         )
 
@@ -207,18 +207,11 @@ def conflicting_decoys(table: pd.DataFrame) -> pd.Series:
 
 def decoy_cover(dataset: BirdDataset) -> Tensor | None:
     """Share of every cell that the decoy covers, `[n, P]` in [0, 1]; None without decoys."""
-    return _cover(dataset, "d")
+    return _flat(dataset.cover("d"))
 
 
-def _cover(dataset: BirdDataset, prefix: str) -> Tensor | None:
-    """Share of every cell that a box of the table covers, `[n, P]`; None without such boxes."""
-    corners = [prefix + corner for corner in ("x0", "y0", "x1", "y1")]
-    if corners[0] not in dataset.table:
-        return None
-    size = tuple(dataset.config.image_size)
-    boxes = dataset.table[corners].to_numpy(np.float32)
-    maps = [box_map(box, size, dataset.grid) for box in boxes]  # no box, one of NaN: zeros
-    return torch.from_numpy(np.stack(maps)).flatten(1).float()
+def _flat(cover: Tensor | None) -> Tensor | None:
+    return None if cover is None else cover.flatten(1)
 
 
 def summarise(frame: pd.DataFrame) -> dict[str, float]:
@@ -294,8 +287,11 @@ def baselines_by_image(dataset: BirdDataset) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def human_baselines(dataset: BirdDataset) -> pd.DataFrame:
+def human_baselines(dataset: BirdDataset, by_image: pd.DataFrame | None = None) -> pd.DataFrame:
     """What a model's metrics are to be held against: means of `baselines_by_image`.
+
+    Args:
+        by_image: that table, where the caller has it already.
 
     Returns:
         one row a map: perfect (CC alone, see `perfect_cc`; where images have several readers),
@@ -303,7 +299,8 @@ def human_baselines(dataset: BirdDataset) -> pd.DataFrame:
         map, NSS of maps without fixations. KL punishes the map of a single reader for its zeros,
         see `metrics.kl`.
     """
-    images = baselines_by_image(dataset).drop(columns="image_id")
+    images = baselines_by_image(dataset) if by_image is None else by_image
+    images = images.drop(columns="image_id")
     if images.empty:
         return images
     table = images.groupby("map").mean()
@@ -366,16 +363,29 @@ def run_name(variant: str, seed: int) -> str:
     return f"{variant.lower().replace(' ', '-')}-s{seed}"
 
 
-def evaluate_trials(trials: Sequence[Trial], split: str = "test") -> pd.DataFrame:
-    """`per_image` of every trial, with columns variant and seed."""
-    dataset = None
+def measure_runs(
+    trials: Sequence[Trial],
+    dataset: BirdDataset,
+    tokens: Path,
+    which: Literal["last", "best"] = "last",
+) -> pd.DataFrame:
+    """`per_image` of every run, with columns variant and seed.
+
+    Args:
+        tokens: folder of cached tokens, for runs that were trained on some.
+    """
     frames = []
     for trial in tqdm(trials, desc="evaluating runs", leave=False):
-        model, settings = trial.run.model().to(processes().device), trial.run.config
-        dataset = dataset or dataset_for(model, settings, split, augment=False)
-        frame = measure(model, dataset, settings, trial.run.folder.parent / "tokens")
+        model = trial.run.model(which).to(processes().device)
+        frame = measure(model, dataset, trial.run.config, tokens)
         frames.append(frame.assign(variant=trial.variant, seed=trial.seed))
     return pd.concat(frames, ignore_index=True)
+
+
+def evaluate_trials(trials: Sequence[Trial], split: str = "test") -> pd.DataFrame:
+    """`measure_runs` on a split of the first run's data."""
+    run = trials[0].run
+    return measure_runs(trials, run.dataset(split), run.folder.parent / "tokens")
 
 
 def by_seed(frame: pd.DataFrame) -> pd.DataFrame:

@@ -62,7 +62,7 @@ def changed_predictions(images: pd.DataFrame, against: str) -> pd.DataFrame:
     """Images that a variant predicts right and the `against` model of the same seed does not.
 
     Args:
-        images: a row an image, variant and seed, as `lib.report.measure_runs` gives them: every
+        images: a row an image, variant and seed, as `lib.evaluate.measure_runs` gives them: every
             variant and seed has the images in the order of the data set.
 
     Returns:

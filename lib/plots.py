@@ -663,23 +663,25 @@ def by_lambda(table: pd.DataFrame, panels: Mapping[str, str], title: str) -> Fig
     Args:
         table: rows of a sweep: a row a training, of one split; bands are standard deviations.
     """
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.3),
-                                layout="constrained")  # fmt: skip
+    figure, grid = plt.subplots(
+        1, len(panels), figsize=(3.2 * len(panels), 3.3), squeeze=False, layout="constrained"
+    )
+    axes = grid[0]
     trained = table[table["loss"] != "control"]
     control = table[table["loss"] == "control"]
     losses = [loss for loss in LOSS_COLOURS if loss in set(trained["loss"])]
-    for axis, (name, words) in zip(np.atleast_1d(axes), panels.items(), strict=True):
+    for axis, (name, words) in zip(axes, panels.items(), strict=True):
         axis.set_xscale("log")  # before drawing: bands are made on the axis as it is
         sns.lineplot(
             trained, x="lam", y=name, hue="loss", hue_order=losses, style="heads", errorbar="sd",
             palette=LOSS_COLOURS, markers=True, dashes=False, ax=axis, err_kws={"alpha": 0.12},
-            legend="auto" if axis is np.atleast_1d(axes)[-1] else False,
+            legend="auto" if axis is axes[-1] else False,
         )  # fmt: skip
         if len(control):
             axis.axhline(control[name].mean(), color="black", linewidth=0.8, linestyle=":")
         axis.set(title=words, xlabel="lambda", ylabel="")
         axis.title.set_fontsize(9)
-    sns.move_legend(np.atleast_1d(axes)[-1], "upper left", bbox_to_anchor=(1, 1), frameon=False,
+    sns.move_legend(axes[-1], "upper left", bbox_to_anchor=(1, 1), frameon=False,
                     fontsize=8, title_fontsize=8)  # fmt: skip
     figure.suptitle(f"{title}\ndotted: the control without maps", fontsize=10)
     return figure

@@ -32,7 +32,6 @@ from lib.evaluate import (
     below_one,
     by_seed,
     human_baselines,
-    measure,
     run_name,
     summarise,
 )
@@ -40,7 +39,6 @@ from lib.files import make_folder, write_bytes, write_text
 from lib.gallery import Rule, attention_maps, changed_predictions, write_gallery
 from lib.runs import Run, bare_model, dataset_for
 from lib.summary import append_summary
-from lib.train import processes
 
 Split = Literal["test", "val", "train"]
 Which = Literal["last", "best"]
@@ -72,9 +70,7 @@ def load_trials(names: Sequence[str], runs: Path, which: Which = "last") -> list
     """
     trials = []
     for name in names:
-        folder = _folder(name, runs)
-        _refuse_missing_weights(folder, which)
-        run = Run.load(folder)
+        run = Run.load(_folder(name, runs), which)
         trials.append(Trial(re.sub(r"-s\d+$", "", run.name), run.config.train.seed, run))
     if not trials:
         raise ValueError("no run is named; name one or more, such as ft-s0")
@@ -92,15 +88,6 @@ def _folder(name: str, runs: Path) -> Path:
         f"no run {name} in {runs} (there: {there}); train it, name another, or set PRESET and "
         "RUNS_DIR"
     )
-
-
-def _refuse_missing_weights(folder: Path, which: Which) -> None:
-    """A sweep measures a run and takes its weights away: there is nothing to resume then."""
-    if (folder / "result.json").is_file() and not (folder / f"{which}.safetensors").is_file():
-        raise FileNotFoundError(
-            f"{folder} was measured by a sweep that did not keep its weights; delete the folder "
-            "and sweep again with --keep-weights"
-        )
 
 
 def refuse_mixture(trials: Sequence[Trial]) -> None:
@@ -203,22 +190,6 @@ def common_dataset(trials: Sequence[Trial], split: Split, against: str) -> BirdD
     order = sorted(trials, key=lambda trial: trial.variant != against)
     run = next((t.run for t in order if t.run.config.data.maps != "none"), order[0].run)
     return dataset_for(bare_model(run.config, num_classes=0), run.config, split, augment=False)
-
-
-def measure_runs(
-    trials: Sequence[Trial], dataset: BirdDataset, tokens: Path, which: Which = "last"
-) -> pd.DataFrame:
-    """`lib.evaluate.per_image` of every run, with columns variant and seed.
-
-    Args:
-        tokens: folder of cached tokens, for runs that were trained on some.
-    """
-    frames = []
-    for trial in tqdm(trials, desc="evaluating runs", leave=False):
-        model = trial.run.model(which).to(processes().device)
-        frame = measure(model, dataset, trial.run.config, tokens)
-        frames.append(frame.assign(variant=trial.variant, seed=trial.seed))
-    return pd.concat(frames, ignore_index=True)
 
 
 def values_by_image(images: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -352,7 +323,7 @@ def write_report(
     """Tables, tests, figures, gallery and configurations of an evaluation in one folder.
 
     Args:
-        images: the trials' rows, of `measure_runs` or `lib.evaluate.evaluate_trials`.
+        images: the trials' rows, of `lib.evaluate.measure_runs` or `evaluate_trials`.
         folder: where to write; `result/result%Y%m%d_%H%M` below the repository by default, with
             a number behind it when that is taken.
         against: see `yardstick_variant`.
@@ -385,9 +356,10 @@ def write_report(
     values, names = values_by_image(images)
     seeds = by_seed(images)
     spans = statistics.intervals(values, names, CONFIDENCE)
-    baselines = human_baselines(dataset)
+    by_image = baselines_by_image(dataset)
+    baselines = human_baselines(dataset, by_image)
     if len(baselines):
-        by_image = baselines_by_image(dataset).rename(columns={"map": "variant"})
+        by_image = by_image.rename(columns={"map": "variant"})
         aligned = [name for name in ALIGNMENT if name in by_image]
         spans = pd.concat([spans, statistics.intervals(by_image, aligned, CONFIDENCE)])
     table = result_table(seeds, spans, baselines)

@@ -49,8 +49,8 @@ class Run:
     config: RunConfig
 
     @classmethod
-    def load(cls, folder: Path) -> Run:
-        """A finished run.
+    def load(cls, folder: Path, which: Literal["last", "best"] = "last") -> Run:
+        """A finished run; `which` weights must be there.
 
         Raises:
             FileNotFoundError: names the folder and what is missing.
@@ -66,10 +66,10 @@ class Run:
                 f"{folder} is no finished run: it stopped after {made} of {wanted} epochs; resume "
                 "it (`python -m lib train ... --resume`, or the same call again)"
             )
-        if not (folder / "last.safetensors").is_file():
+        if not (folder / f"{which}.safetensors").is_file():
             raise FileNotFoundError(
                 f"{folder} has no weights: a sweep keeps none without --keep-weights; train it "
-                "again"
+                f"again ({which}.safetensors is missing)"
             )
         return run
 
@@ -242,8 +242,7 @@ def training_set(model: SigmoidViT, config: RunConfig) -> BirdDataset:
     """The training images as a run trains on them: crops, and the maps of `config.train.human`."""
     dataset = dataset_for(model, config, "train", augment=not config.train.cache_tokens)
     human = config.train.human
-    own = (human.maps, human.annotated, human.noise) == ("human", "all", "none")
-    return dataset if own or human.lam == 0 else supervised(dataset, human, config.train.seed)
+    return dataset if human.lam == 0 else supervised(dataset, human, config.train.seed)
 
 
 def refuse_supervision_without_maps(train_set: BirdDataset, config: TrainConfig) -> None:

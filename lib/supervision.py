@@ -16,7 +16,6 @@ from torchvision.transforms.v2 import functional as F
 
 from lib.config import HumanConfig
 from lib.data import BirdDataset
-from lib.gaze import box_map
 
 SHIFT = 2.0  # patches that noise="shifted" moves a map by, each in a direction of its own
 BLUR = 2.0  # standard deviation in patches that noise="blurred" adds
@@ -37,6 +36,8 @@ def supervised(dataset: BirdDataset, human: HumanConfig, seed: int) -> BirdDatas
     Raises:
         ValueError: names what the data cannot give: bounding boxes, several readers, a second map.
     """
+    if (human.maps, human.noise, human.annotated) == ("human", "none", "all"):
+        return dataset
     changed = copy.copy(dataset)
     changed.table = dataset.table.copy()
     rng = np.random.default_rng(seed)
@@ -112,11 +113,9 @@ def _half_of_the_readers(dataset: BirdDataset) -> tuple[Tensor, Tensor]:
 
 def _boxes(dataset: BirdDataset) -> tuple[Tensor, Tensor]:
     """The bird's bounding box in place of each map."""
-    if "x0" not in dataset.table:
+    found = dataset.cover(grid=tuple(dataset.maps[0].shape[1:]))
+    if found is None:
         raise ValueError('maps is "box", but this data set has no bounding boxes; use another')
-    shape, size = tuple(dataset.maps[0].shape[1:]), tuple(dataset.config.image_size)
-    boxes = dataset.table[["x0", "y0", "x1", "y1"]].to_numpy()
-    found = torch.from_numpy(np.stack([box_map(box, size, shape) for box in boxes]))
     has_map = torch.tensor(dataset.has_map)
     valid = has_map[:, None, None].expand(found.shape).clone()
     return torch.where(valid, found, 0.0), valid

@@ -23,7 +23,9 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from lib import ablations
 from lib import config as cfg
+from lib.ablations import SETTINGS
 from lib.attention import resolve_blocks, resolve_heads
 from lib.checkpoint import STATE
 from lib.config import Config, HumanConfig, RunConfig, Sweep, TrainConfig
@@ -48,10 +50,9 @@ FOLDER = "sweep"  # below the runs folder: one folder a cell
 RESULT = "result.json"  # in a cell's folder
 SPLITS = ("val", "test")
 # The table's first columns say which training a row is of; the numbers of `summarise` follow.
-COLUMNS = ("preset", "loss", "lam", "blocks", "heads", "offset", "maps", "annotated", "noise")
-COLUMNS += ("trainable", "seed", "split")
+COLUMNS = ("preset", *SETTINGS, "seed", "split")
 # What is named in a cell's folder only where it is not the usual.
-USUAL = {"maps": "human", "annotated": "all", "noise": "none"}
+USUAL = {name: ablations.USUAL[name] for name in ("maps", "annotated", "noise")}
 
 
 @dataclass(frozen=True)

@@ -46,18 +46,26 @@ MAY_IMPORT = {
     "train": {"model", "losses", "metrics", "config", "optim", "tokens", "checkpoint", "files"},
     "runs": {"train", "checkpoint", "tokens", "data", "model", "config", "files", "optim"}
     | {"supervision"},
-    "supervision": {"config", "data", "gaze"},
+    "supervision": {"config", "data"},
     "ablations": set(),
     "pretrain": {"toybirds", "model", "config"},
     "curves": {"checkpoint", "plots"},
     "panel": {"data", "editor", "feedback", "live", "model", "teach"},
     "bench": {"model", "config", "train", "data", "readers", "live", "attention"}
     | {"checkpoint", "jobs", "optim", "runs", "tokens"},
-    "evaluate": {"train", "runs", "tokens", "data", "model", "metrics", "config", "gaze"}
-    | {"attention"},
+    "evaluate": {"train", "runs", "tokens", "data", "model", "metrics", "config"} | {"attention"},
     "causal": {"attention", "data", "losses", "metrics", "model"},
-    "artefacts": {"data", "gaze", "metrics", "model", "plots"},
-    "sweep": {"attention", "checkpoint", "config", "evaluate", "files", "jobs", "losses"}
+    "artefacts": {"data", "metrics", "model", "plots"},
+    "sweep": {
+        "ablations",
+        "attention",
+        "checkpoint",
+        "config",
+        "evaluate",
+        "files",
+        "jobs",
+        "losses",
+    }
     | {"optim", "runs", "supervision", "train"},
     "jobs": set(),
     "statistics": set(),

@@ -173,7 +173,7 @@ def test_evaluate_refuses_before_it_computes(more, says, tmp_path, run_main, two
     (tmp_path / "taken").write_text("a file, no folder")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "summary.csv").write_text("mine,yours\n1,2\n")
-    monkeypatch.setattr("lib.report.measure_runs", lambda *_: pytest.fail("it computes"))
+    monkeypatch.setattr("lib.evaluate.measure_runs", lambda *_: pytest.fail("it computes"))
     more = [part.format(folder=tmp_path) for part in more]
     code, _, error = run_main("evaluate", "ft-s0", "control-s0", *more, **two_runs)
     assert code == 2 and says in error and "Traceback" not in error

@@ -124,7 +124,7 @@ def test_one_set_of_human_maps_measures_all(runs):
     trials = report.load_trials(["control-s0", "ft-s0"], runs)
     dataset = report.common_dataset(trials, "test", "control")
     assert dataset.config.maps == "gaze" and dataset.table["has_map"].any()
-    images = report.measure_runs(trials, dataset, runs / "tokens")
+    images = evaluate.measure_runs(trials, dataset, runs / "tokens")
     assert images["cc"].notna().mean() > 0.9
 
 
@@ -135,11 +135,11 @@ def test_runs_measure_as_trials_do(comparison):
     config, _, images = comparison
     trials = report.load_trials(["control-s1"], config.runs, "best")
     dataset = report.common_dataset(trials, "test", "control")
-    found = report.measure_runs(trials, dataset, config.runs / "tokens")
+    found = evaluate.measure_runs(trials, dataset, config.runs / "tokens")
     part = images[(images["variant"] == "control") & (images["seed"] == 1)].reset_index(drop=True)
     pd.testing.assert_frame_equal(found, part)
     val = report.common_dataset(trials, "val", "control")
-    assert len(report.measure_runs(trials, val, config.runs / "tokens", "best")) == len(val) == 16
+    assert len(evaluate.measure_runs(trials, val, config.runs / "tokens", "best")) == len(val) == 16
 
 
 def test_values_by_image_average_to_the_summary(comparison):

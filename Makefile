@@ -28,7 +28,7 @@ demo: $(VENV)/installed ## the whole experiment on drawn birds, about 2 minutes
 	$(BIN)/python -m lib demo --seeds $(SEEDS)
 
 lab: $(VENV)/installed ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab notebooks --ServerApp.kernel_websocket_connection_class=lib.nodelay.NoDelayConnection
+	$(BIN)/jupyter lab notebooks --ServerApp.kernel_websocket_connection_class=lib.widgets.nodelay.NoDelayConnection
 
 # The notebooks come first, and in their order: they take longest. One thread a process: PyTorch's
 # would wait for each other by spinning.

@@ -34,7 +34,7 @@ MAPS = ("gaze", "boxes", "parts", "none")  # or a folder: "files", or "correctio
 class DataConfig:
     """Which images, which human maps, and how an image is cut before the model sees it."""
 
-    name: Literal["toy", "cub2011", "cub2010", "folder"] = "toy"  # a reader in lib/readers.py
+    name: Literal["toy", "cub2011", "cub2010", "folder"] = "toy"  # see lib/data/sources.py
     root: Path = ROOT / "datasets"  # folder that holds the data (unused by toy)
     image_size: tuple[int, int] = (64, 64)  # height, width in pixels, as the model sees them
     # where human maps come from; "corrections" are those that were saved in the editor
@@ -85,7 +85,7 @@ class HumanConfig:
     # supervised heads, the others stay free; "mean" supervises the mean of their attention
     heads: Literal["all", "mean"] | tuple[int, ...] = "all"
     offset: Literal["none", "centred"] = "none"  # constant of the sigmoid (mse, bce, cosine)
-    # Controls and ablations: which maps training images have (lib/supervision.py).
+    # Controls and ablations: which maps training images have (lib/training/controls.py).
     maps: Literal["human", "shuffled", "mean", "box"] = "human"  # the image's own, or instead of it
     annotated: str = "all"  # training images that keep their map: all, a number, or 10%
     noise: Literal["none", "shifted", "blurred", "half_readers"] = "none"  # added to the maps
@@ -151,7 +151,7 @@ class TrainConfig:
 
 @dataclass
 class Sweep:
-    """Which HITL trainings `lib.sweep` compares: every combination of these."""
+    """Which HITL trainings `lib.experiments.sweep` compares: every combination of these."""
 
     # of lib/losses.py
     loss: tuple[Literal["mse", "mse_zero", "bce", "kl", "cosine", "energy"], ...] = ("energy",)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib.attention import resolve_heads, row_offset
+from lib.edit import resolve_heads, row_offset
 
 # A cell belongs to the human region when its map reaches this share of the map's maximum.
 REGION = 0.1
@@ -41,7 +41,7 @@ def attention_loss(
         human: `[B, P]` in [0, 1], the human map on the patch grid.
         valid: `[B, P]`, bool; False where undecided. An image with no valid cell, or whose valid
             map is 0 everywhere, has no map and contributes 0.
-        offset: constant of the sigmoid, see `lib.attention.row_offset`.
+        offset: constant of the sigmoid, see `lib.edit.row_offset`.
         heads: supervised heads, each on its own; the others are left free. "mean" supervises what
             the heads look at together, the mean of their attention, and leaves to each its part.
 

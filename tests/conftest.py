@@ -17,9 +17,9 @@ from hypothesis import settings
 from PIL import Image
 
 from lib.config import Config, DataConfig, ModelConfig, preset
-from lib.data import BirdDataset
-from lib.model import SigmoidViT
-from lib.runs import dataset_for, fine_tuning
+from lib.data.dataset import BirdDataset
+from lib.model.vit import SigmoidViT
+from lib.training.runs import dataset_for, fine_tuning
 
 matplotlib.use("Agg")
 settings.register_profile("lib", deadline=None, max_examples=40)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib import ablations
+from lib.experiments import ablations
 
 
 def row(loss, lam, seed, top1, cc, **changes):

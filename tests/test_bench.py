@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import VITS, images_for, tiny_vit
 
-from lib import bench
-from lib.model import SigmoidViT, create_model
+from lib.experiments import bench
+from lib.model.vit import SigmoidViT, create_model
 
 
 @torch.no_grad()

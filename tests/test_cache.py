@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as v2
 from tqdm.auto import tqdm
 
-from lib.cache import AHEAD, SAMPLE, DecodedImages, decoded_images
+from lib.data.cache import AHEAD, SAMPLE, DecodedImages, decoded_images
 
 MIXED = [(30, 40), (40, 30), (16, 50), (50, 16), (12, 12), (21, 20)]  # height, width
 
@@ -187,7 +187,7 @@ def test_only_a_few_dozen_pictures_wait_for_being_written(tmp_path, monkeypatch)
         started.append(index)
         return torch.zeros(3, 4, 4, dtype=torch.uint8)
 
-    monkeypatch.setattr("lib.cache.tqdm", watched)
+    monkeypatch.setattr("lib.data.cache.tqdm", watched)
     decoded_images(paths, tmp_path / "cache", (4, 4), note)
     assert len(started) == len(written) == 200 and max(waiting) <= AHEAD
 

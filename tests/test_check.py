@@ -10,8 +10,8 @@ import pytest
 from conftest import CUB_CLASSES, CUB_UNSEEN
 from PIL import Image
 
-from lib.check import PROBLEMS, check_data
 from lib.config import DataConfig
+from lib.data.check import PROBLEMS, check_data
 
 GRID = (3, 4)
 

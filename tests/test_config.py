@@ -10,7 +10,7 @@ import pytest
 
 from lib import config as cfg
 from lib.config import HumanConfig, RunConfig, TrainConfig, preset
-from lib.runs import fine_tuning, human_in_the_loop
+from lib.training.runs import fine_tuning, human_in_the_loop
 
 
 def test_one_variable_flips_the_preset(monkeypatch):

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from lib import curves
-from lib.curves import LiveCurves
-from lib.runs import fine_tuning, human_in_the_loop, train_run
+from lib.training.runs import fine_tuning, human_in_the_loop, train_run
+from lib.widgets import curves
+from lib.widgets.curves import LiveCurves
 
 
 class Shown:

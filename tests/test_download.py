@@ -28,8 +28,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib import download as module
-from lib.download import SOURCES, DownloadError, Source, download, extract, fetch
+from lib.data import download as module
+from lib.data.download import SOURCES, DownloadError, Source, download, extract, fetch
 
 ROOT = Path(__file__).resolve().parents[1]
 BODY = random.Random(0).randbytes(50_000)

@@ -19,14 +19,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from lib import editor
-from lib.editor import LOW, EditorController, attention_editor
-from lib.feedback import load_corrections
+from lib.data.corrections import load_corrections
+from lib.widgets import brush
+from lib.widgets.brush import _listed
+from lib.widgets.controller import LOW, EditorController
+from lib.widgets.editor import attention_editor
+from lib.widgets.pixels import COLOURS, OPACITY, coloured
 
 ROOT = Path(__file__).resolve().parents[1]
 NASTY = "<img src=x onerror=alert(1)>"
 
-needs_anywidget = pytest.mark.skipif(editor.anywidget is None, reason="anywidget is absent")
+needs_anywidget = pytest.mark.skipif(brush.anywidget is None, reason="anywidget is absent")
 
 
 @dataclass(frozen=True)
@@ -377,7 +380,7 @@ def test_a_saved_correction_is_read_again(controller, tmp_path):
     preview = Image.open(path.with_suffix(".png"))
     assert preview.size == (448, 299)
     # black under viridis(0.75) at OPACITY; cell (0, 0) is about 149 pixels wide
-    expected = editor.OPACITY * editor.coloured(np.array(0.75)).astype(float)
+    expected = OPACITY * coloured(np.array(0.75)).astype(float)
     np.testing.assert_allclose(preview.convert("RGB").getpixel((60, 60)), expected, atol=2)
     assert preview.getpixel((75, 149)) == (255, 255, 255)  # the line below the painted cells
 
@@ -385,8 +388,8 @@ def test_a_saved_correction_is_read_again(controller, tmp_path):
 def test_the_colours_are_those_of_viridis():
     viridis = pytest.importorskip("matplotlib").colormaps["viridis"]
     exact = 255 * viridis(np.arange(256))[:, :3]
-    assert np.abs(editor.COLOURS - exact).max() < 10
-    brightness = editor.COLOURS @ [0.2126, 0.7152, 0.0722]
+    assert np.abs(COLOURS - exact).max() < 10
+    brightness = COLOURS @ [0.2126, 0.7152, 0.0722]
     assert (np.diff(brightness) > -0.8).all()  # in order, whatever a reader's colour vision
 
 
@@ -401,7 +404,7 @@ def browser_says(widget, **state):
 
 @pytest.fixture
 def tool(tmp_path):
-    if editor.anywidget is None:
+    if brush.anywidget is None:
         pytest.skip("anywidget is absent")
     made = attention_editor(FakeSession(), folder=tmp_path / "corrections", author="me")
     assert made.errors == []
@@ -525,7 +528,7 @@ def test_the_controls_lead_to_the_controller(tool):
     controls["strength"].value, controls["sharpness"].value = 0.5, 2.0
     controls["suppression"].value = 0.25
     assert (controller.strength, controller.sharpness, controller.suppression) == (0.5, 2, 0.25)
-    assert tool.paint.base == editor._listed(controller.base) and tool.paint.strength == 0.5
+    assert tool.paint.base == _listed(controller.base) and tool.paint.strength == 0.5
     controls["reset"].click()
     assert controls["strength"].value == 1 and controls["sharpness"].value == 1
     controls["undo"].click()
@@ -664,7 +667,8 @@ def test_without_anywidget_the_plain_tool_is_built():
         "import sys; sys.modules['anywidget'] = None\n"
         f"sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]\n"
         "from test_editor import FakeSession\n"
-        "from lib.editor import PlainPaint, attention_editor\n"
+        "from lib.widgets.brush import PlainPaint\n"
+        "from lib.widgets.editor import attention_editor\n"
         "tool = attention_editor(FakeSession())\n"
         "assert isinstance(tool.paint, PlainPaint)\n"
         "tool.controls['copy_box'].click()\n"
@@ -688,7 +692,7 @@ def test_a_message_through_a_real_kernel():
         code = (
             f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]\n"
             "from test_editor import FakeSession\n"
-            "from lib.editor import attention_editor\n"
+            "from lib.widgets.editor import attention_editor\n"
             "tool = attention_editor(FakeSession())\n"
             "tool"
         )
@@ -762,7 +766,7 @@ const say = (value) => console.log(JSON.stringify(value));
 def node(tmp_path):
     if NODE is None:
         pytest.skip("node is absent")
-    shutil.copy(ROOT / "lib" / "static" / "editor.js", tmp_path / "editor.mjs")
+    shutil.copy(ROOT / "lib" / "widgets" / "static" / "editor.js", tmp_path / "editor.mjs")
 
     def run_script(script):
         path = tmp_path / "script.mjs"

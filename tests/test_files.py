@@ -12,7 +12,7 @@ import torch
 
 from lib import files
 from lib.files import StorageError, make_folder, write_bytes, write_text
-from lib.model import write_state
+from lib.model.weights import write_state
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.jobs import in_processes
+from lib.experiments.jobs import in_processes
 
 HERE = Path(__file__).resolve().parent
 
@@ -77,7 +77,7 @@ def test_processes_end_with_their_parent(blow, tmp_path):
     """Ctrl-C at the parent, and a parent that has no time to say good-bye."""
     code = f"import sys; sys.path[:0] = {[str(HERE.parent), str(HERE)]}\n"
     code += "import signal; from pathlib import Path\n"
-    code += "from lib.jobs import in_processes; import test_jobs\n"
+    code += "from lib.experiments.jobs import in_processes; import test_jobs\n"
     # A job in the background of a shell is deaf to it, and so are the processes that it starts.
     code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += f"tasks = [('stay', Path({str(tmp_path)!r}))]\n"

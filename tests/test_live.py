@@ -16,13 +16,14 @@ from timm.layers import SwiGLU
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib.attention import AttentionEdit, edit_logits, resolve_blocks, sigmoid_attention
 from lib.config import DataConfig
-from lib.data import BirdDataset, make_dataset
-from lib.feedback import Edit
-from lib.live import KEPT_IMAGES, LiveImage, LiveSession
-from lib.model import SigmoidViT
-from lib.readers import Record
+from lib.data.corrections import Edit
+from lib.data.dataset import BirdDataset, make_dataset
+from lib.data.records import Record
+from lib.edit import AttentionEdit, edit_logits, resolve_blocks, sigmoid_attention
+from lib.model.live import LiveImage
+from lib.model.vit import SigmoidViT
+from lib.widgets.session import KEPT_IMAGES, LiveSession
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -355,7 +356,7 @@ def test_the_ladder_climbs_through_the_model(session, birds):
 def test_the_pictures_used_last_are_kept(session, monkeypatch):
     computed = []
     counted = lambda *args: computed.append(1) or LiveImage(*args)  # noqa: E731
-    monkeypatch.setattr("lib.live.LiveImage", counted)
+    monkeypatch.setattr("lib.widgets.session.LiveImage", counted)
     for index in range(KEPT_IMAGES):
         session.outcome(index)
         session.outcome(np.int64(index), painted())

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib import metrics
 from lib.config import DataConfig
-from lib.data import make_dataset
+from lib.data.dataset import make_dataset
+from lib.evaluation import metrics
 
 
 def pair(seed: int, images: int = 4, patches: int = 25):

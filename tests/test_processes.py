@@ -102,7 +102,7 @@ def test_the_notebook_launcher_trains_with_two_processes(runs):
         "from dataclasses import replace\n"
         "from pathlib import Path\n"
         "from lib.config import RunConfig, from_json\n"
-        "from lib.runs import train_run\n"
+        "from lib.training.runs import train_run\n"
         f"runs = Path({str(runs)!r})\n"
         "config = from_json(RunConfig, (runs / 'one' / 'config.json').read_text())\n"
         "given = ('three', config, runs)\n"

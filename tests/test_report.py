@@ -15,15 +15,33 @@ from conftest import tiny_config
 from PIL import Image
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from lib import evaluate, gallery, report
-from lib.summary import read_summary
+from lib import config as cfg
+from lib.evaluation.tables import (
+    calibration,
+    expected_calibration_error,
+    markdown,
+    summarise,
+    values_by_image,
+)
+from lib.experiments import gallery
+from lib.experiments.compare import (
+    Trial,
+    common_dataset,
+    evaluate_trials,
+    load_trials,
+    measure_runs,
+    train_comparison,
+    yardstick_variant,
+)
+from lib.experiments.report import write_report
+from lib.experiments.summary import read_summary
 
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
     config = tiny_config(tmp_path_factory.mktemp("runs"))
-    trials = evaluate.train_comparison(config, seeds=[0, 1])
-    return config, trials, evaluate.evaluate_trials(trials)
+    trials = train_comparison(config, seeds=[0, 1])
+    return config, trials, evaluate_trials(trials)
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +51,10 @@ def written(comparison, tmp_path_factory):
     one = [t for t in trials if (t.variant, t.seed) == ("control", 0)]
     its = images[(images["variant"] == "control") & (images["seed"] == 0)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report.cfg, "ROOT", tmp_path_factory.mktemp("root"))
+        patch.setattr(cfg, "ROOT", tmp_path_factory.mktemp("root"))
         return [
-            report.write_report(trials, images, gallery=3, command="as typed"),
-            report.write_report(one, its),
+            write_report(trials, images, gallery=3, command="as typed"),
+            write_report(one, its),
         ]
 
 
@@ -65,28 +83,28 @@ def change(runs, name, **fields):
 def test_runs_are_found_by_name_or_path_and_seeds_are_one_variant(comparison):
     config, _, _ = comparison
     names = ["ft-s0", str(config.runs / "ft-s1"), "control-s0"]
-    trials = report.load_trials(names, config.runs)
+    trials = load_trials(names, config.runs)
     assert [(t.variant, t.seed) for t in trials] == [("ft", 0), ("ft", 1), ("control", 0)]
-    assert report.yardstick_variant(trials) == "control"
-    assert report.yardstick_variant(trials[:2]) == "ft"
-    assert report.yardstick_variant(trials, "ft") == "ft"
+    assert yardstick_variant(trials) == "control"
+    assert yardstick_variant(trials[:2]) == "ft"
+    assert yardstick_variant(trials, "ft") == "ft"
     with pytest.raises(ValueError, match='--against is "none", but the models are ft, control'):
-        report.yardstick_variant(trials, "none")
+        yardstick_variant(trials, "none")
     with pytest.raises(ValueError, match=r'"ft" has seeds \[1\] and "control" \[0\]'):
-        report.yardstick_variant(trials[1:])
+        yardstick_variant(trials[1:])
 
 
 def test_runs_that_are_not_there_are_named(runs):
     with pytest.raises(FileNotFoundError, match=r"no run nope in .*there: control-s0, control-s1"):
-        report.load_trials(["nope"], runs)
+        load_trials(["nope"], runs)
     with pytest.raises(ValueError, match="no run is named"):
-        report.load_trials([], runs)
+        load_trials([], runs)
     (runs / "ft-s0" / "last.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="ft-s0 has no weights"):
-        report.load_trials(["ft-s0"], runs)
+        load_trials(["ft-s0"], runs)
     (runs / "ft-s0" / "result.json").write_text("{}")  # of a sweep
     with pytest.raises(FileNotFoundError, match="--keep-weights"):
-        report.load_trials(["ft-s0"], runs)
+        load_trials(["ft-s0"], runs)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +118,7 @@ def test_runs_that_are_not_there_are_named(runs):
 def test_runs_of_other_items_are_not_compared(fields, says, runs):
     change(runs, "control-s0", **fields)
     with pytest.raises(ValueError, match=says):
-        report.load_trials(["ft-s0", "control-s0"], runs)
+        load_trials(["ft-s0", "control-s0"], runs)
 
 
 def test_runs_of_other_classes_are_not_compared(runs):
@@ -108,23 +126,23 @@ def test_runs_of_other_classes_are_not_compared(runs):
     classes = json.loads(file.read_text())
     file.write_text(json.dumps(["else", *classes[1:]]))
     with pytest.raises(ValueError, match=f"differ in their classes .{classes[0]} and else"):
-        report.load_trials(["ft-s0", "control-s0"], runs)
+        load_trials(["ft-s0", "control-s0"], runs)
 
 
 def test_one_variant_is_one_configuration_and_each_seed_once(runs):
     with pytest.raises(ValueError, match='are both "ft" of seed 0'):
-        report.load_trials(["ft-s0", "ft-s0"], runs)
+        load_trials(["ft-s0", "ft-s0"], runs)
     change(runs, "ft-s1", train__lr=1.0)
     with pytest.raises(ValueError, match=r'one variant, "ft", but train.lr is 1.0'):
-        report.load_trials(["ft-s0", "ft-s1"], runs)
+        load_trials(["ft-s0", "ft-s1"], runs)
 
 
 def test_one_set_of_human_maps_measures_all(runs):
     change(runs, "control-s0", data__maps="none", data__flip=0.0)
-    trials = report.load_trials(["control-s0", "ft-s0"], runs)
-    dataset = report.common_dataset(trials, "test", "control")
+    trials = load_trials(["control-s0", "ft-s0"], runs)
+    dataset = common_dataset(trials, "test", "control")
     assert dataset.config.maps == "gaze" and dataset.table["has_map"].any()
-    images = evaluate.measure_runs(trials, dataset, runs / "tokens")
+    images = measure_runs(trials, dataset, runs / "tokens")
     assert images["cc"].notna().mean() > 0.9
 
 
@@ -133,20 +151,20 @@ def test_one_set_of_human_maps_measures_all(runs):
 
 def test_runs_measure_as_trials_do(comparison):
     config, _, images = comparison
-    trials = report.load_trials(["control-s1"], config.runs, "best")
-    dataset = report.common_dataset(trials, "test", "control")
-    found = evaluate.measure_runs(trials, dataset, config.runs / "tokens")
+    trials = load_trials(["control-s1"], config.runs, "best")
+    dataset = common_dataset(trials, "test", "control")
+    found = measure_runs(trials, dataset, config.runs / "tokens")
     part = images[(images["variant"] == "control") & (images["seed"] == 1)].reset_index(drop=True)
     pd.testing.assert_frame_equal(found, part)
-    val = report.common_dataset(trials, "val", "control")
-    assert len(evaluate.measure_runs(trials, val, config.runs / "tokens", "best")) == len(val) == 16
+    val = common_dataset(trials, "val", "control")
+    assert len(measure_runs(trials, val, config.runs / "tokens", "best")) == len(val) == 16
 
 
 def test_values_by_image_average_to_the_summary(comparison):
     _, _, images = comparison
     part = images[(images["variant"] == "control") & (images["seed"] == 0)]
-    values, names = report.values_by_image(part)
-    summary = evaluate.summarise(part)
+    values, names = values_by_image(part)
+    summary = summarise(part)
     assert {"top1", "cc", "conflicting", "agreeing", "on_decoy", "sigmoid"} <= set(names)
     for name in names:
         assert values[name].mean() == pytest.approx(summary[name], nan_ok=True), name
@@ -160,11 +178,11 @@ def test_the_calibration_error_is_that_of_torchmetrics():
     confidence, predicted = scores.max(-1)
     images = pd.DataFrame({"confidence": confidence.numpy(), "top1": (predicted == labels).numpy()})
     images = images.assign(variant="a", seed=0)
-    found = evaluate.expected_calibration_error(images, bins=10)
+    found = expected_calibration_error(images, bins=10)
     expected = multiclass_calibration_error(scores[1:], labels[1:], 5, n_bins=10)
-    without = evaluate.expected_calibration_error(images[1:], bins=10)
+    without = expected_calibration_error(images[1:], bins=10)
     assert without == pytest.approx(expected.item(), abs=1e-6)
-    bins = report.calibration(images, bins=10)
+    bins = calibration(images, bins=10)
     gaps = (bins["confidence"] - bins["accuracy"]).abs() * bins["images"] / 200
     assert len(bins) == 10 and bins["images"].sum() == 200
     assert found == pytest.approx(gaps.sum(), abs=1e-6) and found > 0.1
@@ -240,7 +258,7 @@ def test_the_table_has_means_spread_and_interval_and_the_maps_of_no_model(writte
 
 
 def test_a_pipe_in_a_name_does_not_end_a_markdown_cell():
-    assert report.markdown(pd.DataFrame({"a|b": ["c|d"]})) == "| a\\|b |\n| --- |\n| c\\|d |\n"
+    assert markdown(pd.DataFrame({"a|b": ["c|d"]})) == "| a\\|b |\n| --- |\n| c\\|d |\n"
 
 
 def test_the_tests_are_of_the_others_against_the_control(written):
@@ -332,12 +350,12 @@ def test_the_page_shows_what_it_counts_and_its_pictures_are_there(written, compa
 def test_names_are_escaped_and_an_image_without_a_map_says_so(comparison, tmp_path):
     _, trials, images = comparison
     evil = "<script>alert(1)</script> & |"
-    dataset = report.common_dataset(trials, "test", "control")
+    dataset = common_dataset(trials, "test", "control")
     dataset.classes = [evil] * len(dataset.classes)
     dataset._valid[:] = False
     renamed = {"HITL last block": evil}
     part = images.replace({"variant": renamed}).assign(class_name=evil)
-    others = [evaluate.Trial(renamed.get(t.variant, t.variant), t.seed, t.run) for t in trials]
+    others = [Trial(renamed.get(t.variant, t.variant), t.seed, t.run) for t in trials]
     changes = gallery.changed_predictions(part, "control")
     text = gallery.write_gallery(tmp_path, others, dataset, changes, "control", 1).read_text()
     page = Page(text)

@@ -6,18 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from lib import runs
-from lib.checkpoint import STATE
 from lib.config import RunConfig
 from lib.files import StorageError, write_text
-from lib.runs import (
-    Run,
-    RunBusy,
-    RunConflict,
-    fine_tuning,
-    human_in_the_loop,
-    train_run,
-)
+from lib.training import runs
+from lib.training.runs import Run, RunBusy, RunConflict, fine_tuning, human_in_the_loop, train_run
+from lib.training.state import STATE
 
 
 def test_a_run_is_loaded_when_it_is_there_and_refused_when_it_differs(config):

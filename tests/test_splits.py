@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.splits import (
+from lib.data.splits import (
     Row,
     Split,
     SplitError,

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from lib import statistics
-from lib.statistics import Interval, bootstrap_interval, paired_tests, sign_flip_test
+from lib.evaluation import statistics
+from lib.evaluation.statistics import Interval, bootstrap_interval, paired_tests, sign_flip_test
 
 NUMBERS = st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=30)
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lib.summary import KEYS, append_summary, read_summary
+from lib.experiments.summary import KEYS, append_summary, read_summary
 
 
 def row(number: int, **numbers: object) -> dict[str, object]:

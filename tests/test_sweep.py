@@ -17,12 +17,14 @@ from conftest import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib import __main__ as command
-from lib import runs, sweep
-from lib.attention import resolve_blocks
-from lib.checkpoint import STATE
+from lib.__main__ import main
+from lib.cli import train as command
 from lib.config import Config, Sweep
+from lib.edit import resolve_blocks
+from lib.experiments import sweep
 from lib.losses import SEES_OFFSET
+from lib.training import runs
+from lib.training.state import STATE
 
 SMALL = Sweep(loss=("kl", "mse"), lam=(0.0, 1.0))  # a control and two that learn from maps
 NAMES = [
@@ -282,14 +284,14 @@ def test_trainings_share_the_tokens_of_a_frozen_trunk(copied, monkeypatch):
 def test_the_command(swept, copied, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "preset", lambda: swept[0])
     words = "sweep --loss kl mse --lam 0 1 --blocks last --heads all --offset none --seeds 0 --out"
-    assert command.main([*words.split(), str(tmp_path / "table.csv")]) == 0
+    assert main([*words.split(), str(tmp_path / "table.csv")]) == 0
     assert f"0 trainings failed; 6 rows: {tmp_path / 'table.csv'}" in capsys.readouterr().out
-    assert command.main(["sweep", "--heads", "third"]) == 2
+    assert main(["sweep", "--heads", "third"]) == 2
     assert 'heads is "third"' in capsys.readouterr().err
-    assert command.main(["sweep", "--jobs", "0"]) == 2
+    assert main(["sweep", "--jobs", "0"]) == 2
     monkeypatch.setattr(command, "preset", lambda: copied)
     out = ["--out", str(tmp_path / "other.csv")]
-    assert command.main(["sweep", "--loss", "kl", "--lam", "1e39", *out]) == 1
+    assert main(["sweep", "--loss", "kl", "--lam", "1e39", *out]) == 1
     assert "the loss is not finite" in capsys.readouterr().err
 
 

@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.config import DataConfig, preset
-from lib.data import BirdDataset, make_dataset
-from lib.evaluate import decoy_cover, per_image
-from lib.feedback import Edit, load_corrections, save_correction
+from lib.data.corrections import Edit, load_corrections, save_correction
+from lib.data.dataset import BirdDataset, decoy_cover, make_dataset
+from lib.evaluation.per_image import per_image
+from lib.experiments.simulate import shuffled, simulated_corrections, simulated_teaching
 from lib.losses import LOSSES as WHOLE_MAP_LOSSES
-from lib.model import SigmoidViT, create_model
-from lib.teach import (
+from lib.model.vit import SigmoidViT, create_model
+from lib.training.loop import TrainingDiverged
+from lib.training.teach import (
     HALF,
     LOSSES,
     NothingToTeach,
@@ -27,14 +29,10 @@ from lib.teach import (
     TrunkTokens,
     correction_loss,
     mass,
-    shuffled,
-    simulated_corrections,
-    simulated_teaching,
     spread,
     targets,
     teach_terms,
 )
-from lib.train import TrainingDiverged
 
 QUICK = TeachConfig(steps=4, batch_size=8, replay=24)
 

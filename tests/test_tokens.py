@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lib import tokens, train
-from lib.runs import dataset_for, fine_tuning, starting_point, train_run
+from lib.training import tokens
+from lib.training.loop import loss_terms
+from lib.training.runs import dataset_for, fine_tuning, starting_point, train_run
 
 
 def test_cached_tokens_train_and_measure_as_the_whole_model_does(config, tmp_path):
@@ -26,7 +27,7 @@ def test_cached_tokens_train_and_measure_as_the_whole_model_does(config, tmp_pat
     for parts in zip(
         DataLoader(dataset, batch_size=16), DataLoader(cached, batch_size=16), strict=True
     ):
-        plain, quick = (train.loss_terms(model, part, stage)[:2] for part in parts)
+        plain, quick = (loss_terms(model, part, stage)[:2] for part in parts)
         assert torch.allclose(torch.stack(plain), torch.stack(quick), atol=1e-3)
     run = train_run(
         "c", replace(settings, train=replace(config.ft, cache_tokens=True)), config.runs
@@ -59,7 +60,7 @@ def test_tokens_before_the_blocks_that_learn(config, tmp_path, monkeypatch, trai
     quick = next(iter(DataLoader(cached, batch_size=16)))
     stage = replace(settings.train, human=replace(config.hitl.human, loss="kl"))
     with torch.no_grad():
-        losses = [torch.stack(train.loss_terms(model, b, stage)[:2]) for b in (plain, quick)]
+        losses = [torch.stack(loss_terms(model, b, stage)[:2]) for b in (plain, quick)]
     assert torch.allclose(*losses, atol=1e-3)
     monkeypatch.setattr(tokens, "_run_trunk", None)  # nothing is computed any more
     tokens._CACHE.clear()

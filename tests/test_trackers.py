@@ -8,9 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from lib import train
-from lib.runs import fine_tuning, train_run
-from lib.train import TrackerMissing
+from lib.training.loop import PROJECT, TrackerMissing
+from lib.training.runs import fine_tuning, train_run
 
 KEY = "0123456789abcdef0123456789abcdef01234567"  # the form of a real one, and nobody's
 
@@ -25,7 +24,7 @@ def test_tensorboard_gets_every_row(config):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = tracked(config, "tensorboard")
-    events = EventAccumulator(str(run.folder / train.PROJECT)).Reload()
+    events = EventAccumulator(str(run.folder / PROJECT)).Reload()
     assert [e.step for e in events.Scalars("cross_entropy")] == list(range(6))
     shown = [e.value for e in events.Scalars("epoch/val_top1")]
     assert shown == pytest.approx(list(run.history["val_top1"]))

@@ -15,8 +15,8 @@ import safetensors.torch
 import timm
 import torch
 
-from lib.model import SigmoidViT, UnsupportedModelError, WeightsError, load_weights
-from lib.weights import HUB_FILES, save_pretrained
+from lib.model.vit import SigmoidViT, UnsupportedModelError
+from lib.model.weights import HUB_FILES, WeightsError, load_weights, save_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -153,8 +153,8 @@ def test_unsupported_models_are_refused_before_the_hub_is_asked(hub, tmp_path, n
 SCRIPT = """
 import json, sys, time
 from pathlib import Path
-from lib.weights import save_pretrained
-from lib.model import WeightsError
+from lib.model.weights import save_pretrained
+from lib.model.weights import WeightsError
 folder, started = Path(sys.argv[1]), time.perf_counter()
 save_pretrained("vit_tiny_patch16_224", folder)
 save_pretrained("vit_tiny_patch16_224", folder / "same.safetensors")

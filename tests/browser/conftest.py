@@ -122,7 +122,7 @@ def jupyter_lab(
         f"--{frontend.token}=",
     ]
     if nodelay:
-        name = "lib.nodelay.NoDelayConnection"
+        name = "lib.widgets.nodelay.NoDelayConnection"
         command.append(f"--ServerApp.kernel_websocket_connection_class={name}")
     with log.open("w") as output:
         process = subprocess.Popen(

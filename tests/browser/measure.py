@@ -27,10 +27,10 @@ PAUSE = 100  # ms from an answer to the next event
 TOOL = """
 import timm, torch
 from lib.config import DataConfig
-from lib.data import make_dataset
-from lib.editor import attention_editor
-from lib.live import LiveSession
-from lib.model import SigmoidViT
+from lib.data.dataset import make_dataset
+from lib.widgets.editor import attention_editor
+from lib.widgets.session import LiveSession
+from lib.model.vit import SigmoidViT
 
 torch.manual_seed(0)
 model = SigmoidViT(timm.create_model("vit_small_patch16_224", num_classes=8))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib.feedback import load_corrections
+from lib.data.corrections import load_corrections
 
 from .conftest import Notebook, notebook_of, watched
 
@@ -27,11 +27,11 @@ NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "06_attention_edi
 MODEL = """
 import ipywidgets, timm, torch
 from lib.config import DataConfig
-from lib.data import BirdDataset
-from lib.editor import attention_editor
-from lib.live import LiveSession
-from lib.model import SigmoidViT
-from lib.readers import read_records
+from lib.data.dataset import BirdDataset
+from lib.widgets.editor import attention_editor
+from lib.widgets.session import LiveSession
+from lib.model.vit import SigmoidViT
+from lib.data.sources import read_records
 
 torch.manual_seed(0)
 sizes = dict(img_size=64, patch_size=8, depth=3, embed_dim=32, num_heads=4, num_classes=8)

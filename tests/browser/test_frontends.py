@@ -20,8 +20,8 @@ from .test_editor import EDITED, MODEL, TOOL, UNEDITED, Tool
 
 VERSIONS = {"ipywidgets": "7.7.1", "anywidget": "0.9.21", "ipykernel": "6.17.1"}
 PANEL = """
-from lib.panel import TeachPanel
-from lib.teach import TeachConfig
+from lib.widgets.teach_panel import TeachPanel
+from lib.training.teach import TeachConfig
 
 quick = TeachConfig(steps=3, replay=4, batch_size=4)
 panel = TeachPanel(session, data, data, "corrections", quick)

@@ -10,7 +10,7 @@ import pytest
 from jupyter_server.services.kernels.connection.channels import ZMQChannelsWebsocketConnection
 from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
 
-from lib.nodelay import NoDelayConnection
+from lib.widgets.nodelay import NoDelayConnection
 
 from .conftest import Notebook, jupyter_lab, notebook_of, watched
 

@@ -1,0 +1,128 @@
+"""Commands about data and weights: fetch, split, check."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from lib.config import (
+    PRESETS,
+    ROOT,
+    preset,
+)
+
+# Each command imports what it needs itself: help and downloads do not wait for PyTorch.
+
+# Each command imports what it needs itself: help and downloads do not wait for PyTorch.
+
+SPLIT_NAMES = {
+    "cub2011": "cub200_2011_dataset.json",
+    "cub2010": "cub200_2010_dataset.json",
+    "folder": "folder_dataset.json",
+}
+
+
+def weights(
+    model_name: str = "vit_small_patch16_224",
+    save_dir: Path = ROOT / "models",
+    overwrite: bool = False,
+) -> None:
+    """Save timm's pretrained weights to a file, where the presets look for them.
+
+    Args:
+        model_name: any timm ViT with a class token, e.g. vit_small_patch14_dinov2.
+        save_dir: folder of <model name>.pt; or the file itself, ending in .pt or .safetensors.
+        overwrite: fetch and write again even where the file is there.
+    """
+    from lib.model.weights import save_pretrained
+
+    print(f"{save_pretrained(model_name, save_dir, overwrite)} is ready")
+
+
+def split(
+    N: Annotated[float, tyro.conf.arg(name="N")] = 0.8,
+    shuffle: bool = False,
+    seed: int = 0,
+    official: bool = False,
+    val_share: float = 0.0,
+    out: Path | None = None,
+) -> None:
+    """Split the data set into train and test, class by class, and write it as JSON.
+
+    PRESET chooses the data set (cub2011 when unset). Set SPLIT to the file to train with it.
+
+    Args:
+        N: share of each class that is for training; the rest is for testing.
+        shuffle: shuffle each class before it is split.
+        seed: of the shuffle, and of the validation images.
+        official: the split that the data set was published with, instead of N.
+        val_share: share of each class's training images to name as validation images in the file;
+            with 0 they are carved from train when the file is read.
+        out: the file; <data folder>/cub200_2011_dataset.json by default.
+    """
+    from lib.data import splits
+    from lib.data.sources import list_pictures
+
+    name = os.environ.get("PRESET") or "cub2011"
+    if name == "toy":
+        raise ValueError("toy birds are drawn in parts and need no split; set PRESET to another")
+    config = preset(name).data
+    listing = list_pictures(config)
+    if not official:
+        made = splits.per_class(listing.rows, listing.label_list, N, shuffle, seed)
+    elif listing.published:
+        made = listing.published
+    else:
+        raise ValueError(f"{listing.home} comes without a split of its own; leave out --official")
+    if val_share:
+        made = splits.with_validation(made, val_share, seed)
+    out = out or config.root / SPLIT_NAMES[name]
+    splits.write_split(made, out)
+    parts = [f"{len(getattr(made, part))} {part}" for part in ("train", "val", "test")]
+    print(f"{out}: {', '.join(parts)} images of {len(made.label_list)} classes")
+
+
+def fetch(
+    name: tyro.conf.Positional[Literal["cub2011", "cub-gha"]], to: Path = ROOT / "datasets"
+) -> None:
+    """Download a published data set; a second call goes on where the first stopped.
+
+    Args:
+        name: cub2011 is CUB-200-2011 (1.15 GB), cub-gha the human gaze for it (6 MB).
+        to: folder that receives it.
+    """
+    from lib.data.download import download
+
+    download(name, to)
+
+
+def check(
+    name: tyro.conf.Positional[Literal[PRESETS] | None] = None, details: Path | None = None
+) -> int:
+    """Read every picture and every human map once and say what is wrong; exit code 1 if training
+    would fail.
+
+    Args:
+        name: the preset; PRESET when left out.
+        details: a .csv file to write every single finding to.
+    """
+    from lib.data.check import check_data
+    from lib.files import write_text
+    from lib.training.runs import bare_model, fine_tuning
+
+    config = preset(name)
+    grid = bare_model(fine_tuning(config, seed=0), num_classes=0).grid
+    report = check_data(config.data, grid)
+    print(f"preset {config.preset}: what was looked for, and how often it was found\n")
+    print(report.table().to_string())
+    for example in report.examples():
+        print(f"\nfirst {example}")
+    print(f"\n{report.balance.to_string()}\n")
+    if details is not None:
+        write_text(details, report.details().to_csv(index=False))
+        print(f"{len(report.findings)} findings: {details}")
+    print("training would fail" if report.stops_training else "training can start")
+    return int(report.stops_training)

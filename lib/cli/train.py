@@ -1,0 +1,199 @@
+"""Commands that train: one model, the whole experiment, a sweep."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import tyro
+
+from lib.config import (
+    RECIPES,
+    ROOT,
+    Config,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    Sweep,
+    TrainConfig,
+    file_md5,
+    preset,
+)
+
+# Each command imports what it needs itself: help and downloads do not wait for PyTorch.
+
+T = TypeVar("T")
+Flat = Annotated[T, tyro.conf.arg(name="")]  # the fields of a dataclass as options without a prefix
+
+
+@dataclass
+class Training:
+    """Options of both steps of `train`, beside the fields of TrainConfig."""
+
+    data: DataConfig
+    model: ModelConfig
+    name: str | None = None  # of the run; ft-s<seed> or hitl-<loss>-s<seed> when left out
+    # where the values below come from; "original" is that of the first experiment
+    recipe: Literal[tuple(RECIPES)] = "tuned"
+    resume: bool = False  # go on where a run of that name was stopped; options must be as they were
+    overwrite: bool = False  # train again in the place of a run of that name
+
+
+def demo(
+    seeds: int = 1, epochs: int | None = None, overwrite: bool = False, out: Path | None = None
+) -> None:
+    """The whole experiment: fine-tune, train with human attention, evaluate, compare.
+
+    Args:
+        seeds: number of training seeds; the table gives mean and standard deviation.
+        epochs: of each stage; those of the preset by default.
+        overwrite: train again even where a finished run is there.
+        out: folder of the result; result/result%Y%m%d_%H%M below the repository by default.
+    """
+    from lib.evaluation.tables import by_seed, comparison_table
+    from lib.experiments.compare import (
+        evaluate_trials,
+        train_comparison,
+    )
+    from lib.experiments.report import write_report
+
+    if seeds < 1:
+        raise ValueError(f"seeds is {seeds}; train with 1 or more")
+    config = preset()
+    if epochs is not None:
+        config.ft, config.hitl = (replace(part, epochs=epochs) for part in (config.ft, config.hitl))
+    trials = train_comparison(config, range(seeds), overwrite)
+    images = evaluate_trials(trials)
+    folder = write_report(trials, images, out, command=called())
+    table = comparison_table(by_seed(images))
+    print(f"\npreset {config.preset}, {seeds} seed{'s' * (seeds > 1)}, test images\n")
+    print(table.to_string())
+    print(f"\nfigures and tables: {folder}")
+
+
+def train(arguments: list[str]) -> None:
+    """Train one model: `train ft` from pretrained weights, `train hitl` from a run.
+
+    Args:
+        arguments: "ft" or "hitl" and its options; every field of the configuration is one.
+    """
+    # The recipe changes what the other options start from, so it is read first.
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--recipe", default=os.environ.get("RECIPE") or "tuned")
+    recipe = first.parse_known_args(arguments)[0].recipe
+    config = preset(recipe=recipe)
+    given = Training(config.data, config.model, recipe=recipe)
+
+    def fine_tune(run: Flat[Training] = given, train: Flat[TrainConfig] = config.ft) -> None:
+        """Step 1: cross entropy only, from pretrained weights and a new head."""
+        _train_one(config, run.name or f"ft-s{train.seed}", run, train)
+
+    def hitl(
+        init: str, run: Flat[Training] = given, train: Flat[TrainConfig] = config.hitl
+    ) -> None:
+        """Step 2: with human attention as one more term of the loss, from a trained run.
+
+        Args:
+            init: name of the run to start from.
+        """
+        name = run.name or f"hitl-{train.human.loss}-s{train.seed}"
+        _train_one(config, name, run, train, init)
+
+    tyro.extras.subcommand_cli_from_dict(
+        {"ft": fine_tune, "hitl": hitl},
+        prog="python -m lib train",
+        description="Train one model; PRESET chooses data and model (see lib/config.py).",
+        args=arguments,
+    )
+
+
+def _train_one(
+    config: Config, name: str, given: Training, train: TrainConfig, init: str | None = None
+) -> None:
+    """`train_run`, for a person who may not know that the run is there."""
+    from lib.model.predict import processes
+    from lib.training.runs import finished_run, train_run
+
+    folder, resume, overwrite = config.runs / name, given.resume, given.overwrite
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite are given; the one keeps what the other drops")
+    if (folder / "config.json").is_file() and not (resume or overwrite):
+        stands = "is finished" if finished_run(folder) else "was stopped half way"
+        raise FileExistsError(
+            f"{folder} exists and {stands}; go on with --resume, train again with --overwrite, or "
+            "choose another --name"
+        )
+    if resume and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is no run that could be resumed; leave out --resume")
+    data = given.data
+    if data.split_file is not None:
+        data = replace(data, split_md5=file_md5(data.split_file))
+    run = RunConfig(data, given.model, train, init)
+    found = train_run(name, run, config.runs, overwrite)
+    if processes().is_main_process:
+        last = found.history.iloc[-1]
+        print(f"{folder}: {last['epoch']:.0f} epochs, validation accuracy {last['val_top1']:.3f}")
+
+
+def sweep(
+    axes: Flat[Sweep] = Sweep(),  # noqa: B008
+    jobs: int = 1,
+    keep_weights: bool = False,
+    out: Path | None = None,
+) -> int:
+    """Train and measure every combination of settings; exit code 1 if one of them failed.
+
+    The same command again goes on where it was stopped. What is measured is kept in
+    runs/<preset>/sweep and never trained again.
+
+    Args:
+        axes: what is combined.
+        jobs: trainings at a time. They share the processor cores, or the GPU.
+        keep_weights: keep the weights of every training; else they go when it is measured.
+        out: the table, a row a training and split (val, test) of all sweeps of this preset;
+            sweep.csv in the runs folder of the preset by default.
+    """
+    from lib.experiments.sweep import run_sweep
+
+    config = preset()
+    out = out or config.runs / "sweep.csv"
+    try:
+        table, failed = run_sweep(config, axes, out, jobs, keep_weights)
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on. What is measured: {out}", file=sys.stderr)
+        return 130
+    for name, failure in failed.items():
+        print(f"{name} failed: {failure}", file=sys.stderr)
+    print(f"{len(failed)} trainings failed; {len(table)} rows: {out}")
+    return int(bool(failed))
+
+
+def make_trunk(
+    path: Path = ROOT / "models" / "toybirds_vit.safetensors",
+    images: int = 4000,
+    epochs: int = 7,
+    seed: int = 0,
+) -> None:
+    """Make the toy preset's pretrained trunk again (about two minutes on a CPU).
+
+    Args:
+        path: where the trunk goes.
+        images: number of drawn images.
+        epochs: passes over them.
+        seed: of the data and the weights.
+    """
+    from lib.training.toy_trunk import pretrain
+
+    accuracy = pretrain(preset("toy"), path, images, epochs, seed)
+    print("accuracy on new images: " + ", ".join(f"{k} {v:.3f}" for k, v in accuracy.items()))
+
+
+def called() -> str:
+    """The command line as it could be typed again."""
+    chosen = f"PRESET={os.environ['PRESET']} " if os.environ.get("PRESET") else ""
+    return f"{chosen}python -m lib {shlex.join(sys.argv[1:])}"

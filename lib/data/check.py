@@ -1,0 +1,266 @@
+"""Read a whole data set once and say what is wrong with it, before a night of training does.
+
+`check_data` opens every picture and every human map of every part, in parallel. What would stop
+training is told apart from what would only make it worse.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+from tqdm.auto import tqdm
+
+from lib.config import DataConfig
+from lib.data.maps import Box, human_map
+from lib.data.pictures import read_picture
+from lib.data.records import Record
+from lib.data.sources import read_records
+
+PARTS = ("train", "val", "test")
+
+# Every problem that is looked for, and whether training stops at it.
+PROBLEMS: dict[str, bool] = {
+    "lists: cannot be used": True,
+    "picture: missing": True,
+    "picture: unreadable": True,
+    "picture: of another size than its gaze": True,
+    "picture: smaller than the model's input": False,
+    "picture: same file as another": False,
+    "picture: same file in train and in another part": False,
+    "picture: same file with another label": False,
+    "box: reaches out of the picture": False,
+    "gaze: fixations out of the picture": False,
+    "map: none": False,
+    "map: unreadable or of another size": True,
+    "map: zeros only": False,
+    "map: in colours, read as brightness": False,
+    "maps: no training picture has one": True,
+    "class: no training picture": False,
+    "class: no test picture": False,
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong."""
+
+    problem: str  # a key of PROBLEMS
+    part: str  # train, val, test
+    where: str  # a file, or a class
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check_data` found."""
+
+    findings: tuple[Finding, ...]
+    balance: pd.DataFrame  # a row a part: pictures, with a map, classes, pictures a class
+
+    @property
+    def stops_training(self) -> bool:
+        return any(PROBLEMS[finding.problem] for finding in self.findings)
+
+    def details(self) -> pd.DataFrame:
+        """One row a finding: problem, part, where, detail."""
+        columns = ["problem", "part", "where", "detail"]
+        return pd.DataFrame([vars(finding) for finding in self.findings], columns=columns)
+
+    def table(self) -> pd.DataFrame:
+        """One row a problem that was looked for: how often it was found, by part."""
+        rows = []
+        for problem, stops in PROBLEMS.items():
+            cases = [finding for finding in self.findings if finding.problem == problem]
+            counts = {part: sum(case.part == part for case in cases) for part in PARTS}
+            stop = "yes" if stops and cases else ""
+            rows.append({"problem": problem, **counts, "stops training": stop})
+        return pd.DataFrame(rows).set_index("problem")
+
+    def examples(self) -> list[str]:
+        """The first case of every problem that was found, in words."""
+        first: dict[str, Finding] = {}
+        for finding in self.findings:
+            first.setdefault(finding.problem, finding)
+        return [
+            " ".join(filter(None, (f"{problem}:", first[problem].where, first[problem].detail)))
+            for problem in PROBLEMS
+            if problem in first
+        ]
+
+
+def check_data(config: DataConfig, grid: tuple[int, int]) -> Report:
+    """Read every picture and every map of a data set.
+
+    `grid` is the model's; maps are put on it as in training. Never raises for what is wrong with
+    the data: that is in the report.
+    """
+    findings: list[Finding] = []
+    parts: dict[str, list[Record]] = {}
+    names: list[str] = []
+    for part in PARTS:
+        try:
+            parts[part], names = read_records(config, part)
+        except (OSError, ValueError) as error:
+            findings.append(Finding("lists: cannot be used", part, "", str(error)))
+    everything = [(part, record) for part, records in parts.items() for record in records]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(lambda pair: _examine(*pair, config, grid), everything)
+        bar = tqdm(found, desc="checking", total=len(everything), unit="picture", leave=False)
+        examined = list(bar)
+    findings += [finding for some, _ in examined for finding in some]
+    findings += _same_files(everything, [digest for _, digest in examined])
+    findings += _empty_classes(parts, names)
+    without = {(f.part, f.where) for f in findings if f.problem.startswith("map: ")}
+    mapped = {
+        part: sum((part, _name(record)) not in without for record in records)
+        for part, records in parts.items()
+    }
+    if config.maps == "none":
+        mapped = dict.fromkeys(parts, 0)
+    elif parts.get("train") and not mapped["train"]:
+        findings.append(Finding("maps: no training picture has one", "train", config.maps))
+    return Report(tuple(findings), _balance(parts, mapped, names))
+
+
+def _name(record: Record) -> str:
+    return str(record.image) if isinstance(record.image, Path) else f"picture {record.image_id}"
+
+
+def _examine(
+    part: str, record: Record, config: DataConfig, grid: tuple[int, int]
+) -> tuple[list[Finding], str]:
+    """What is wrong with one picture and its map, and a digest of its file."""
+    where = _name(record)
+    digest = ""
+    found: list[Finding] = []
+    if isinstance(record.image, Path):
+        try:
+            picture = read_picture(record.image)
+            digest = hashlib.md5(record.image.read_bytes()).hexdigest()
+        except FileNotFoundError:
+            return [Finding("picture: missing", part, where)], ""
+        except OSError:
+            return [Finding("picture: unreadable", part, where)], ""
+        found += _sizes(part, record, picture.size, config.image_size)
+    found += _outside(part, record)
+    if config.maps != "none":
+        found += _map(part, record, config, grid)
+    return found, digest
+
+
+def _sizes(
+    part: str, record: Record, size: tuple[int, int], wanted: tuple[int, int]
+) -> Iterator[Finding]:
+    where, words = _name(record), "{} x {} pixels".format(*size)
+    if record.gaze and size != (record.gaze[0].width, record.gaze[0].height):
+        look = record.gaze[0]
+        detail = f"{words}, its gaze {look.width} x {look.height}"
+        yield Finding("picture: of another size than its gaze", part, where, detail)
+    if size[0] < wanted[1] and size[1] < wanted[0]:
+        yield Finding("picture: smaller than the model's input", part, where, words)
+
+
+def _outside(part: str, record: Record) -> Iterator[Finding]:
+    """Boxes and fixations that leave the picture."""
+    height, width = record.size or (np.inf, np.inf)
+    boxes = [box for name, box in record.boxes.items() if name == ""]
+    if isinstance(record.human, Box):
+        boxes.append(record.human.corners)
+    for x0, y0, x1, y1 in boxes[:1]:
+        if min(x0, y0) < 0 or x1 > width + 1 or y1 > height + 1:  # a pixel of rounding is allowed
+            detail = f"{x0:g}, {y0:g} to {x1:g}, {y1:g} in {width} x {height}"
+            yield Finding("box: reaches out of the picture", part, _name(record), detail)
+    outside = 0
+    for look in record.gaze:
+        x, y, _ = look.fixations.T
+        outside += int(((x < 0) | (y < 0) | (x >= look.width) | (y >= look.height)).sum())
+    if outside:
+        yield Finding("gaze: fixations out of the picture", part, _name(record), str(outside))
+
+
+def _map(part: str, record: Record, config: DataConfig, grid: tuple[int, int]) -> Iterator[Finding]:
+    where, source = _name(record), record.human
+    if not source:
+        yield Finding("map: none", part, where)
+        return
+    style = (config.sigma, config.sigma_unit, config.weight)
+    try:
+        _, known = human_map(source, record.size, grid, *style, shown=tuple(config.image_size))
+    except (OSError, ValueError) as error:
+        yield Finding("map: unreadable or of another size", part, where, str(error))
+        return
+    if not known.any():
+        yield Finding("map: zeros only", part, where)
+    if isinstance(source, Path) and _in_colours(source):
+        yield Finding("map: in colours, read as brightness", part, str(source))
+
+
+def _in_colours(path: Path) -> bool:
+    """Whether the channels of an RGB map differ by more than JPEG does to grey ones."""
+    if path.suffix.lower() == ".npy":
+        return False
+    with Image.open(path) as picture:
+        if picture.mode not in ("RGB", "RGBA", "P"):
+            return False
+        channels = np.asarray(picture.convert("RGB")).astype(int)
+    return int(np.ptp(channels, axis=2).max()) > 24
+
+
+def _same_files(
+    everything: Sequence[tuple[str, Record]], digests: Sequence[str]
+) -> Iterator[Finding]:
+    """Pictures that are byte for byte another one, told by the worst that this means."""
+    first: dict[str, tuple[str, Record]] = {}
+    for (part, record), digest in zip(everything, digests, strict=True):
+        if not digest:
+            continue
+        if digest not in first:
+            first[digest] = (part, record)
+            continue
+        other_part, other = first[digest]
+        detail = f"same as {_name(other)} in {other_part}"
+        if other.label != record.label:
+            problem = "picture: same file with another label"
+        elif part != other_part and other_part == "train":
+            problem = "picture: same file in train and in another part"
+        else:
+            problem = "picture: same file as another"
+        yield Finding(problem, part, _name(record), detail)
+
+
+def _empty_classes(parts: dict[str, list[Record]], names: Sequence[str]) -> Iterator[Finding]:
+    for part in ("train", "test"):
+        present = {record.label for record in parts.get(part, ())}
+        if present:
+            for label, name in enumerate(names):
+                if label not in present:
+                    problem = f"class: no {'training' if part == 'train' else 'test'} picture"
+                    yield Finding(problem, part, name)
+
+
+def _balance(
+    parts: dict[str, list[Record]], mapped: dict[str, int], names: Sequence[str]
+) -> pd.DataFrame:
+    rows = []
+    for part, records in parts.items():
+        counts = np.bincount([record.label for record in records], minlength=len(names))
+        rows.append(
+            {
+                "part": part,
+                "pictures": len(records),
+                "with a map": mapped[part],
+                "classes": int((counts > 0).sum()),
+                "fewest a class": int(counts.min()),
+                "median": float(np.median(counts)),
+                "most a class": int(counts.max()),
+            }
+        )
+    return pd.DataFrame(rows).set_index("part") if rows else pd.DataFrame()

@@ -1,0 +1,236 @@
+"""One row an image: what a model predicts and where it looks, and what to hold that against.
+
+Every table is a mean over such rows, so that a reader can ask their own question of the saved CSV.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from lib.data.dataset import BirdDataset, conflicting_decoys, decoy_cover, flat_cover
+from lib.edit import resolve_blocks, sigmoid_attention
+from lib.evaluation import metrics
+from lib.evaluation.metrics import ALIGNMENT
+from lib.model.predict import predict
+from lib.model.vit import SigmoidViT
+
+# Maps that no model made, see `human_baselines`.
+PERFECT = "perfect (estimate)"
+BASELINES = ("one reader", "mean map", "another image", "uniform")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the attention on each image of a data set is held against, `[n, P]` each."""
+
+    human: Tensor  # in [0, 1]
+    fixations: Tensor  # counts
+    elsewhere: Tensor  # fixation counts of all other images
+    box: Tensor | None  # share of each cell that the bounding box covers; None without boxes
+    parts: Tensor | None  # 1 where a part of the bird lies in the cell; None without parts
+
+    @classmethod
+    def of(cls, dataset: BirdDataset) -> Targets:
+        """Those of a data set without augmentation."""
+        found = [dataset.annotations(i) for i in range(len(dataset))]
+        fixations = torch.stack([item["fixations"] for item in found])
+        parts = [dataset.parts(i) for i in range(len(dataset))]
+        known = next((part for part in parts if part is not None), None)
+        if known is not None:
+            parts = [torch.zeros_like(known) if part is None else part for part in parts]
+        return cls(
+            human=torch.stack([item["human"] for item in found]),
+            fixations=fixations,
+            elsewhere=fixations.sum(0) - fixations,
+            box=flat_cover(dataset.cover()),
+            parts=None if known is None else (torch.stack(parts) > 0).float(),
+        )
+
+    def at(self, index: Tensor, like: Tensor) -> dict[str, Tensor | None]:
+        """Those of some images, on the device of `like`: arguments of `metrics.alignment`."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: None if v is None else v[index.cpu()].to(like) for name, v in found.items()}
+
+
+def per_image(
+    model: SigmoidViT,
+    dataset: BirdDataset,
+    items: Dataset | None = None,
+    block: int = -1,
+    batch_size: int = 64,
+    workers: int = 0,
+    offset: str = "none",
+) -> pd.DataFrame:
+    """Prediction and alignment of every image of a data set.
+
+    Args:
+        model: any SigmoidViT on the data set's grid.
+        dataset: without augmentation.
+        items: the same images with cached tokens, where the model's trunk has been run already.
+        block: whose class row is compared with people's gaze; the last by default.
+        offset: constant of the sigmoid map, see `lib.edit.row_offset`.
+
+    Returns:
+        the data set's own table plus: predicted (label), top1 to top5 (bool), p_true and confidence
+        (probability of the true and of the predicted class), the columns of `metrics.alignment` of
+        the softmax attention, mean of heads, and of the mean sigmoid map ("sigmoid_cc", ...),
+        class_token (softmax mass the class token keeps), sigmoid (mean raw sigmoid attention), and
+        where a decoy is drawn: conflicting (bool, the decoy is another class's) and on_decoy (share
+        of the patches' attention on it).
+    """
+    index = resolve_blocks((block,), model.depth)[0]
+    decoys, targets = decoy_cover(dataset), Targets.of(dataset)
+    found: list[pd.DataFrame] = []
+    batches = predict(model, items or dataset, batch_size, workers, rows=(index,))
+    total = -(-len(dataset) // batch_size)
+    for batch, scores, rows in tqdm(batches, total=total, desc="evaluating", leave=False):
+        row = rows[index].float()
+        attention = metrics.patch_attention(row, model.num_prefix)
+        sigmoid = sigmoid_attention(row, offset, model.num_prefix).mean(1)
+        labels, probabilities = batch["label"], scores.softmax(-1)
+        held = targets.at(batch["index"], attention)
+        on_sigmoid = metrics.alignment(sigmoid, **held)
+        columns = {
+            "predicted": scores.argmax(-1),
+            **{f"top{k}": metrics.top_k(scores, labels, k) for k in range(1, 6)},
+            "p_true": probabilities.gather(1, labels[:, None])[:, 0],
+            "confidence": probabilities.amax(-1),
+            **metrics.alignment(attention, **held),
+            **{f"sigmoid_{name}": value for name, value in on_sigmoid.items()},
+            "class_token": metrics.class_token_mass(row),
+            "sigmoid": torch.sigmoid(row[..., model.num_prefix :]).mean((1, 2)),
+        }
+        if decoys is not None:
+            cover = decoys[batch["index"].cpu()].to(attention)
+            columns["on_decoy"] = metrics.energy_inside(attention, cover)
+        found.append(pd.DataFrame({key: value.cpu().numpy() for key, value in columns.items()}))
+    frame = pd.concat(
+        [dataset.table.reset_index(drop=True), pd.concat(found, ignore_index=True)], axis=1
+    )
+    if decoys is not None:
+        frame["conflicting"] = conflicting_decoys(frame)
+    return frame
+
+
+def per_head(
+    model: SigmoidViT,
+    dataset: BirdDataset,
+    items: Dataset | None = None,
+    block: int = -1,
+    offset: str = "none",
+    batch_size: int = 64,
+) -> pd.DataFrame:
+    """Alignment of each head of a block by itself, arguments as `per_image`.
+
+    Returns:
+        one row an image, head and map ("softmax" or "sigmoid"): image_id, head, map, the columns of
+        `metrics.alignment`, and class_token (softmax mass that the head leaves on it).
+    """
+    index = resolve_blocks((block,), model.depth)[0]
+    targets, found = Targets.of(dataset), []
+    batches = predict(model, items or dataset, batch_size, rows=(index,))
+    total = -(-len(dataset) // batch_size)
+    for batch, _, rows in tqdm(batches, total=total, desc="heads", leave=False):
+        row = rows[index].float()
+        softmax = row.softmax(-1)
+        held = targets.at(batch["index"], row)
+        held = {name: None if v is None else v[:, None] for name, v in held.items()}  # [B, 1, P]
+        images, heads = np.indices(row.shape[:2])
+        places = dataset.table["image_id"].to_numpy()[batch["index"].cpu().numpy()]
+        for name, maps in (
+            ("softmax", softmax[..., model.num_prefix :]),
+            ("sigmoid", sigmoid_attention(row, offset, model.num_prefix)),
+        ):
+            values = metrics.alignment(maps, **held) | {"class_token": softmax[..., 0]}
+            columns = {"image_id": places[images].ravel(), "head": heads.ravel(), "map": name}
+            columns |= {key: value.cpu().numpy().ravel() for key, value in values.items()}
+            found.append(pd.DataFrame(columns))
+    return pd.concat(found, ignore_index=True)
+
+
+def baselines_by_image(dataset: BirdDataset) -> pd.DataFrame:
+    """The metrics of maps that no model made, on every image that has a human map.
+
+    "one reader" is each reader against the *others*, whose gaze is pooled: how well a single person
+    predicts people, which a model may do better. Every other map is held against the pooled gaze of
+    all readers, as models are, and is made of other images only.
+
+    Returns:
+        one row an image and map: image_id, map, columns of `metrics.alignment`. Maps: one reader
+        (the mean over readers; not where a map has no readers), mean map (of all other images),
+        another image (its map, from the other half of the set), uniform.
+    """
+    whole = Targets.of(dataset)
+    chosen = np.flatnonzero(dataset.has_map)
+    if len(chosen) < 2:
+        return pd.DataFrame(columns=["image_id", "map", *ALIGNMENT])
+    total = whole.human[chosen].sum(0)
+    rows = []
+    for place, i in enumerate(chosen.tolist()):
+        held = whole.at(torch.tensor([i]), whole.human)  # [1, P]
+        other = chosen[(place + len(chosen) // 2) % len(chosen)]
+        found = {}
+        maps, counts = dataset.readers(i)  # [R, P]
+        if len(maps) > 1:
+            others = {"human": maps.sum(0) - maps, "fixations": counts.sum(0) - counts}
+            found["one reader"] = metrics.alignment(maps, **(held | others))
+        candidates = {
+            "mean map": (total - whole.human[i])[None],
+            "another image": whole.human[other][None],
+            "uniform": torch.ones_like(whole.human[:1]),
+        }
+        found |= {name: metrics.alignment(one, **held) for name, one in candidates.items()}
+        for name, values in found.items():
+            row = {"image_id": dataset.table["image_id"].iat[i], "map": name}
+            rows.append(row | {key: value.nanmean().item() for key, value in values.items()})
+    return pd.DataFrame(rows)
+
+
+def human_baselines(dataset: BirdDataset, by_image: pd.DataFrame | None = None) -> pd.DataFrame:
+    """What a model's metrics are to be held against: means of `baselines_by_image`.
+
+    Args:
+        by_image: that table, where the caller has it already.
+
+    Returns:
+        one row a map: perfect (CC alone, see `perfect_cc`; where images have several readers),
+        then those of `baselines_by_image`. NaN where a metric is not defined: the CC of a constant
+        map, NSS of maps without fixations. KL punishes the map of a single reader for its zeros,
+        see `metrics.kl`.
+    """
+    images = baselines_by_image(dataset) if by_image is None else by_image
+    images = images.drop(columns="image_id")
+    if images.empty:
+        return images
+    table = images.groupby("map").mean()
+    table = table.reindex([name for name in BASELINES if name in table.index])
+    if "one reader" in table.index:
+        perfect = pd.DataFrame({"cc": perfect_cc(dataset)}, index=[PERFECT], columns=table.columns)
+        table = pd.concat([perfect.astype(float), table])
+    return table.rename_axis("map").reset_index()
+
+
+def perfect_cc(dataset: BirdDataset) -> float:
+    """An estimate of the CC of a model that knew all that readers share, in [0, 1].
+
+    sqrt(R r / (1 + (R - 1) r)), the reliability of a mean of R readers (Spearman and Brown, 1910),
+    with r the mean correlation of two readers of an image. NaN where no image has two.
+    """
+    found = []
+    for i in range(len(dataset)):
+        maps = dataset.readers(i)[0]
+        if len(maps) > 1:
+            each = metrics.cc(maps[:, None], maps)  # [R, R]
+            pairs = each[~torch.eye(len(maps), dtype=torch.bool)]
+            found.append((len(maps), pairs.nanmean().item()))
+    if not found:
+        return float("nan")
+    readers, r = (float(np.nanmean(values)) for values in zip(*found, strict=True))
+    return float(np.sqrt(readers * r / (1 + (readers - 1) * r)))

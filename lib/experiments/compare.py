@@ -1,0 +1,242 @@
+"""Runs that stand side by side: trained as a comparison, or found by name and measured alike.
+
+Runs that differ in their seed alone are one variant. One variant is the one that the others are
+held against, the control where there is one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from lib import config as cfg
+from lib.config import Config, RunConfig
+from lib.data.dataset import BirdDataset
+from lib.evaluation.per_image import per_image
+from lib.model.predict import processes
+from lib.model.vit import SigmoidViT
+from lib.training.runs import (
+    Run,
+    bare_model,
+    dataset_for,
+    fine_tuning,
+    human_in_the_loop,
+    train_run,
+)
+from lib.training.tokens import with_cached_tokens
+
+
+def measure(
+    model: SigmoidViT, dataset: BirdDataset, config: RunConfig, tokens: Path
+) -> pd.DataFrame:
+    """`per_image` of a run's model; where it was trained on cached tokens, on those in `tokens`.
+
+    The sigmoid map is that without an offset, whatever the run was trained with: in one table, one
+    definition.
+    """
+    if config.train.cache_tokens:
+        return per_image(model, dataset, with_cached_tokens(model, dataset, config, tokens))
+    return per_image(model, dataset, workers=config.train.workers)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trained model of a comparison."""
+
+    variant: str  # what the tables call it
+    seed: int
+    run: Run
+
+
+def train_comparison(config: Config, seeds: Sequence[int], overwrite: bool = False) -> list[Trial]:
+    """Fine-tunes, then trains every variant of the preset on top, for every seed.
+
+    Runs that are there already are loaded; see `lib.training.runs.train_run`.
+    """
+    trials = []
+    for seed in seeds:
+        fine_tuned = train_run(f"ft-s{seed}", fine_tuning(config, seed), config.runs, overwrite)
+        trials.append(Trial("fine-tuned", seed, fine_tuned))
+        for variant, human in config.variants.items():
+            settings = human_in_the_loop(config, fine_tuned.name, seed, **human)
+            run = train_run(run_name(variant, seed), settings, config.runs, overwrite)
+            trials.append(Trial(variant, seed, run))
+    return trials
+
+
+def run_name(variant: str, seed: int) -> str:
+    """Folder name of a model of the comparison: "HITL last block" to hitl-last-block-s0."""
+    return f"{variant.lower().replace(' ', '-')}-s{seed}"
+
+
+def measure_runs(
+    trials: Sequence[Trial],
+    dataset: BirdDataset,
+    tokens: Path,
+    which: Literal["last", "best"] = "last",
+) -> pd.DataFrame:
+    """`per_image` of every run, with columns variant and seed.
+
+    Args:
+        tokens: folder of cached tokens, for runs that were trained on some.
+    """
+    frames = []
+    for trial in tqdm(trials, desc="evaluating runs", leave=False):
+        model = trial.run.model(which).to(processes().device)
+        frame = measure(model, dataset, trial.run.config, tokens)
+        frames.append(frame.assign(variant=trial.variant, seed=trial.seed))
+    return pd.concat(frames, ignore_index=True)
+
+
+def evaluate_trials(trials: Sequence[Trial], split: str = "test") -> pd.DataFrame:
+    """`measure_runs` on a split of the first run's data."""
+    run = trials[0].run
+    return measure_runs(trials, run.dataset(split), run.folder.parent / "tokens")
+
+
+Split = Literal["test", "val", "train"]
+Which = Literal["last", "best"]
+# Fields of DataConfig in which runs of one evaluation may differ: maps of the training (one data
+# set, its maps from one run, measures all), and what is done to training pictures alone.
+MAPS = ("maps", "maps_dir", "gaze_runs", "sigma", "sigma_unit", "weight")
+TRAINING_ONLY = ("crop_scale", "crop_ratio", "flip", "cache")
+
+
+def load_trials(names: Sequence[str], runs: Path, which: Which = "last") -> list[Trial]:
+    """Finished runs that can be compared, found before anything is computed.
+
+    Args:
+        names: each a folder below `runs`, such as ft-s0 or sweep/NAME, or the path of a run. What
+            stands before -s<seed> is the variant.
+        which: weights that will be read.
+
+    Raises:
+        FileNotFoundError: a run is missing, unfinished, or has no weights.
+        ValueError: runs have other classes, data, patch grid or normalisation, or are one variant
+            but differ in more than the seed.
+    """
+    trials = []
+    for name in names:
+        run = Run.load(_folder(name, runs), which)
+        trials.append(Trial(re.sub(r"-s\d+$", "", run.name), run.config.train.seed, run))
+    if not trials:
+        raise ValueError("no run is named; name one or more, such as ft-s0")
+    refuse_mixture(trials)
+    return trials
+
+
+def _folder(name: str, runs: Path) -> Path:
+    for folder in (runs / name, Path(name)):
+        if folder.is_dir():
+            return folder
+    there = sorted(file.parent.name for file in runs.glob("*/config.json"))
+    there = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "") or "none"
+    raise FileNotFoundError(
+        f"no run {name} in {runs} (there: {there}); train it, name another, or set PRESET and "
+        "RUNS_DIR"
+    )
+
+
+def refuse_mixture(trials: Sequence[Trial]) -> None:
+    """ValueError where the runs of an evaluation cannot stand in one table; names two of them."""
+    first = trials[0].run
+    ours = _yardstick(first)
+    named: dict[tuple[str, int], Run] = {}
+    alike: dict[str, Run] = {}
+    for trial in tqdm(trials, desc="runs", leave=False, delay=1.0):
+        run = trial.run
+        theirs = _yardstick(run)
+        for what in ours:
+            if theirs[what] != ours[what]:
+                raise ValueError(
+                    f"{first.folder} and {run.folder} differ in {what} "
+                    f"({_difference(ours[what], theirs[what])}); evaluate them apart"
+                )
+        twin = named.setdefault((trial.variant, trial.seed), run)
+        if twin is not run:
+            raise ValueError(
+                f'{twin.folder} and {run.folder} are both "{trial.variant}" of seed {trial.seed}; '
+                "leave one out, or rename its folder"
+            )
+        other = alike.setdefault(trial.variant, run)
+        found = cfg.difference(_without_seed(other.config), cfg.to_json(_without_seed(run.config)))
+        if found:
+            raise ValueError(
+                f'{other.folder} and {run.folder} would be one variant, "{trial.variant}", but '
+                f"{found}; rename a folder"
+            )
+
+
+def _yardstick(run: Run) -> dict[str, object]:
+    """What runs must share to be measured on the same items, by the words of a sentence."""
+    data = cfg.flat(run.config.data)
+    for name in (*MAPS, *TRAINING_ONLY):
+        data = {key: value for key, value in data.items() if key != name}
+    model = bare_model(run.config, num_classes=0)
+    return {
+        "their data": data,
+        "their classes": run.classes,
+        "the patch grid": model.grid,
+        "the normalisation of pictures": model.normalisation,
+    }
+
+
+def _difference(ours: object, theirs: object) -> str:
+    """The first difference of two yardsticks, in words."""
+    if isinstance(ours, dict):
+        key = next(k for k in ours if ours[k] != theirs[k])
+        return f"{key} is {ours[key]} and {theirs[key]}"
+    if isinstance(ours, list):
+        if len(ours) != len(theirs):
+            return f"{len(ours)} and {len(theirs)}"
+        return "{} and {}".format(*next(p for p in zip(ours, theirs, strict=True) if p[0] != p[1]))
+    return f"{ours} and {theirs}"
+
+
+def _without_seed(config: RunConfig) -> RunConfig:
+    """The configuration as it is in all runs of its variant."""
+    plain = cfg.from_json(RunConfig, cfg.to_json(config))
+    plain.train.seed = 0
+    plain.init = plain.init and re.sub(r"-s\d+$", "", plain.init)
+    return plain
+
+
+def yardstick_variant(trials: Sequence[Trial], against: str | None = None) -> str:
+    """The variant that the others are held against.
+
+    Without a name the first that is called control, else the first. ValueError for a name that no
+    run has, or where another variant shares no seed with it.
+    """
+    names = list(dict.fromkeys(trial.variant for trial in trials))
+    if against is None:
+        against = next((name for name in names if name.startswith("control")), names[0])
+    if against not in names:
+        raise ValueError(
+            f'--against is "{against}", but the models are {", ".join(names)}; use one of them'
+        )
+    seeds = {name: {t.seed for t in trials if t.variant == name} for name in names}
+    for name in names:
+        if not seeds[name] & seeds[against]:
+            raise ValueError(
+                f'"{name}" has seeds {sorted(seeds[name])} and "{against}" '
+                f"{sorted(seeds[against])}; add runs of a seed that both have, or choose another "
+                "--against"
+            )
+    return against
+
+
+def common_dataset(trials: Sequence[Trial], split: Split, against: str) -> BirdDataset:
+    """The images that all are measured on, with the human maps of one run for all.
+
+    The maps are those of the first run of `against`; where it was trained without any, of the
+    first run that has some.
+    """
+    order = sorted(trials, key=lambda trial: trial.variant != against)
+    run = next((t.run for t in order if t.run.config.data.maps != "none"), order[0].run)
+    return dataset_for(bare_model(run.config, num_classes=0), run.config, split, augment=False)

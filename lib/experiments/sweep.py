@@ -1,0 +1,367 @@
+"""Sweeps: many HITL trainings on the same fine-tuned runs, measured into one tidy table.
+
+A cell is one combination of settings, trained and measured in a folder of its own below
+`runs/sweep`. Its result.json is written last, in one go: a cell that has one is done, any other is
+trained, or resumed where it was killed. So a sweep that was stopped goes on by the same call.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from lib import config as cfg
+from lib.config import Config, HumanConfig, RunConfig, Sweep, TrainConfig
+from lib.edit import resolve_blocks, resolve_heads
+from lib.evaluation.tables import summarise
+from lib.experiments import ablations
+from lib.experiments.ablations import SETTINGS
+from lib.experiments.compare import measure
+from lib.experiments.jobs import in_processes
+from lib.files import make_folder, write_text
+from lib.losses import SEES_OFFSET
+from lib.model.predict import processes
+from lib.training.controls import supervised
+from lib.training.learning import learning_blocks, refuse_frozen_supervision
+from lib.training.loop import TrainingDiverged
+from lib.training.runs import (
+    bare_model,
+    dataset_for,
+    fine_tuning,
+    human_in_the_loop,
+    refuse_conflict,
+    refuse_supervision_without_maps,
+    train_run,
+)
+from lib.training.state import STATE
+
+FOLDER = "sweep"  # below the runs folder: one folder a cell
+RESULT = "result.json"  # in a cell's folder
+SPLITS = ("val", "test")
+# The table's first columns say which training a row is of; the numbers of `summarise` follow.
+COLUMNS = ("preset", *SETTINGS, "seed", "split")
+# What is named in a cell's folder only where it is not the usual.
+USUAL = {name: ablations.USUAL[name] for name in ("maps", "annotated", "noise")}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of a sweep."""
+
+    name: str  # its folder
+    config: RunConfig
+    words: dict[str, Any]  # what the table says of it: COLUMNS but split
+
+
+# ------------------------------------------------------------------------------- which trainings
+
+
+def cells(config: Config, sweep: Sweep) -> list[Cell]:
+    """Every combination of a sweep's settings, each that can differ from the others once.
+
+    lam = 0 is one control a seed and trained part: no map enters it, so loss, blocks, heads,
+    offset and what is done to the maps are empty. `kl` and `energy` do not see the offset, theirs
+    is "none". Settings that mean the same in this model get one name: in four blocks, last4 is all.
+
+    Raises:
+        ValueError: for an unknown setting, or a block or head that the model does not have.
+    """
+    _refuse_unknown(sweep)
+    model = bare_model(fine_tuning(config, seed=0), num_classes=0)
+    blocks = [_blocks(word, model.depth) for word in sweep.blocks]
+    heads = [_heads(word, model.num_heads) for word in sweep.heads]
+    parts = [_part(word, model.depth) for word in sweep.trainable or (config.hitl.trainable,)]
+    found: dict[str, Cell] = {}
+    lams, maps = map(float, sweep.lam), (sweep.maps, sweep.annotated, sweep.noise)
+    for seed, part, loss, lam, block, head, offset, *changed in itertools.product(
+        sweep.seeds, parts, sweep.loss, lams, blocks, heads, sweep.offset, *maps
+    ):
+        if lam == 0:
+            human = {"lam": 0.0}
+            empty = dict.fromkeys(("blocks", "heads", "offset", *USUAL), "")
+            words = {"loss": "control", "lam": 0.0} | empty
+            name = "control"
+        else:
+            human = {"loss": loss, "lam": lam, "blocks": block, "heads": head}
+            human["offset"] = offset if loss in SEES_OFFSET else "none"
+            human |= dict(zip(USUAL, changed, strict=True))
+            words = human | {"blocks": _text(block), "heads": _head_word(head, model.num_heads)}
+            name = f"{loss}-l{str(lam).removesuffix('.0')}-blocks_{words['blocks']}"
+            name += f"-heads_{words['heads']}-offset_{words['offset']}"
+            name += "".join(f"-{k}_{words[k]}" for k, usual in USUAL.items() if words[k] != usual)
+        name += f"-train_{part}-s{seed}"
+        settings = human_in_the_loop(config, f"ft-s{seed}", seed, **human)
+        settings.train = _training(part, settings.train)
+        words = {"preset": config.preset, **words, "trainable": str(part), "seed": seed}
+        found.setdefault(name, Cell(name, settings, words))
+    return list(found.values())
+
+
+def _refuse_unknown(sweep: Sweep) -> None:
+    """ValueError for a setting without a value, an unknown word, or an endless lam."""
+    hints = get_type_hints(HumanConfig)
+    known = {name: get_args(hints[name]) for name in ("loss", "offset", "maps", "noise")}
+    for name, values in asdict(sweep).items():
+        if not values and name != "trainable":
+            raise ValueError(f"{name} has no value; name at least one")
+        for value in values:
+            if value not in known.get(name, values):
+                raise ValueError(f'{name} is "{value}"; use one of {", ".join(known[name])}')
+            if name == "lam" and not math.isfinite(value):
+                raise ValueError(f"lam is {value}; it must be a number, and not below 0")
+
+
+def _blocks(word: str, depth: int) -> str | tuple[int, ...]:
+    """Supervised blocks as `HumanConfig` has them; a word where one means the same."""
+    wanted = resolve_blocks(_indices(word), depth)
+    words = ("all", "last", "last2", "last4")
+    return next((same for same in words if resolve_blocks(same, depth) == wanted), wanted)
+
+
+def _heads(word: str, count: int) -> str | tuple[int, ...]:
+    """Supervised heads as `HumanConfig` has them; "all" where each of them is named."""
+    if word == "mean":
+        return word
+    wanted = _head_words(count).get(word, _indices(word))
+    if isinstance(wanted, str):
+        raise ValueError(f'heads is "{word}"; use all, half, one, mean, or indices such as 0,2')
+    wanted = resolve_heads(wanted, count)
+    return "all" if len(wanted) == count else wanted
+
+
+def _head_word(heads: str | tuple[int, ...], count: int) -> str:
+    """The word for supervised heads, or their indices."""
+    if heads == "mean":
+        return heads
+    wanted = resolve_heads(heads, count)
+    return next((w for w, named in _head_words(count).items() if named == wanted), _text(wanted))
+
+
+def _head_words(count: int) -> dict[str, tuple[int, ...]]:
+    everyone = tuple(range(count))
+    return {"all": everyone, "half": everyone[: max(1, count // 2)], "one": (0,)}
+
+
+def _indices(word: str) -> str | tuple[int, ...]:
+    """ "8,9" as (8, 9); another word as it is."""
+    is_list = re.fullmatch(r"-?\d+(,-?\d+)*", word)
+    return tuple(int(part) for part in word.split(",")) if is_list else word
+
+
+def _part(word: str | int, depth: int) -> str | int:
+    """The part that learns as `TrainConfig` has it, "last_block" where that is the one block."""
+    part = int(word) if str(word).isdecimal() else word
+    learning_blocks(part, depth)  # ValueError for an unknown word or number
+    return "last_block" if part == 1 else part
+
+
+def _text(value: str | tuple[int, ...]) -> str:
+    """A word as it is, or indices as they are named on the command line."""
+    return value if isinstance(value, str) else ",".join(map(str, value))
+
+
+def _training(part: str | int, stage: TrainConfig) -> TrainConfig:
+    """The stage with another part that learns; tokens cannot be cached where the trunk learns."""
+    return replace(stage, trainable=part, cache_tokens=stage.cache_tokens and part != "all")
+
+
+def refuse_impossible(config: Config, chosen: Sequence[Cell]) -> None:
+    """Says what would fail in any cell before the first is trained.
+
+    Raises:
+        ValueError: a supervised block is frozen, no image has a human map, the maps cannot be
+            changed as asked, or a run of that name was made with another configuration
+            (`RunConflict`).
+    """
+    model = bare_model(chosen[0].config, num_classes=0)
+    augment = not chosen[0].config.train.cache_tokens  # as training reads it: it may be cached
+    train_set = dataset_for(model, chosen[0].config, "train", augment)
+    seen: set[tuple[str, str, str]] = set()
+    for cell in chosen:
+        seed = cell.config.train.seed
+        refuse_conflict(config.runs / f"ft-s{seed}", fine_tuning(config, seed))
+        refuse_conflict(config.runs / FOLDER / cell.name, cell.config)
+        refuse_frozen_supervision(model, cell.config.train)
+        refuse_supervision_without_maps(train_set, cell.config.train)
+        human = cell.config.train.human
+        if (human.maps, human.noise, human.annotated) not in seen:
+            seen.add((human.maps, human.noise, human.annotated))
+            supervised(train_set, human, seed)
+
+
+# --------------------------------------------------------------------------------------- one cell
+
+
+def train_cell(runs: Path, cell: Cell, keep_weights: bool = False) -> None:
+    """Trains and measures one cell and writes its result; its weights go unless they are kept.
+
+    That the loss is not finite is a result as well, with status "diverged" and without numbers:
+    the same settings would end there again.
+
+    Raises:
+        TrainingDiverged: when that is written. OSError, ValueError: as `train_run`.
+    """
+    started = time.monotonic()
+    folder = runs / FOLDER / cell.name
+    numbers: dict[str, dict[str, float]] = {split: {} for split in SPLITS}
+    failure = None
+    try:
+        # Named from the runs folder, so that cells share the fine-tuned run and cached tokens.
+        run = train_run(f"{FOLDER}/{cell.name}", cell.config, runs)
+    except TrainingDiverged as error:
+        failure = error
+    else:
+        model = run.model().to(processes().device)
+        for split in SPLITS:
+            dataset = dataset_for(model, cell.config, split, augment=False)
+            summary = summarise(measure(model, dataset, cell.config, runs / "tokens"))
+            numbers[split] = {name: float(value) for name, value in summary.items()}
+    status = "diverged" if failure else "measured"
+    seconds = round(time.monotonic() - started, 3)
+    rows = [
+        cell.words | {"split": split, "status": status, "seconds": seconds} | numbers[split]
+        for split in SPLITS
+    ]
+    result = {"config": asdict(cell.config), "failure": failure and str(failure), "rows": rows}
+    write_text(folder / RESULT, json.dumps(result, indent=2, default=str))
+    if not keep_weights:
+        for name in ("last.safetensors", "best.safetensors", STATE):
+            (folder / name).unlink(missing_ok=True)
+    if failure:
+        raise failure
+
+
+def attempt(runs: Path, cell: Cell, keep_weights: bool) -> tuple[str | None, bool]:
+    """`train_cell` for one of many: what went wrong, in a sentence, and whether to go on here.
+
+    After an error that nobody expected (a GPU out of memory, a bug) the process may be spoilt for
+    other cells; its traceback is printed.
+    """
+    try:
+        train_cell(runs, cell, keep_weights)
+    except (OSError, ValueError, FloatingPointError) as error:
+        return str(error), True
+    except Exception as error:
+        traceback.print_exc()
+        return f"{type(error).__name__}: {error}", False
+    return None, True
+
+
+# --------------------------------------------------------------------------------------- all cells
+
+
+def run_sweep(
+    config: Config, sweep: Sweep, out: Path, jobs: int = 1, keep_weights: bool = False
+) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Trains and measures what is not there yet; the table is on disk after every cell.
+
+    Args:
+        config: its fine-tuned runs are trained first where they are not there.
+        out: a .csv file, see `collect`; written anew with every cell that ends.
+        jobs: cells at a time. 1 trains in this process; more start processes of their own that
+            share the processor cores (with other numbers of threads, sums may differ in their last
+            digits) or the GPU.
+        keep_weights: leave last.safetensors and best.safetensors in the folders of the cells that
+            are trained now.
+
+    Returns:
+        the table, and why cells failed, by name. A cell that failed has not stopped the others;
+        it is trained again by the next call, unless it diverged.
+
+    Raises:
+        ValueError, OSError: before anything is trained, see `cells` and `refuse_impossible`; or a
+            fine-tuned run could not be made.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs is {jobs}; use 1 or more")
+    if processes().num_processes > 1:
+        raise ValueError("a sweep trains a cell a process; start it once, alone, with --jobs")
+    chosen = cells(config, sweep)
+    refuse_impossible(config, chosen)
+    make_folder(out.parent)
+    write_table(config, out)  # a folder that cannot be written is found out now
+    for seed in sweep.seeds:
+        train_run(f"ft-s{seed}", fine_tuning(config, seed), config.runs)
+    results = [read_result(config.runs, cell) for cell in chosen]
+    failed = {
+        cell.name: result["failure"]
+        for cell, result in zip(chosen, results, strict=True)
+        if result and result["failure"]
+    }
+    left = [cell for cell, result in zip(chosen, results, strict=True) if result is None]
+    tasks = [(config.runs, cell, keep_weights) for cell in left]
+    threads = max(1, torch.get_num_threads() // jobs)
+    if jobs > 1:
+        ended = in_processes(attempt, tasks, jobs, threads)
+    else:
+        ended = ((index, attempt(*task)[0]) for index, task in enumerate(tasks))
+    done = len(chosen) - len(left)
+    bar = tqdm(total=len(chosen), initial=done, desc="sweep", unit="cell")
+    with closing(ended), bar:
+        for index, failure in ended:
+            if failure:
+                failed[left[index].name] = failure
+                bar.set_postfix(failed=len(failed))
+            write_table(config, out)
+            bar.update()
+    return collect(config), failed
+
+
+def read_result(runs: Path, cell: Cell) -> dict[str, Any] | None:
+    """The result of a cell; None where there is none of this configuration."""
+    file = runs / FOLDER / cell.name / RESULT
+    if not file.is_file():
+        return None
+    result = json.loads(file.read_text())
+    return None if cfg.difference(cell.config, json.dumps(result["config"])) else result
+
+
+def collect(config: Config) -> pd.DataFrame:
+    """The results of all sweeps of a preset: one row a cell and split, sorted.
+
+    Cells of another configuration (other data, model, epochs, ...) are left out: a table compares
+    what differs in its columns alone.
+
+    Returns:
+        columns `COLUMNS`, status ("measured", or "diverged" without numbers), those of `summarise`
+        and seconds (of training and measuring, since it was last resumed).
+    """
+    preset = RunConfig(config.data, config.model, config.hitl)
+    ours = json.loads(cfg.to_json(preset))
+    rows = []
+    for file in sorted((config.runs / FOLDER).glob(f"*/{RESULT}")):
+        result = json.loads(file.read_text())
+        made = result["config"]
+        free = ["seed", "trainable", "human"]
+        if made["train"]["trainable"] == "all":
+            free.append("cache_tokens")  # see `_training`
+        made["train"] |= {name: ours["train"][name] for name in free}
+        made["init"] = None
+        if cfg.difference(preset, json.dumps(made)) is None:
+            for row in result["rows"]:
+                # Sweeps of an older version had fewer settings to tell: theirs were the usual.
+                older = dict.fromkeys(USUAL, "") if row["loss"] == "control" else USUAL
+                rows.append(older | row)
+    if not rows:
+        return pd.DataFrame(columns=[*COLUMNS, "status", "seconds"])
+    table = pd.DataFrame(rows).sort_values(list(COLUMNS), ignore_index=True)
+    ends = [*COLUMNS, "status", "seconds"]
+    return table[[*ends[:-1], *table.columns.difference(ends, sort=False), "seconds"]]
+
+
+def write_table(config: Config, out: Path) -> None:
+    """`collect` as a file, which holds the old table or the new one at any time."""
+    write_text(out, collect(config).to_csv(index=False))

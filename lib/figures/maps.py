@@ -1,0 +1,191 @@
+"""Maps over pictures, and what all figures share: colours, and the words of titles."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+# Colours that readers with any colour vision can tell apart (Okabe and Ito, 2008).
+PALETTE = ["#0072B2", "#999999", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]
+MAP_COLOURS = "viridis"
+LONGEST = 24  # letters of a model's name that fit below a bar, or above a map
+SPLITS = {"train": "training", "val": "validation", "test": "test"}  # in the words of titles
+
+
+def overlay(axis: plt.Axes, image: np.ndarray, grid_map: np.ndarray, strength: float = 0.8) -> None:
+    """Draws an image and, over it, a map of its patch grid.
+
+    Args:
+        image: uint8 `[H, W, 3]`. grid_map: `[gh, gw]`, non-negative; scaled to its own maximum.
+            NaN, a cell of which nothing is known, is left out.
+        strength: opacity of the map where it is highest; where it is 0 the image is only dimmed.
+    """
+    height, width = image.shape[:2]
+    scaled, opacity = _scaled(grid_map, strength)
+    axis.imshow(image)
+    axis.imshow(
+        scaled,
+        extent=(0, width, height, 0),
+        cmap=MAP_COLOURS,
+        vmin=0,
+        vmax=1,
+        alpha=opacity,
+        interpolation="nearest",
+    )
+    axis.set_axis_off()
+
+
+def _scaled(grid_map: np.ndarray, strength: float) -> tuple[np.ndarray, np.ndarray]:
+    """A map over its own maximum, and how opaque each cell is: both `[gh, gw]` in [0, 1]."""
+    known = np.isfinite(grid_map)
+    scaled = np.where(known, grid_map, 0)
+    scaled = scaled / max(float(scaled.max()), 1e-12)
+    return scaled, strength * (0.4 + 0.6 * scaled) * known
+
+
+def picture(
+    image: np.ndarray, grid_map: np.ndarray | None = None, pixels: int = 280, strength: float = 0.8
+) -> np.ndarray:
+    """What `overlay` draws as plain pixels, for pages that show hundreds: a figure takes 60 ms.
+
+    Args:
+        image: uint8 `[H, W, 3]`. grid_map: `[gh, gw]`, see `overlay`; None shows the image alone.
+        pixels: width of the result; it keeps the image's proportions.
+
+    Returns:
+        uint8 `[h, pixels, 3]`.
+    """
+    size = (pixels, round(pixels * image.shape[0] / image.shape[1]))
+    drawn = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+    if grid_map is None:
+        return drawn
+    scaled, opacity = _scaled(grid_map, strength)
+    colours = plt.get_cmap(MAP_COLOURS)(scaled)  # [gh, gw, 4], red, green, blue, opacity
+    colours[..., 3] = opacity
+    cells = Image.fromarray(np.uint8(np.rint(255 * colours)), "RGBA")
+    above = Image.fromarray(drawn).convert("RGBA")
+    above.alpha_composite(cells.resize(size, Image.Resampling.NEAREST))
+    return np.asarray(above.convert("RGB"))
+
+
+def gallery(
+    images: Sequence[np.ndarray],
+    human: Sequence[np.ndarray],
+    columns: Mapping[str, Sequence[tuple[np.ndarray, bool]]],
+    title: str = "Where each model looks (class row of the last block)",
+) -> Figure:
+    """One row an image: picture, people's gaze, then one attention map a model.
+
+    Args:
+        images: uint8 `[H, W, 3]`. human: `[gh, gw]` each.
+        columns: for every model its `(map [gh, gw], right)` of each image; a green or red frame
+            tells a right from a wrong prediction.
+    """
+    names = ["image", "people", *columns]
+    figure, axes = plt.subplots(
+        len(images),
+        len(names),
+        figsize=(1.7 * len(names), 1.7 * len(images) + 0.6),
+        squeeze=False,
+        layout="constrained",
+    )
+    for row, image in enumerate(images):
+        axes[row, 0].imshow(image)
+        axes[row, 0].set_axis_off()
+        overlay(axes[row, 1], image, human[row])
+        for column, maps in enumerate(columns.values(), start=2):
+            map_, right = maps[row]
+            overlay(axes[row, column], image, map_)
+            _frame(axes[row, column], "#009E73" if right else "#D55E00")
+    for axis, name in zip(axes[0], names, strict=True):
+        axis.set_title(wrapped(name), fontsize=9)
+    figure.suptitle(f"{title}\ngreen frame: right, red frame: wrong", fontsize=10)
+    return figure
+
+
+def _frame(axis: plt.Axes, colour: str) -> None:
+    axis.set_axis_on()
+    axis.set(xticks=[], yticks=[])
+    for spine in axis.spines.values():
+        spine.set(edgecolor=colour, linewidth=3)
+
+
+def maps_in_a_row(
+    image: np.ndarray, maps: Mapping[str, np.ndarray], title: str, columns: int = 6
+) -> Figure:
+    """One image under several maps of its grid, each scaled to its own maximum and named."""
+    rows = -(-(len(maps) + 1) // columns)
+    wide = min(columns, len(maps) + 1)
+    figure, axes = plt.subplots(
+        rows, wide, figsize=(1.8 * wide, 2.0 * rows + 0.4), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    axes.flat[0].imshow(image)
+    axes.flat[0].set_title("image", fontsize=9)
+    for axis, (name, map_) in zip(axes.flat[1:], maps.items(), strict=False):
+        overlay(axis, image, map_)
+        axis.set_title(name, fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def wrapped(name: str) -> str:
+    """A model's name in lines that fit above a map: those of sweeps are long."""
+    return textwrap.fill(name, LONGEST)
+
+
+def token_gallery(
+    images: Sequence[np.ndarray],
+    boxes: np.ndarray,
+    norms: Mapping[str, np.ndarray],
+    attention: Mapping[str, np.ndarray],
+    outliers: Mapping[str, np.ndarray],
+) -> Figure:
+    """One row an image: the picture with the bird's box, then norms and attention of each model.
+
+    Args:
+        images: uint8 `[H, W, 3]`. boxes: `[n, 4]`, x0, y0, x1, y1 in pixels; NaN draws none.
+        norms: for every model the norms `[n, gh, gw]`, in one scale for all. attention: the same
+            for attention, each map scaled to its own maximum. outliers: bool `[n, gh, gw]`; a cross
+            marks them.
+    """
+    wide = 1 + 2 * len(norms)
+    figure, axes = plt.subplots(
+        len(images),
+        wide,
+        figsize=(1.7 * wide + 0.8, 1.7 * len(images) + 0.7),
+        squeeze=False,
+        layout="constrained",
+    )
+    lowest, highest = (f([f(maps) for maps in norms.values()]) for f in (np.min, np.max))
+    for row, (image, box) in enumerate(zip(images, boxes, strict=True)):
+        height, width = image.shape[:2]
+        axes[row, 0].imshow(image)
+        axes[row, 0].add_patch(
+            plt.Rectangle(box[:2], *(box[2:] - box[:2]), fill=False, color="#E69F00", linewidth=2)
+        )
+        for axis, (name, maps) in zip(axes[row, 1:], norms.items(), strict=False):
+            shown = axis.imshow(
+                maps[row], vmin=lowest, vmax=highest, cmap="magma", extent=(0, width, height, 0)
+            )
+            y, x = np.nonzero(outliers[name][row])
+            gh, gw = maps[row].shape
+            axis.scatter((x + 0.5) * width / gw, (y + 0.5) * height / gh, 12, "white", marker="x")
+            axis.set(xlim=(0, width), ylim=(height, 0))
+        for axis, maps in zip(axes[row, 1 + len(norms) :], attention.values(), strict=True):
+            overlay(axis, image, maps[row])
+    for axis in axes.flat:
+        axis.set_axis_off()
+    titles = ["image", *(f"norm\n{name}" for name in norms)]
+    titles += [f"attention\n{name}" for name in attention]
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=9)
+    figure.colorbar(shown, ax=axes, label="norm of the token", shrink=0.6)
+    figure.suptitle("Norms of the patches' tokens (cross: outlier), and attention", fontsize=10)
+    return figure

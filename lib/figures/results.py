@@ -1,0 +1,319 @@
+"""What an evaluation found, drawn: models side by side, calibration, erasing, tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import cycle
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from lib.figures.maps import LONGEST, MAP_COLOURS, PALETTE, SPLITS
+
+
+def comparison(
+    seeds: pd.DataFrame, columns: Mapping[str, str], split: str = "test", wide: int = 6
+) -> Figure:
+    """One panel a figure of merit: a bar a model (mean of seeds), a dot a seed.
+
+    Args:
+        seeds: a row a run, columns variant, seed and those of `columns`, which has their titles.
+        wide: panels in a row.
+    """
+    shown = {k: words for k, words in columns.items() if k in seeds and seeds[k].notna().any()}
+    models = list(dict.fromkeys(seeds["variant"]))
+    fit = max(map(len, models)) <= LONGEST
+    rows, across = -(-len(shown) // wide), min(wide, len(shown))
+    figure, axes = plt.subplots(
+        rows,
+        across,
+        figsize=(2.3 * across, 3.6 * rows),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis in axes.flat[len(shown) :]:
+        axis.remove()
+    for axis, (key, words) in zip(axes.flat, shown.items(), strict=False):
+        sns.barplot(
+            seeds, x="variant", y=key, hue="variant", order=models, hue_order=models,
+            palette=PALETTE[: len(models)], errorbar=None, ax=axis, legend=False, alpha=0.75,
+        )  # fmt: skip
+        sns.stripplot(seeds, x="variant", y=key, order=models, color="black", size=4, ax=axis)
+        axis.set(title=words, xlabel="", ylabel="")
+        axis.title.set_fontsize(9)
+        axis.set_xticks(range(len(models)), models if fit else [], rotation=60, fontsize=8)
+        for label in axis.get_xticklabels():
+            label.set(ha="right", rotation_mode="anchor")
+    if not fit:  # a name of a sweep is longer than a panel is high: named once, by their colours
+        bars = axes[0, 0].patches[: len(models)]
+        figure.legend(bars, models, loc="outside lower left", frameon=False, fontsize=8)
+    count = seeds["seed"].nunique()
+    start = f"{SPLITS[split].capitalize()} images"
+    figure.suptitle(f"{start}: mean of {count} seed{'s' * (count > 1)}, one dot a seed")
+    return figure
+
+
+def true_class_density(images: pd.DataFrame, split: str = "test") -> Figure:
+    """How sure each model is of the right class: the distribution over a split's images."""
+    models = list(dict.fromkeys(images["variant"]))
+    figure, axis = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
+    sns.kdeplot(
+        images, x="p_true", hue="variant", hue_order=models, palette=PALETTE[: len(models)],
+        common_norm=False, clip=(0, 1), bw_adjust=0.6, ax=axis,
+    )  # fmt: skip
+    axis.set(
+        title=f"Probability that each model gives to the true class, over {SPLITS[split]} images",
+        xlabel="probability of the true class",
+        ylabel="density of images",
+        xlim=(0, 1),
+    )
+    sns.move_legend(axis, "upper left", bbox_to_anchor=(1.0, 1.0), title="", frameon=False)
+    return figure
+
+
+def reliability(bins: pd.DataFrame, errors: Mapping[str, float], split: str = "test") -> Figure:
+    """Whether a model that is 80 % sure is right in 80 % of cases: one line a model.
+
+    Args:
+        bins: a row a variant and bin of confidence: columns variant, images, confidence, accuracy.
+        errors: expected calibration error of every variant, for the legend.
+    """
+    figure, (axis, below) = plt.subplots(
+        2, 1, figsize=(5.8, 5), sharex=True, height_ratios=(3, 1), layout="constrained"
+    )
+    axis.plot([0, 1], [0, 1], color="black", linewidth=1, linestyle=":", label="calibrated")
+    for colour, (name, error) in zip(cycle(PALETTE), errors.items(), strict=False):
+        part = bins[(bins["variant"] == name) & (bins["images"] > 0)].sort_values("confidence")
+        label = f"{name} (ECE {error:.3f})"
+        axis.plot(part["confidence"], part["accuracy"], "o-", ms=4, color=colour, label=label)
+        share = part["images"] / part["images"].sum()
+        below.plot(part["confidence"], share, "o-", ms=3, color=colour)
+    axis.set(
+        title=f"Confidence against accuracy, {SPLITS[split]} images (below the line: too sure)",
+        ylabel="accuracy",
+        xlim=(0, 1.02),
+        ylim=(0, 1.02),
+    )
+    axis.title.set_fontsize(10)
+    axis.legend(frameon=False, fontsize=8)
+    below.set(xlabel="confidence (probability of the predicted class)", ylabel="share of images")
+    below.set_ylim(bottom=0)
+    return figure
+
+
+def accuracy_and_alignment(
+    seeds: pd.DataFrame, lines: Mapping[str, float], split: str = "test"
+) -> Figure:
+    """Does looking where people look come with being right? One dot a run.
+
+    Args:
+        seeds: a row a run, columns variant, top1, cc.
+        lines: CC of maps that no model made, e.g. of one person with the others, by name.
+    """
+    figure, axis = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
+    models = list(dict.fromkeys(seeds["variant"]))
+    for colour, marker, name in zip(cycle(PALETTE), cycle("osD^vPX*"), models, strict=False):
+        part = seeds[seeds["variant"] == name]
+        axis.scatter(part["cc"], part["top1"], color=colour, marker=marker, label=name, alpha=0.8)
+    mark_lines(axis, lines)
+    axis.set(
+        title=f"Accuracy and agreement with people, {SPLITS[split]} images: one dot a run",
+        xlabel="CC with people's maps",
+        ylabel="accuracy",
+    )
+    axis.title.set_fontsize(10)
+    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
+    return figure
+
+
+def ladder(table: pd.DataFrame, title: str, ylabel: str) -> Figure:
+    """Accuracy by rung of the edit ladder, one line a model.
+
+    Args:
+        table: columns rung, variant, top1 (one row an image, or means).
+    """
+    models = list(dict.fromkeys(table["variant"]))
+    figure, axis = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
+    sns.pointplot(
+        table, x="rung", y="top1", hue="variant", hue_order=models,
+        palette=PALETTE[: len(models)], errorbar=None, ax=axis,
+    )  # fmt: skip
+    axis.set(title=title, xlabel="where in the model the edit is made", ylabel=ylabel)
+    axis.set_ylim(bottom=0)
+    rungs = list(dict.fromkeys(table["rung"]))
+    axis.set_xticks(range(len(rungs)), [rung.replace(", ", ",\n") for rung in rungs])
+    sns.move_legend(axis, "upper left", bbox_to_anchor=(1.0, 1.0), title="", frameon=False)
+    return figure
+
+
+def erasing(table: pd.DataFrame) -> Figure:
+    """What erasing patches from the attention costs, rung by rung: one column of panels a model.
+
+    Args:
+        table: one row an image, what and rung: columns what, rung, p_true_change, flipped, and
+            variant where there are several models. Bars are 95 % bootstrap intervals over images.
+    """
+    table = table.assign(variant=table.get("variant", ""))
+    table["rung"] = table["rung"].str.replace(", ", ",\n")
+    models, kinds = (list(dict.fromkeys(table[key])) for key in ("variant", "what"))
+    panels = {
+        "p_true_change": "change of the true\nclass's probability",
+        "flipped": "share of predictions\nthat change",
+    }
+    figure, axes = plt.subplots(
+        2,
+        len(models),
+        figsize=(3.6 * len(models) + 2.2, 5.2),
+        squeeze=False,
+        sharex=True,
+        sharey="row",
+        layout="constrained",
+    )
+    for column, model in enumerate(models):
+        part = table[table["variant"] == model]
+        for axis, (key, words) in zip(axes[:, column], panels.items(), strict=True):
+            sns.pointplot(
+                part, x="rung", y=key, hue="what", hue_order=kinds, palette=PALETTE[: len(kinds)],
+                dodge=0.3, errorbar=("ci", 95), n_boot=500, seed=0, linewidth=1.5,
+                err_kws={"linewidth": 1.2}, markersize=4, ax=axis,
+            )  # fmt: skip
+            axis.axhline(0, color="black", linewidth=0.8)
+            axis.set(xlabel="", ylabel=words if column == 0 else "")
+            axis.legend_.remove()
+        axes[0, column].set_title(model, fontsize=9)
+        axes[1, column].tick_params(axis="x", labelsize=7)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False,
+        title="erased",
+    )  # fmt: skip
+    figure.supxlabel("where in the model the patches are erased", fontsize=10)
+    count = table["index"].nunique()
+    figure.suptitle(f"What erasing patches from the attention costs ({count} images)", fontsize=11)
+    return figure
+
+
+def curves(table: pd.DataFrame, hue: str | None = None) -> Figure:
+    """Deletion and insertion: the mean probability of the true class, and the area below it.
+
+    Args:
+        table: columns curve ("deletion", "insertion"), fraction, p_true, one row an image, curve
+            and fraction; variant where there are several models, which get a row of panels each.
+            hue: a column that tells lines apart, e.g. order; 7 values at most.
+    """
+    table = table.assign(variant=table.get("variant", ""), hue=table[hue] if hue else "")
+    models = list(dict.fromkeys(table["variant"]))
+    panels = {
+        "deletion": ("patches leave the picture: a small area is good", "patches taken out"),
+        "insertion": ("patches enter a blurred picture: a large area is good", "patches put in"),
+    }
+    figure, grid = plt.subplots(
+        len(models), 2, figsize=(9, 2.9 * len(models) + 0.7), squeeze=False, sharex=True,
+        sharey=True, layout="constrained",
+    )  # fmt: skip
+    colours = dict(zip(dict.fromkeys(table["hue"]), PALETTE, strict=False))
+    for axes, model in zip(grid, models, strict=True):
+        for axis, (curve, (words, what)) in zip(axes, panels.items(), strict=True):
+            part = table[(table["curve"] == curve) & (table["variant"] == model)]
+            for name, rows in part.groupby("hue", sort=False):
+                mean = rows.groupby("fraction")["p_true"].mean()
+                area = np.trapezoid(mean, mean.index)
+                label = f"{name}: area {area:.2f}" if hue else f"area {area:.2f}"
+                axis.plot(mean.index, mean, "o-", ms=3, color=colours[name], label=label)
+            axis.set(title=f"{model}: {words}" if model else words, xlim=(0, 1), ylim=(0, 1))
+            axis.title.set_fontsize(9)
+            axis.legend(frameon=False, fontsize=8)
+            if axes is grid[-1]:
+                axis.set_xlabel(f"share of {what}")
+        axes[0].set_ylabel("p (true class)")
+    count = table["index"].nunique()
+    figure.suptitle(f"Patches of {count} pictures taken out and put in, step by step", fontsize=11)
+    return figure
+
+
+def token_norms(models: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
+    """How long the patches' tokens are as they leave each block, and where outliers begin.
+
+    Args:
+        models: for every model its norms `[n, D, P]` and the cutoff of each block `[D]`.
+    """
+    low = min(norms.min() for norms, _ in models.values())
+    high = max(max(norms.max(), cutoffs.max()) for norms, cutoffs in models.values())
+    edges = np.geomspace(max(low, 1e-3) * 0.95, high * 1.05, 120)
+    figure, axes = plt.subplots(
+        1,
+        len(models),
+        figsize=(4.2 * len(models) + 1, 3.8),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
+    )
+    for axis, (name, (norms, cutoffs)) in zip(axes[0], models.items(), strict=True):
+        blocks = np.arange(norms.shape[1])
+        counts = np.stack([np.histogram(norms[:, block], edges)[0] for block in blocks], axis=1)
+        shares = np.ma.masked_equal(counts / norms[:, 0].size, 0)
+        image = axis.pcolormesh(
+            np.arange(len(blocks) + 1) - 0.5, edges, shares, cmap=MAP_COLOURS,
+            norm="log", vmin=1e-5, vmax=1,
+        )  # fmt: skip
+        axis.hlines(cutoffs, blocks - 0.45, blocks + 0.45, color="#D55E00", label="cutoff")
+        share = (norms > cutoffs[:, None]).mean()
+        axis.set(yscale="log", xlabel="block", title=f"{name}: {share:.3%} are outliers")
+        axis.set_xticks(blocks, blocks + 1)
+        axis.title.set_fontsize(9)
+    axes[0, 0].set_ylabel("L2 norm of a patch's token")
+    axes[0, 0].legend(frameon=False, fontsize=8, loc="upper left")
+    figure.colorbar(image, ax=axes, label="share of the block's patches")
+    figure.suptitle(
+        "Patch tokens by block, and the norm above which one is an outlier", fontsize=11
+    )
+    return figure
+
+
+def artefacts(table: pd.DataFrame) -> Figure:
+    """How much of the attention goes where it should not, block by block and model by model.
+
+    Args:
+        table: one row an image and block: columns block, and for outliers, flat, background and
+            sinks the share of patches and `_mass`; variant where there are several models. The
+            dotted line is the share of patches: what uniform attention would put there.
+    """
+    table = table.assign(variant=table.get("variant", "model"), block=table["block"] + 1)
+    models = list(dict.fromkeys(table["variant"]))
+    palette = dict(zip(models, PALETTE, strict=False))
+    panels = {
+        "outliers": "tokens of outlying norm",
+        "flat": "low-information background",
+        "background": "all background",
+        "sinks": "sinks on the background",
+    }
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.4), layout="constrained")
+    for axis, (key, words) in zip(axes, panels.items(), strict=True):
+        # Side by side: models with the same frozen trunk differ in its last blocks only.
+        look = {"data": table, "x": "block", "hue": "variant", "palette": palette, "ax": axis}
+        look |= {"dodge": 0.5 if len(models) > 1 else False, "linewidth": 1.2, "markersize": 3}
+        sns.pointplot(y=f"{key}_mass", n_boot=500, seed=0, err_kws={"linewidth": 1}, **look)
+        sns.pointplot(y=key, errorbar=None, linestyles=":", markers="", legend=False, **look)
+        axis.set(title=words, ylabel="", xlabel="block", ylim=(0, None))
+        axis.title.set_fontsize(10)
+        axis.tick_params(axis="x", labelsize=7)
+    for axis in axes[1:]:
+        axis.legend_.remove()
+    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].set_ylabel("share of the attention on patches")
+    count = table["index"].nunique()
+    figure.suptitle(
+        f"Attention on artefacts and background ({count} images); dotted: share of the patches",
+        fontsize=11,
+    )
+    return figure
+
+
+def mark_lines(axis: plt.Axes, lines: Mapping[str, float]) -> None:
+    """Named vertical lines."""
+    for name, value in lines.items():
+        axis.axvline(value, color="0.4", linewidth=1, linestyle="--")
+        axis.text(value, 0.02, f" {name}", transform=axis.get_xaxis_transform(), fontsize=8,
+                  rotation=90, va="bottom", ha="right", color="0.3")  # fmt: skip

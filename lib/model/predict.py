@@ -1,0 +1,49 @@
+"""Predictions of a whole data set, by one process among several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from lib.model.vit import SigmoidViT
+
+
+def processes() -> PartialState:
+    """This process among those that train together: its device, and how to wait for the others."""
+    # Accelerate joins processes on CPUs (torchrun, gloo) only when told that a CPU is wanted.
+    several = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()
+    on_cpu = several or parse_flag_from_env("ACCELERATE_USE_CPU")
+    # Patience: the others wait while the main process runs the trunk over all images.
+    return PartialState(cpu=on_cpu, timeout=timedelta(hours=6))
+
+
+def inputs(batch: dict, blocks: int = 1) -> dict[str, Tensor | int]:
+    """What the model is called with: images, or cached tokens that enter its last `blocks`."""
+    if "tokens" in batch:
+        return {"tokens": batch["tokens"].float(), "blocks": blocks}
+    return {"images": batch["image"]}
+
+
+@torch.no_grad()
+def predict(
+    model: SigmoidViT,
+    dataset: Dataset,
+    batch_size: int,
+    workers: int = 0,
+    rows: str | tuple[int, ...] = "last",
+) -> Iterator[tuple[dict, Tensor, dict[int, Tensor]]]:
+    """Batches of a data set with the model's scores and class rows, on the model's device."""
+    device = next(model.parameters()).device
+    whole = dataset.dataset if isinstance(dataset, Subset) else dataset
+    model.eval()
+    for batch in DataLoader(dataset, batch_size=batch_size, num_workers=workers):
+        batch = {key: value.to(device) for key, value in batch.items()}
+        scores, found = model(**inputs(batch, getattr(whole, "blocks", 1)), rows=rows)
+        yield batch, scores.float(), found

@@ -1,0 +1,126 @@
+"""What is trained, and how fast: frozen parts, parameter groups, the learning rate of a step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from timm.optim import param_groups_layer_decay
+from torch import Tensor, nn
+
+from lib.config import TrainConfig
+from lib.edit import resolve_blocks
+from lib.model.vit import SigmoidViT
+
+HEADS = ("head.", "head_dist.")  # how the parameters of timm's classifiers begin
+
+
+def learning_blocks(trainable: str | int, depth: int) -> int:
+    """How many blocks at the end of the model learn: `depth` for "all", 0 for "head".
+
+    Raises:
+        ValueError: for an unknown word or a number outside 1 to `depth`.
+    """
+    words = {"all": depth, "last_block": 1, "head": 0}
+    if trainable in words:
+        return words[trainable]
+    if isinstance(trainable, int) and 1 <= trainable <= depth:
+        return trainable
+    raise ValueError(
+        f'trainable is "{trainable}"; use "all", "last_block", "head", or how many of the '
+        f"{depth} blocks learn"
+    )
+
+
+def trained_modules(model: SigmoidViT, trainable: str | int) -> list[nn.Module]:
+    """The modules that learn: everything, or the last blocks with the final norm and the head."""
+    vit = model.vit
+    heads = [vit.head, *([vit.head_dist] if hasattr(vit, "head_dist") else [])]
+    if trainable == "all":
+        return [vit]
+    blocks = learning_blocks(trainable, model.depth)
+    if blocks == 0:
+        return heads
+    return [*vit.blocks[model.depth - blocks :], vit.norm, vit.fc_norm, *heads]
+
+
+def freeze(model: SigmoidViT, trainable: str | int) -> None:
+    """Lets only the named part learn; frozen parts store no activations for a backward pass."""
+    model.requires_grad_(False)
+    for module in trained_modules(model, trainable):
+        module.requires_grad_(True)
+
+
+def set_train_mode(model: SigmoidViT, trainable: str | int) -> None:
+    """Training mode for the part that learns; a frozen part is used as in evaluation."""
+    model.eval()
+    for module in trained_modules(model, trainable):
+        module.train()
+
+
+def refuse_frozen_supervision(model: SigmoidViT, config: TrainConfig) -> None:
+    """ValueError when human maps are to move the attention of a block that cannot learn."""
+    if config.human.lam == 0:
+        return
+    first = model.depth - learning_blocks(config.trainable, model.depth)
+    for block in resolve_blocks(config.human.blocks, model.depth):
+        if block < first:
+            raise ValueError(
+                f'block {block} is supervised, but trainable="{config.trainable}" freezes it; '
+                'supervise blocks="last" with trainable="last_block", or train all'
+            )
+
+
+def parameter_groups(model: SigmoidViT, config: TrainConfig) -> list[dict]:
+    """AdamW's groups, each with its peak learning rate as `lr` and `peak`.
+
+    Weight decay is for matrices only (timm's rule). With `layer_decay` d, what lies k layers below
+    the head learns at d^k times `lr` (Clark et al. 2020, BEiT); the head at `head_lr_factor` times.
+    """
+    heads = {id(p) for name, p in model.vit.named_parameters() if name.startswith(HEADS)}
+    groups = []
+    for group in param_groups_layer_decay(
+        model.vit,
+        config.weight_decay,
+        no_weight_decay_list=model.vit.no_weight_decay(),
+        layer_decay=config.layer_decay,
+    ):
+        for is_head in (False, True):
+            chosen = [p for p in group["params"] if (id(p) in heads) == is_head]
+            if chosen:
+                lr = config.lr * (config.head_lr_factor if is_head else group["lr_scale"])
+                decay = group["weight_decay"]
+                groups.append({"params": chosen, "lr": lr, "peak": lr, "weight_decay": decay})
+    return groups
+
+
+def make_optimizer(
+    model: SigmoidViT, config: TrainConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    """Adam or AdamW over `parameter_groups`; one fused kernel a step on a GPU."""
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+    return kind(parameter_groups(model, config), fused=device.type == "cuda")
+
+
+def learning_rate_factor(step: int, steps: int, warmup: float, schedule: str = "cosine") -> float:
+    """Linear warm-up over the first share `warmup` of the steps; then a cosine to 0, or constant.
+
+    A function of the step alone, so that a resumed run needs no state of a scheduler.
+    """
+    rising = round(steps * warmup)
+    if step < rising:
+        return (step + 1) / rising
+    if schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Every group at `factor` times its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+
+
+def trained_state(model: SigmoidViT) -> dict[str, Tensor]:
+    """The parameters that learn, by timm's names: what a checkpoint must hold of a model."""
+    return {name: p.detach() for name, p in model.vit.named_parameters() if p.requires_grad}

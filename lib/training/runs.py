@@ -1,0 +1,274 @@
+"""Runs on disk: a trained model in a folder, made once, loaded the next time, resumed when killed.
+
+`train_run` is what notebooks and commands call. Where several processes train together, all call
+it and the main one writes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+from accelerate.utils import set_seed
+from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
+
+from lib import config as cfg
+from lib.config import Config, RunConfig, TrainConfig
+from lib.data.dataset import BirdDataset, make_dataset
+from lib.files import StorageError, make_folder, write_text
+from lib.model.predict import processes
+from lib.model.vit import SigmoidViT, create_model
+from lib.model.weights import load_weights
+from lib.training.controls import supervised
+from lib.training.learning import refuse_frozen_supervision
+from lib.training.loop import fit, refuse_missing
+from lib.training.state import STATE, Progress
+from lib.training.tokens import with_cached_tokens
+
+
+class RunConflict(ValueError):
+    """A run of that name exists and was made with another configuration."""
+
+
+class RunBusy(OSError):
+    """Another process is training the run at this moment."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model in its folder: config.json, classes.json, history.csv, last and best weights.
+
+    `name` is the folder below the runs folder.
+    """
+
+    folder: Path
+    config: RunConfig
+
+    @classmethod
+    def load(cls, folder: Path, which: Literal["last", "best"] = "last") -> Run:
+        """A finished run; `which` weights must be there.
+
+        Raises:
+            FileNotFoundError: names the folder and what is missing.
+        """
+        folder = Path(folder)
+        for name in ("config.json", "classes.json"):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} is no finished run: it has no {name}; train it")
+        run = cls(folder, cfg.from_json(RunConfig, (folder / "config.json").read_text()))
+        made, wanted = len(run.history), run.config.train.epochs
+        if made < wanted:
+            raise FileNotFoundError(
+                f"{folder} is no finished run: it stopped after {made} of {wanted} epochs; resume "
+                "it (`python -m lib train ... --resume`, or the same call again)"
+            )
+        if not (folder / f"{which}.safetensors").is_file():
+            raise FileNotFoundError(
+                f"{folder} has no weights: a sweep keeps none without --keep-weights; train it "
+                f"again ({which}.safetensors is missing)"
+            )
+        return run
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names by label."""
+        return json.loads((self.folder / "classes.json").read_text())
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """One row an epoch; empty before the first is over."""
+        file = self.folder / "history.csv"
+        return pd.read_csv(file) if file.is_file() else pd.DataFrame()
+
+    @property
+    def progress(self) -> Progress:
+        """Where the training stood when it was over, for those who watch."""
+        steps = pd.read_csv(self.folder / "steps.csv").to_dict("records")
+        return Progress(len(self.history), history=self.history.to_dict("records"), steps=steps)
+
+    def model(self, which: Literal["last", "best"] = "last") -> SigmoidViT:
+        """The trained model, in evaluation mode."""
+        model = bare_model(self.config, len(self.classes))
+        load_weights(model, self.folder / f"{which}.safetensors")
+        return model.eval()
+
+    def dataset(self, split: str, augment: bool = False) -> BirdDataset:
+        """A split of the run's data on the run's grid."""
+        return dataset_for(self.model(), self.config, split, augment)
+
+
+def train_run(
+    name: str,
+    config: RunConfig,
+    runs: Path,
+    overwrite: bool = False,
+    watch: Callable[[Progress], None] | None = None,
+) -> Run:
+    """The run `runs/name`: loaded when it is there, resumed when it was stopped, else trained.
+
+    Args:
+        name: folder of the run below `runs`. config: all that decides the result.
+        overwrite: train again even if a run of that name is there.
+        watch: called with the progress of the training, e.g. `LiveCurves()` of lib/widgets; of a
+            run that is there already, once.
+
+    Raises:
+        RunConflict: a run of that name was made with another configuration; names a difference.
+        RunBusy: another process trains it. StorageError: the folder cannot be written.
+    """
+    folder = runs / name
+    if not overwrite:
+        refuse_conflict(folder, config)
+        run = finished_run(folder)
+        if run:
+            (folder / STATE).unlink(missing_ok=True)  # of a process that was killed as it finished
+            if watch and processes().is_main_process:
+                watch(run.progress)
+            return run
+    refuse_missing(config.train)
+    model, train_set = starting_point(config, runs)
+    refuse_frozen_supervision(model, config.train)
+    refuse_supervision_without_maps(train_set, config.train)
+    val_set = dataset_for(model, config, "val", augment=False)
+    classes = train_set.classes
+    if config.train.cache_tokens:
+        with processes().main_process_first():  # the others find its tokens on disk
+            model.to(processes().device)
+            train_set, val_set = (
+                with_cached_tokens(model, dataset, config, runs / "tokens")
+                for dataset in (train_set, val_set)
+            )
+    processes().wait_for_everyone()  # all have looked at the folder before it is written to
+    with _prepared(folder, config, classes, overwrite):
+        fit(model, config.train, train_set, val_set, folder, watch)
+    processes().wait_for_everyone()
+    return Run.load(folder)
+
+
+@contextmanager
+def _prepared(
+    folder: Path, config: RunConfig, classes: list[str], overwrite: bool
+) -> Iterator[None]:
+    """The folder of a run, held by this training alone, with its configuration written."""
+    if not processes().is_main_process:
+        processes().wait_for_everyone()
+        yield
+        return
+    make_folder(folder)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except PermissionError as error:
+        raise StorageError(
+            f"{folder} cannot be written to ({error.strerror}); name a runs folder that can "
+            "(RUNS_DIR)"
+        ) from error
+    except Timeout as error:
+        raise RunBusy(
+            f"{folder} is being trained by another process; wait for it, or choose another name"
+        ) from error
+    try:
+        made = ("history.csv", "steps.csv", "last.safetensors", "best.safetensors", STATE)
+        for path in folder.iterdir():  # a process that was killed leaves what it was writing
+            if path.suffix == ".tmp" or (overwrite and path.name in made):
+                path.unlink()
+        write_text(folder / "config.json", cfg.to_json(config))
+        write_text(folder / "classes.json", json.dumps(classes))
+        processes().wait_for_everyone()
+        yield
+    finally:
+        lock.release()
+
+
+def refuse_conflict(folder: Path, config: RunConfig) -> None:
+    """RunConflict when `folder` holds a run of another configuration; names a difference."""
+    if (folder / "config.json").is_file():
+        found = cfg.difference(config, (folder / "config.json").read_text())
+        if found:
+            raise RunConflict(
+                f"{folder} was made with another configuration ({found}); choose another name or "
+                "runs folder (RUNS_DIR), or delete the folder"
+            )
+
+
+def finished_run(folder: Path) -> Run | None:
+    """The run of a folder; None where there is none, or where it is not complete."""
+    try:
+        return Run.load(folder)
+    except FileNotFoundError:
+        return None
+
+
+def starting_point(config: RunConfig, runs: Path) -> tuple[SigmoidViT, BirdDataset]:
+    """The model before its first step, and its training images.
+
+    With `config.init` the model is that run's last; else the trunk is read from
+    `config.model.weights` and the head is new, drawn by `config.train.seed`.
+    """
+    if config.init is not None:
+        model = Run.load(runs / config.init).model()
+        return model, training_set(model, config)
+    set_seed(config.train.seed)
+    model = bare_model(config, num_classes=0)
+    if config.model.weights is not None:
+        report = load_weights(model, config.model.weights)
+        tqdm.write(f"{config.model.weights.name}: {report}; the head is new")
+    train_set = training_set(model, config)
+    set_seed(config.train.seed)  # the new head is the same whatever the trunk drew
+    model.vit.reset_classifier(len(train_set.classes))
+    return model, train_set
+
+
+def bare_model(config: RunConfig, num_classes: int) -> SigmoidViT:
+    """The architecture of a run, its weights not loaded yet."""
+    overrides = {"drop_path_rate": config.train.drop_path, **config.model.overrides}
+    return create_model(config.model.name, num_classes, config.data.image_size, **overrides)
+
+
+def dataset_for(model: SigmoidViT, config: RunConfig, split: str, augment: bool) -> BirdDataset:
+    """A split on the model's grid, normalised as its weights expect."""
+    return make_dataset(config.data, split, model.grid, *model.normalisation, augment=augment)
+
+
+def training_set(model: SigmoidViT, config: RunConfig) -> BirdDataset:
+    """The training images as a run trains on them: crops, and the maps of `config.train.human`."""
+    dataset = dataset_for(model, config, "train", augment=not config.train.cache_tokens)
+    human = config.train.human
+    return dataset if human.lam == 0 else supervised(dataset, human, config.train.seed)
+
+
+def refuse_supervision_without_maps(train_set: BirdDataset, config: TrainConfig) -> None:
+    """ValueError when human attention is to be learned, but no image has a map: a silent control.
+
+    A single map is enough: the original method corrects a few images only.
+    """
+    if config.human.lam > 0 and not train_set.table["has_map"].any():
+        raise ValueError(
+            f"lam is {config.human.lam:g}, but none of the {len(train_set)} training images has a "
+            "human map; set MAPS (gaze, boxes, parts, or a folder of map files), or train with "
+            "lam=0"
+        )
+
+
+def fine_tuning(config: Config, seed: int) -> RunConfig:
+    """Stage 1 of a preset with a training seed."""
+    return RunConfig(config.data, config.model, replace(config.ft, seed=seed))
+
+
+def human_in_the_loop(config: Config, init: str, seed: int, **human: object) -> RunConfig:
+    """Stage 2 on top of the run `init`; `human` changes fields of the preset's `HumanConfig`.
+
+    `lam=0` is the control: the same extra epochs without human maps.
+    """
+    stage = replace(config.hitl, seed=seed, human=replace(config.hitl.human, **human))
+    return RunConfig(config.data, config.model, stage, init)

@@ -1,0 +1,187 @@
+"""Where a training stands, on disk: written whole or not at all, and read back bit for bit.
+
+What is random is a function of the seed and of the step (`noise`, `Batches`), never of what was
+drawn before. So a checkpoint holds weights, optimiser, scaler and counters, but no generator.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from timm.utils import ModelEmaV3
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from lib.files import write_bytes
+from lib.model.vit import SigmoidViT
+from lib.model.weights import save_weights, write_state
+from lib.training.learning import trained_state
+
+STATE = "state.pt"  # in a run's folder while it is being trained
+
+
+def noise(*key: int) -> int:
+    """A seed for torch from whole numbers, such as (seed, step): all different, and repeatable."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+class Batches(Sampler):
+    """The batches of one epoch for one process, as lists of `(index, seed of its augmentation)`.
+
+    A function of seed and epoch alone: the same whatever the number of processes and of loading
+    workers, and from whatever step an epoch goes on. Every image is met once an epoch. Accelerate's
+    own sharding repeats images to fill the last batch; here a process whose part of it is empty
+    gets one image to keep step with the others, and `share` says that it does not count.
+    """
+
+    def __init__(
+        self, count: int, batch_size: int, seed: int, process: int = 0, processes: int = 1
+    ) -> None:
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.process, self.processes = process, processes
+        self.epoch, self.step = 0, 0
+
+    def __len__(self) -> int:
+        return -(-self.count // self.batch_size)
+
+    def go_to(self, epoch: int, step: int) -> None:
+        """The next iteration is over `epoch` (from 0) and begins at its batch `step`."""
+        self.epoch, self.step = epoch, step
+
+    def size(self, step: int) -> int:
+        """Images in batch `step`, of all processes together."""
+        return min(self.batch_size, self.count - step * self.batch_size)
+
+    def own(self, step: int) -> int:
+        """Images of this process in batch `step` that count."""
+        return len(range(self.process, self.size(step), self.processes))
+
+    def share(self, step: int) -> float:
+        """Weight of this process's mean loss, so that the mean over processes is that of all."""
+        return self.own(step) * self.processes / self.size(step)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(noise(self.seed, self.epoch))
+        order = torch.randperm(self.count, generator=generator).tolist()
+        seeds = torch.randint(2**62, (self.count,), generator=generator).tolist()
+        items = list(zip(order, seeds, strict=True))
+        for step in range(self.step, len(self)):
+            batch = items[step * self.batch_size : (step + 1) * self.batch_size]
+            yield batch[self.process :: self.processes] or batch[:1]
+
+
+@dataclass
+class Progress:
+    """Where a training stands, beside weights and optimiser.
+
+    `history` has one row a finished epoch, `steps` one every few steps.
+    """
+
+    epoch: int = 0  # finished epochs
+    step: int = 0  # finished steps of the epoch under way
+    # Of the epoch under way: sums of `train_one_epoch`, over so many images. Of this process alone,
+    # or, since they were last gathered, of all in the main one.
+    sums: Tensor = field(default_factory=lambda: torch.zeros(3))
+    seen: float = 0
+    best: float = -1.0  # highest validation accuracy
+    history: list[dict[str, float]] = field(default_factory=list)
+    steps: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass
+class Training:
+    """The moving parts of one training, and their way to disk and back.
+
+    Attributes:
+        model, ema: the model, and the average of its weights if there is one.
+        optimizer: as Accelerate prepared it.
+        best: the parameters that learn, of the best epoch so far; None before the first.
+    """
+
+    model: SigmoidViT
+    optimizer: torch.optim.Optimizer
+    accelerator: Accelerator
+    ema: ModelEmaV3 | None = None
+    progress: Progress = field(default_factory=Progress)
+    best: dict[str, Tensor] | None = None
+
+    @property
+    def result(self) -> SigmoidViT:
+        """The model that is measured and kept: the average of the weights where there is one."""
+        return self.ema.module if self.ema else self.model
+
+    def gather_sums(self, everywhere: bool = False) -> None:
+        """The sums of all processes go to the main one, and to the others only if `everywhere`."""
+        if self.accelerator.num_processes > 1:
+            progress = self.progress
+            seen = torch.tensor([float(progress.seen)], device=progress.sums.device)
+            whole = self.accelerator.reduce(torch.cat([progress.sums, seen]), "sum")
+            if not (everywhere or self.accelerator.is_main_process):
+                whole = torch.zeros_like(whole)
+            progress.sums, progress.seen = whole[:-1], whole[-1].item()
+
+    def end_epoch(self, row: dict[str, float]) -> None:
+        """Adds the epoch's row to the history, and keeps the weights if no epoch was better."""
+        progress = self.progress
+        progress.history.append(row)
+        progress.epoch, progress.step, progress.seen = progress.epoch + 1, 0, 0
+        progress.sums = torch.zeros_like(progress.sums)
+        if row["val_top1"] > progress.best:  # of equals the earliest stays
+            progress.best = row["val_top1"]
+            state = self.result.vit.state_dict()
+            self.best = {name: state[name].cpu().clone() for name in self._names()}
+
+    def save(self, folder: Path) -> None:
+        """Writes the checkpoint; StorageError leaves the one before as it was."""
+        scaler = self.accelerator.scaler
+        average = self.ema and self.ema.module.vit.state_dict()
+        state = {
+            "model": trained_state(self.model),
+            "ema": average and {name: average[name] for name in self._names()},
+            "best": self.best,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": scaler and scaler.state_dict(),
+            "progress": asdict(self.progress),
+        }
+        buffer = io.BytesIO()  # torch.save tells of a full disk in words of its own
+        torch.save(state, buffer)
+        write_bytes(folder / STATE, buffer.getbuffer())
+
+    def finish(self, folder: Path) -> None:
+        """Writes last.safetensors and best.safetensors in the place of the checkpoint."""
+        self.write_best(folder)
+        save_weights(self.result, folder / "last.safetensors")
+        (folder / STATE).unlink(missing_ok=True)
+
+    def write_best(self, folder: Path) -> None:
+        """Writes best.safetensors, if an epoch is finished."""
+        if self.best:
+            state = {**self.model.vit.state_dict(), **self.best}
+            write_state(state, folder / "best.safetensors", self.model.grid)
+
+    def load(self, folder: Path) -> None:
+        """Goes on from the checkpoint of `folder`, if there is one."""
+        if not (folder / STATE).is_file():
+            return
+        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        self.model.vit.load_state_dict(state["model"], strict=False)
+        if self.ema:
+            self.ema.module.vit.load_state_dict(state["ema"], strict=False)
+        self.best = state["best"]
+        for group in state["optimizer"]["param_groups"]:  # it may have been on another device
+            group["fused"] = self.accelerator.device.type == "cuda"
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+        if not self.accelerator.is_main_process:  # see `gather_sums`
+            self.progress.sums, self.progress.seen = torch.zeros(3), 0
+
+    def _names(self) -> list[str]:
+        return list(trained_state(self.model))

@@ -1,0 +1,211 @@
+"""A model and a data set for the attention editor: NumPy in, NumPy out."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lib.data.corrections import Edit
+from lib.data.dataset import BirdDataset
+from lib.data.maps import box_map
+from lib.edit import (
+    LADDER,
+    AttentionEdit,
+    resolve_blocks,
+    resolve_heads,
+    sigmoid_attention,
+)
+from lib.model.live import LiveImage
+from lib.model.vit import SigmoidViT
+
+KEPT_IMAGES = 8  # pictures a LiveSession keeps; one of a ViT-S/16 at 224 pixels takes 14 MB
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One picture of a data set, as the editor shows it."""
+
+    index: int  # position in the data set
+    image_id: str
+    image: np.ndarray  # uint8 [H, W, 3], RGB, as large as the model sees it
+    label: int
+    class_name: str
+    human: np.ndarray | None  # float32 [gh, gw] in [0, 1], NaN where not known; None: no map
+    box: np.ndarray | None  # float32 [gh, gw], share of the cell in the bird's box; None: no box
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a model makes of a picture, after an edit if there is one."""
+
+    probabilities: np.ndarray  # float32 [classes]
+    attention: np.ndarray  # float32 [depth, gh, gw]: class row's softmax on patches, mean of heads
+    class_token: np.ndarray  # float32 [depth]: what the class row keeps on the class token itself
+
+
+class LiveSession:
+    """A model and a data set for the editor: NumPy in, NumPy out.
+
+    The pictures used last are kept as `LiveImage`s. Call it from one thread, as the editor does.
+
+    Args:
+        model: put in eval mode; its weights must not change, see `replace_model`.
+        dataset: without augmentation, on the model's grid.
+
+    Attributes:
+        model, dataset: as given; the model by `replace_model` in the end.
+        classes: class names by label. grid: (gh, gw). depth, num_heads, num_prefix: the model's.
+        fingerprint: 16 hex digits that name the weights.
+
+    Every method that takes an index raises IndexError outside the data set.
+
+    Raises:
+        ValueError: the data set is augmented, or has another grid or number of classes.
+    """
+
+    def __init__(self, model: SigmoidViT, dataset: BirdDataset) -> None:
+        if dataset.augment:
+            raise ValueError(
+                "the data set is augmented, so a picture looks different each time; make it with "
+                "augment=False"
+            )
+        self.dataset = dataset
+        self._live = lru_cache(maxsize=KEPT_IMAGES)(self._run_trunk)
+        self.classes = list(dataset.classes)
+        self.replace_model(model)
+
+    def replace_model(self, model: SigmoidViT) -> None:
+        """Go on with another model, or with the same one whose weights have changed."""
+        self._refuse_misfit(model)
+        self.model = model.eval()
+        self.grid = model.grid
+        self.depth, self.num_heads, self.num_prefix = model.depth, model.num_heads, model.num_prefix
+        self.fingerprint = _fingerprint(model)
+        self._live.cache_clear()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def open(self, index: int) -> Shown:
+        """The picture, and what people said of it."""
+        index = self._position(index)
+        item, row = self.dataset[index], self.dataset.table.iloc[index]
+        valid = item["valid"]
+        human = torch.where(valid, item["human"], torch.nan).view(self.grid).numpy()
+        return Shown(
+            index=index,
+            image_id=str(row["image_id"]),
+            image=self.dataset.image(index),
+            label=item["label"],
+            class_name=self.classes[item["label"]],
+            human=human if valid.any() else None,
+            box=self._box(row),
+        )
+
+    def sigmoid(
+        self,
+        index: int,
+        block: int,
+        heads: str | tuple[int, ...] = "all",
+        offset: str = "none",
+    ) -> np.ndarray:
+        """Sigmoid attention of the class row before any edit, mean of heads: float32 [gh, gw]."""
+        chosen = resolve_heads(heads, self.num_heads)
+        return self.sigmoid_heads(index, block, offset)[list(chosen)].mean(axis=0)
+
+    def sigmoid_heads(self, index: int, block: int, offset: str = "none") -> np.ndarray:
+        """Sigmoid attention of the class row before any edit: float32 [heads, gh, gw]."""
+        rows = self._live(self._position(index)).rows
+        (block,) = resolve_blocks((block,), self.depth)
+        read = sigmoid_attention(rows[block].float(), offset, self.num_prefix)
+        return read.unflatten(-1, self.grid).numpy()
+
+    def outcome(self, index: int, edit: Edit | None = None) -> Outcome:
+        """Prediction and attention under an edit, or without one.
+
+        Raises:
+            ValueError: the edit is for another grid, or names a block or head that is not there.
+        """
+        live = self._live(self._position(index))
+        scores, rows = live.run(None if edit is None else self._attention_edit(edit))
+        mass = torch.softmax(rows.float(), dim=-1).mean(dim=1)  # [depth, N]
+        return Outcome(
+            probabilities=torch.softmax(scores.float(), dim=-1).numpy(),
+            attention=mass[:, self.num_prefix :].unflatten(-1, self.grid).numpy(),
+            class_token=mass[:, 0].numpy(),
+        )
+
+    def ladder(self, index: int, edit: Edit) -> list[dict[str, str | float]]:
+        """The same edit made in ever more of the model, whatever scope the edit itself names.
+
+        Returns:
+            for no edit, the last block, the last two, all blocks, and all rows of all blocks:
+            rung, prediction (class name), probability (of the prediction), p_true (of the true
+            class).
+        """
+        label = int(self.dataset.table["label"].iloc[self._position(index)])
+        rungs = {"no edit": None}
+        rungs |= {rung: replace(edit, **scope) for rung, scope in LADDER.items()}
+        steps = []
+        for rung, wider in rungs.items():
+            probabilities = self.outcome(index, wider).probabilities
+            best = int(probabilities.argmax())
+            steps.append(
+                {
+                    "rung": rung,
+                    "prediction": self.classes[best],
+                    "probability": float(probabilities[best]),
+                    "p_true": float(probabilities[label]),
+                }
+            )
+        return steps
+
+    def _run_trunk(self, index: int) -> LiveImage:
+        return LiveImage(self.model, self.dataset[index]["image"])
+
+    def _position(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} is asked for; the data set has 0 to {len(self) - 1}")
+        return int(index)
+
+    def _attention_edit(self, edit: Edit) -> AttentionEdit:
+        if edit.grid != self.grid:
+            raise ValueError(
+                f"the edit is on {edit.grid[0]} x {edit.grid[1]} patches, but the model has "
+                f"{self.grid[0]} x {self.grid[1]}; paint it again on this model's grid"
+            )
+        scope = (edit.blocks, edit.heads, edit.queries, edit.offset)
+        return AttentionEdit(torch.tensor(edit.mask), torch.tensor(edit.values), *scope)
+
+    def _box(self, row: pd.Series) -> np.ndarray | None:
+        corners = [row.get(name, np.nan) for name in ("x0", "y0", "x1", "y1")]
+        if np.isnan(corners).any():
+            return None
+        return box_map(corners, self.dataset.config.image_size, self.grid)
+
+    def _refuse_misfit(self, model: SigmoidViT) -> None:
+        if model.grid != self.dataset.grid:
+            raise ValueError(
+                f"the model has {model.grid[0]} x {model.grid[1]} patches, but the data set "
+                f"{self.dataset.grid[0]} x {self.dataset.grid[1]}; make it with the model's grid"
+            )
+        if model.vit.num_classes != len(self.classes):
+            raise ValueError(
+                f"the model has {model.vit.num_classes} classes, but the data set "
+                f"{len(self.classes)}; use a model that was trained on these classes"
+            )
+
+
+@torch.no_grad()
+def _fingerprint(model: SigmoidViT) -> str:
+    """16 hex digits of the SHA-256 of all weights: names, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in model.vit.state_dict().items():
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

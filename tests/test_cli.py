@@ -1,0 +1,188 @@
+"""The command line: what it prints, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import CUB_CLASSES
+
+from lib.__main__ import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lib", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
+
+
+def test_help_names_the_commands():
+    done = command("--help")
+    assert done.returncode == 0
+    for word in (
+        "demo",
+        "evaluate",
+        "weights",
+        "download",
+        "split",
+        "check",
+        "pretrain",
+        "bench",
+        "sweep",
+    ):
+        assert word in done.stdout
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    """Runs a command in this process, which spares a start of several seconds."""
+
+    def run(*arguments: str, **environment: str) -> tuple[int, str, str]:
+        for name in ("PRESET", "DATA_DIR", "MAPS", "SPLIT", "CACHE", "MODEL", "WEIGHTS"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return main(list(arguments)), *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "says"),
+    [
+        (("demo",), {"PRESET": "imagenet"}, 'PRESET is "imagenet"'),
+        (("demo", "--seeds", "0"), {"PRESET": "toy"}, "seeds is 0"),
+        (("demo",), {"PRESET": "cub2011", "WEIGHTS": "/nowhere.pt"}, "no weights at /nowhere.pt"),
+        (("bench", "--name", "resnet18"), {}, "resnet18"),
+        (("split", "--N", "1.5"), {"PRESET": "folder", "DATA_DIR": "/nowhere"}, "/nowhere is miss"),
+        (("split",), {"PRESET": "toy"}, "toy birds are drawn in parts"),
+        (("train", "ft", "--resume"), {}, "is no run that could be resumed"),
+        (("train", "ft", "--resume", "--overwrite"), {}, "--resume and --overwrite"),
+        (("train", "hitl", "--init", "absent"), {}, "absent is no finished run"),
+        (("evaluate", "absent-s0"), {"PRESET": "toy"}, "no run absent-s0 in"),
+        (("evaluate",), {"PRESET": "toy"}, "no run is named"),
+        (("train", "ft", "--drop-path", "2"), {}, "drop_path is 2; it must be in [0, 1)"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_exit_code_2(
+    arguments, environment, says, tmp_path, run_main
+):
+    code, _, stderr = run_main(*arguments, RUNS_DIR=str(tmp_path), **environment)
+    assert code == 2
+    assert says in stderr and "Traceback" not in stderr
+    assert len(stderr.strip().splitlines()[-1]) < 400
+
+
+def test_split_writes_the_file_of_the_original_experiment(cub, run_main):
+    environment = {"DATA_DIR": str(cub.root)}
+    code, out, error = run_main("split", "--N", "0.7", "--shuffle", "--seed", "1", **environment)
+    assert code == 0, error
+    path = cub.root / "cub200_2011_dataset.json"
+    assert f"{path}: 14 train, 0 val, 6 test images of 2 classes" in out
+    content = json.loads(path.read_text())
+    assert list(content) == ["train", "test", "label_list"]
+    assert content["label_list"] == list(CUB_CLASSES)
+    name, label, map_name = content["train"][0]
+    assert (cub.root / "CUB_200_2011" / "images" / name).is_file()
+    assert label == 0 and map_name.isdigit()
+    code, out, error = run_main(
+        "split", "--official", "--val-share", "0.34", "--out", str(path), **environment
+    )
+    assert "8 train, 4 val, 8 test images" in out
+    first = json.loads(path.read_text())["test"][0]
+    assert first == [f"{CUB_CLASSES[0]}/bird_6.jpg", 0, "7"]
+
+
+def test_check_prints_a_table_and_its_exit_code_is_the_verdict(cub, run_main):
+    environment = {"DATA_DIR": str(cub.root), "TQDM_DISABLE": "1"}
+    details = cub.root / "details.csv"
+    code, out, error = run_main("check", "cub2011", "--details", str(details), **environment)
+    assert code == 0, error
+    assert "training can start" in out and "picture: unreadable" in out
+    assert "map: none" in details.read_text()
+    broken = cub.root / "CUB_200_2011" / "images" / CUB_CLASSES[0] / "bird_2.jpg"
+    broken.write_bytes(b"no picture")
+    code, out, error = run_main("check", "cub2011", **environment)
+    assert code == 1 and "training would fail" in out
+    assert f"first picture: unreadable: {broken}" in out
+
+
+def test_a_run_that_exists_is_refused_unless_told_what_to_do(tmp_path, run_main):
+    tiny = ["--data.toy-train", "16", "--data.toy-val", "8", "--epochs", "1", "--batch-size", "8"]
+    tiny += ["--model.weights", "None", "--model.overrides.depth", "1"]
+    environment = {"RUNS_DIR": str(tmp_path), "PRESET": "toy"}
+    code, out, _ = run_main("train", "ft", *tiny, **environment)
+    assert code == 0 and "toy/ft-s0: 1 epochs, validation accuracy" in out
+    code, _, error = run_main("train", "ft", *tiny, **environment)
+    assert code == 2 and "exists and is finished; go on with --resume" in error
+    code, _, error = run_main("train", "ft", *tiny, "--lr", "1", "--resume", **environment)
+    assert code == 2 and "train.lr is 0.0003 there and 1.0 here" in error
+    code, out, _ = run_main("train", "ft", *tiny, "--resume", **environment)
+    assert code == 0 and "1 epochs" in out
+    code, out, _ = run_main("train", "ft", *tiny, "--lr", "1", "--overwrite", **environment)
+    assert code == 0 and '"lr": 1.0' in (tmp_path / "toy" / "ft-s0" / "config.json").read_text()
+
+
+@pytest.fixture
+def two_runs(tmp_path, run_main):
+    """Two small trained models below a runs folder."""
+    tiny = ["--data.toy-train", "16", "--data.toy-val", "8", "--data.toy-test", "8"]
+    tiny += ["--epochs", "1", "--batch-size", "8", "--model.weights", "None"]
+    tiny += ["--model.overrides.depth", "1"]
+    environment = {"RUNS_DIR": str(tmp_path / "runs"), "PRESET": "toy"}
+    for more in (["ft"], ["hitl", "--init", "ft-s0", "--name", "control-s0"]):
+        code, _, error = run_main("train", *more, *tiny, **environment)
+        assert code == 0, error
+    return environment
+
+
+def test_evaluate_measures_runs_side_by_side(tmp_path, run_main, two_runs, monkeypatch):
+    out = tmp_path / "results" / "one"
+    arguments = ["evaluate", "ft-s0", "control-s0", "--split", "val", "--which", "best"]
+    arguments += ["--gallery", "2", "--gallery-rule", "change", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["lib", *arguments])
+    code, told, error = run_main(*arguments, **two_runs)
+    assert code == 0, error
+    assert 'Each model minus "control"' in told and "val, 8 images, 8 classes" in told
+    assert f"PRESET=toy python -m lib {' '.join(arguments)}" in told
+    assert told == (out / "result.txt").read_text() + f"\nfigures and tables: {out}\n"
+    assert "whose probability of the true class changed most" in (out / "gallery.html").read_text()
+    assert len((out.parent / "summary.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--against", "nobody"], '--against is "nobody", but the models are ft, control'),
+        (["--gallery", "-1"], "gallery is -1; use 0 for no gallery"),
+        (["--out", "{folder}/taken/one"], "taken/one cannot be made"),
+        (["--out", "{folder}/foreign/one"], "has no column date, so nothing is added to it"),
+    ],
+)
+def test_evaluate_refuses_before_it_computes(more, says, tmp_path, run_main, two_runs, monkeypatch):
+    (tmp_path / "taken").write_text("a file, no folder")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "summary.csv").write_text("mine,yours\n1,2\n")
+    monkeypatch.setattr(
+        "lib.experiments.compare.measure_runs", lambda *_: pytest.fail("it computes")
+    )
+    more = [part.format(folder=tmp_path) for part in more]
+    code, _, error = run_main("evaluate", "ft-s0", "control-s0", *more, **two_runs)
+    assert code == 2 and says in error and "Traceback" not in error
+
+
+def test_the_recipe_is_where_the_options_start(tmp_path, run_main, capsys):
+    with pytest.raises(SystemExit):
+        run_main("train", "ft", "--recipe", "original", "--help")
+    told = " ".join(capsys.readouterr().out.split())
+    assert "peak learning rate (default: 1e-05)" in told and "(default: adam)" in told

@@ -1,0 +1,534 @@
+"""Corrections: what an edit may be, files that survive anything, and what loading leaves out."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from lib.data.corrections import (
+    MAX_BYTES,
+    Correction,
+    Edit,
+    FeedbackError,
+    Skipped,
+    _to_fields,
+    load_corrections,
+    save_correction,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+TIME = "2026-08-01T12:34:56Z"
+MASK = np.array([[True, False, False], [False, False, True]])
+VALUES = np.array([[0.25, 0, 0], [0, 0, 1]], np.float32)
+PNG = b"\x89PNG\r\n\x1a\n and what follows"
+
+
+def edit(**fields) -> Edit:
+    return Edit(**{"mask": MASK, "values": VALUES, **fields})
+
+
+def correction(**fields) -> Correction:
+    given = {"image_id": "7", "edit": edit(), "model": "ab12", "author": "Ada", "time": TIME}
+    return Correction(**{**given, **fields})
+
+
+def at(second: int, **fields) -> Correction:
+    return correction(time=f"2026-08-01T12:34:{second:02}Z", **fields)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+indices = st.lists(st.integers(0, 40), min_size=1, max_size=5, unique=True).map(tuple)
+
+
+@st.composite
+def edits(draw) -> Edit:
+    shape = draw(st.tuples(st.integers(1, 6), st.integers(1, 6)))
+    return Edit(
+        mask=draw(hnp.arrays(bool, shape)),
+        values=draw(hnp.arrays(np.float32, shape, elements=st.floats(0, 1, width=32))),
+        blocks=draw(st.sampled_from(["last", "last2", "all"]) | indices),
+        heads=draw(st.just("all") | indices),
+        queries=draw(st.sampled_from(["cls", "all"])),
+        offset=draw(st.sampled_from(["none", "centred"])),
+    )
+
+
+# ------------------------------------------------------------------------------------------ edits
+
+
+def test_an_edit_copies_its_arrays_and_clears_what_is_not_masked():
+    mask, values = MASK.copy(), np.full((2, 3), 0.5)
+    values[0, 1] = np.nan  # not masked: nobody asks for it
+    found = Edit(mask, values)
+    mask[:], values[:] = True, 0.9
+    assert found.mask.tolist() == MASK.tolist()
+    assert found.values.tolist() == [[0.5, 0, 0], [0, 0, 0.5]]
+    assert found.mask.dtype == bool and found.values.dtype == np.float32
+    assert found.grid == (2, 3)
+    for array in (found.mask, found.values):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0, 0] = 0
+
+
+def test_an_edit_is_empty_where_no_cell_is_masked():
+    assert edit(mask=np.zeros((2, 3), bool)).is_empty
+    assert not edit().is_empty
+
+
+def test_equal_edits_compare_equal_and_others_do_not():
+    assert edit() == edit() == copy.deepcopy(edit())
+    assert edit(heads=[2, 0], blocks=np.array([3, -1]).tolist()) == edit(
+        heads=(0, np.int64(2)), blocks=(-1, 3)
+    )
+    assert correction() == correction()
+    other_mask = MASK.copy()
+    other_mask[0, 1] = True  # its value is 0, so only the mask differs
+    for fields in (
+        {"mask": other_mask},
+        {"values": VALUES / 2},
+        {"mask": MASK.T, "values": VALUES.T},
+        {"blocks": "all"},
+        {"heads": (1,)},
+        {"queries": "all"},
+        {"offset": "centred"},
+    ):
+        assert edit(**fields) != edit()
+        assert correction(edit=edit(**fields)) != correction()
+    assert edit() != "an edit"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mask": MASK.astype(int)}, "mask is int64 [2, 3]; give bool [gh, gw]"),
+        ({"mask": MASK.ravel()}, "mask is bool [6]; give bool [gh, gw]"),
+        ({"mask": np.zeros((0, 3), bool)}, "mask is bool [0, 3]"),
+        ({"values": VALUES.T}, "values is [3, 2], but mask is [2, 3]; give one value a cell"),
+        ({"values": VALUES.ravel()}, "values is [6], but mask is [2, 3]"),
+        ({"values": "half"}, "values is 'half'; give numbers"),
+        ({"values": VALUES + 0.5}, "values holds 1.5 on an edited cell; give 0 to 1"),
+        ({"values": VALUES - 0.5}, "values holds -0.25 on an edited cell"),
+        ({"values": np.full((2, 3), np.nan)}, "values holds nan on an edited cell"),
+        ({"values": np.full((2, 3), np.inf)}, "values holds inf on an edited cell"),
+        ({"blocks": "first"}, 'blocks is \'first\'; use "last" or "last2" or "all" or different'),
+        ({"blocks": ()}, "blocks is ()"),
+        ({"blocks": (1, 1)}, "blocks is (1, 1)"),
+        ({"blocks": 3}, "blocks is 3"),
+        ({"blocks": (True,)}, "blocks is (True,)"),
+        ({"heads": (0.0,)}, "heads is (0.0,)"),
+        ({"heads": ()}, 'heads is (); use "all" or different indices from 0'),
+        ({"heads": (-1, 0)}, "heads is (-1, 0)"),
+        ({"heads": (0, 0)}, "heads is (0, 0)"),
+        ({"heads": "last"}, "heads is 'last'"),
+        ({"queries": "patches"}, 'queries is \'patches\'; use "cls" or "all"'),
+        ({"offset": None}, 'offset is None; use "none" or "centred"'),
+    ],
+)
+def test_an_edit_that_makes_no_sense_is_refused(fields, message):
+    with pytest.raises(FeedbackError, match=re.escape(message)):
+        edit(**fields)
+
+
+def test_a_correction_of_now_has_the_time_in_utc_and_seconds():
+    found = Correction.now("7", edit(), "ab12", "Ada", class_name="Auk", note="n")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", found.time)
+    age = (datetime.now(UTC) - datetime.fromisoformat(found.time)).total_seconds()
+    assert 0 <= age < 5
+    assert found == replace(correction(class_name="Auk", note="n"), time=found.time)
+
+
+@pytest.mark.parametrize(
+    "time", [TIME, "2026-08-01T12:34:56+00:00", "2026-08-01T14:34:56.789+02:00"]
+)
+def test_times_of_any_zone_are_kept_in_utc(time):
+    assert correction(time=time).time == TIME
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"time": "2026-08-01T12:34:56"}, "time is '2026-08-01T12:34:56'; give ISO 8601"),
+        ({"time": "yesterday"}, "time is 'yesterday'"),
+        ({"time": "9999-12-31T23:59:59-01:00"}, "time is '9999"),
+        ({"image_id": ""}, "image_id is empty; name the picture"),
+        ({"image_id": 7}, "image_id is 7; give a text"),
+        ({"author": None}, "author is None; give a text"),
+        ({"edit": "look left"}, "edit is a str; give an Edit"),
+    ],
+)
+def test_a_correction_that_makes_no_sense_is_refused(fields, message):
+    with pytest.raises(FeedbackError, match=re.escape(message)):
+        correction(**fields)
+
+
+# ----------------------------------------------------------------------------------- save and load
+
+HARD = "\ud800 \x00 <b>鳥</b> ../../etc/CON?*:|\"' " + "é" * 300
+
+
+@settings(max_examples=40, deadline=None)
+@given(edits(), st.text(min_size=1), st.text(), st.text(), st.text(), st.datetimes())
+@example(edit(), HARD, HARD, HARD, HARD, datetime(2026, 8, 1))
+@example(edit(blocks=(-1,)), "..", "", ".", "\\", datetime.max)
+def test_what_was_saved_is_loaded(given_edit, image_id, class_name, author, note, moment):
+    saved = correction(
+        edit=given_edit,
+        image_id=image_id,
+        class_name=class_name,
+        author=author,
+        note=note,
+        time=f"{moment.isoformat()}+00:00",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = save_correction(saved, folder)
+        # Names that Linux, macOS and Windows take, in the folder, and short
+        name = r"\d{4}-\d\d-\d\dT\d{6}Z-[A-Za-z0-9_-]{1,40}-0000\.json"
+        assert re.fullmatch(name, path.name) and path.parent == Path(folder)
+        assert path.read_bytes().count(b"\n") == 1
+        (loaded,), skipped = load_corrections(folder)
+    rounded = np.round(given_edit.values.astype(np.float64), 4)
+    assert loaded == replace(saved, edit=replace(given_edit, values=rounded))
+    assert skipped == []
+
+
+def test_the_file_holds_one_line_of_the_schema(tmp_path):
+    values = np.array([[0.123456, 0, 0], [0, 0, 1]])
+    saved = correction(image_id="a/b 1.jpg", edit=edit(values=values, blocks=(1, 3)), note="n")
+    path = save_correction(saved, tmp_path / "new" / "folder", preview=PNG)
+    assert path.name == "2026-08-01T123456Z-a_b_1_jpg-0000.json"
+    assert names(path.parent) == [path.name, path.name.replace(".json", ".png")]
+    assert path.with_suffix(".png").read_bytes() == PNG
+    assert json.loads(path.read_text()) == {
+        "schema": 1,
+        "image_id": "a/b 1.jpg",
+        "class_name": "",
+        "grid": [2, 3],
+        "mask": "100001",
+        "values": [0.1235, None, None, None, None, 1.0],
+        "blocks": [1, 3],
+        "heads": "all",
+        "queries": "cls",
+        "offset": "none",
+        "model": "ab12",
+        "author": "Ada",
+        "time": TIME,
+        "note": "n",
+    }
+
+
+def test_no_file_is_overwritten(tmp_path):
+    ours = save_correction(correction(note="a"), tmp_path, preview=b"a").name
+    (tmp_path / ours.replace("0000.json", "0001.png")).write_bytes(b"someone's")
+    second = save_correction(correction(note="b"), tmp_path, preview=b"b").name
+    assert second == ours.replace("0000", "0002")
+    assert [path.read_bytes() for path in sorted(tmp_path.glob("*.png"))] == [
+        b"a",
+        b"someone's",
+        b"b",
+    ]
+
+
+def test_ids_that_look_alike_made_safe_do_not_meet(tmp_path):
+    ids = ["a/b", "a:b", "a?b", "鳥", "魚", "x" * 300, "x" * 299]
+    for image_id in ids:
+        save_correction(correction(image_id=image_id), tmp_path)
+    loaded, skipped = load_corrections(tmp_path)
+    assert sorted(one.image_id for one in loaded) == sorted(ids) and skipped == []
+
+
+def test_a_correction_too_large_to_load_is_not_saved(tmp_path):
+    with pytest.raises(FeedbackError, match=r"'7' takes 4\.2 MB, but a file may have 4\.2 MB"):
+        save_correction(correction(note="n" * MAX_BYTES), tmp_path)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("fails_at", [1, 2], ids=["the preview", "the correction"])
+@pytest.mark.parametrize("error", [OSError("disk gone"), KeyboardInterrupt()])
+def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch, fails_at, error):
+    kept = save_correction(correction(), tmp_path, preview=PNG)
+    before, renames, rename = names(tmp_path), [], os.replace
+
+    def failing(source, target):
+        renames.append(target)
+        if len(renames) == fails_at:
+            raise error
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(type(error)):
+        save_correction(correction(note="lost"), tmp_path, preview=b"lost")
+    assert len(renames) == fails_at
+    assert names(tmp_path) == before
+    assert load_corrections(tmp_path) == ([correction()], [])
+    assert kept.with_suffix(".png").read_bytes() == PNG
+
+
+KILLED = """
+import os, sys
+from test_corrections import correction, save_correction
+folder, last = sys.argv[1], int(sys.argv[2])
+rename, renames = os.replace, []
+def killed(source, target):
+    renames.append(target)
+    if len(renames) == last:
+        os._exit(9)  # no cleanup runs
+    rename(source, target)
+os.replace = killed
+save_correction(correction(note="lost"), folder, preview=b"lost")
+"""
+
+
+def start(script: str, *arguments: object) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, arguments)], cwd=ROOT, env=environment
+    )
+
+
+@pytest.mark.parametrize("last", [1, 2])
+def test_a_kill_during_a_save_leaves_no_half_correction(tmp_path, last):
+    assert start(KILLED, tmp_path, last).wait() == 9
+    assert load_corrections(tmp_path) == ([], [])
+    assert not list(tmp_path.glob("*.json"))
+    path = save_correction(correction(note="again"), tmp_path, preview=PNG)
+    assert load_corrections(tmp_path) == ([correction(note="again")], [])
+    assert path.with_suffix(".png").read_bytes() == PNG
+
+
+SAVES = """
+import sys, time
+from pathlib import Path
+from test_corrections import correction, save_correction
+folder, who = Path(sys.argv[1]), sys.argv[2]
+(folder / f"{who}.ready").touch()
+while len(list(folder.glob("*.ready"))) < 2:
+    time.sleep(0.001)
+for number in range(50):
+    note = f"{who}{number:02}"
+    save_correction(correction(note=note), folder / "saved", preview=note.encode())
+"""
+
+
+def test_two_processes_may_save_to_one_folder(tmp_path):
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    processes = [start(SAVES, tmp_path, who) for who in "ab"]
+    while any(process.poll() is None for process in processes):  # read while they write
+        assert all(path.with_suffix(".png").exists() for path in folder.glob("*.json"))
+        _, skipped = load_corrections(folder)
+        assert all(one.reason.startswith("replaced by ") for one in skipped)
+        time.sleep(0.02)
+    assert [process.returncode for process in processes] == [0, 0]
+
+    paths = sorted(folder.glob("*.json"))
+    notes = [json.loads(path.read_text())["note"] for path in paths]
+    assert sorted(notes) == [f"{who}{number:02}" for who in "ab" for number in range(50)]
+    assert [path.with_suffix(".png").read_text() for path in paths] == notes
+    assert len(names(folder)) == 200  # and nothing temporary
+    for who in "ab":  # the same second: in the order they were saved in
+        ours = [note for note in notes if note.startswith(who)]
+        assert ours == sorted(ours)
+
+
+# --------------------------------------------------------------------------------------- left out
+
+
+def test_a_missing_folder_and_an_empty_one(tmp_path):
+    assert load_corrections(tmp_path) == ([], [])
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere; save a correction"):
+        load_corrections(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"schema": 2}, "schema is 2; this version reads 1"),
+        ({"schema": "1"}, "schema is '1'; this version reads 1"),
+        ({"schema": True}, "schema is True; this version reads 1"),
+        ({"schema": ...}, "schema is None; this version reads 1"),
+        ({"grid": "2x3"}, "grid is '2x3'; expected a list"),
+        ({"grid": [2, 3, 1]}, "grid is [2, 3, 1]; expected two numbers above 0"),
+        ({"grid": [0, 3]}, "grid is [0, 3]; expected two numbers above 0"),
+        ({"grid": [2.0, 3]}, "grid is [2.0, 3]; expected two numbers above 0"),
+        ({"grid": [3, 3]}, "mask has 6 cells, but grid is 3 x 3"),
+        ({"grid": [10**30, 10**30]}, f"mask has 6 cells, but grid is {10**30} x {10**30}"),
+        ({"mask": "10000"}, "mask has 5 cells, but grid is 2 x 3"),
+        ({"mask": "100002"}, "mask is '100002'; expected 0 and 1 only"),
+        ({"mask": [1, 0, 0, 0, 0, 1]}, "mask is [1, 0, 0, 0, 0, 1]; expected a text"),
+        ({"mask": "100000"}, "values holds 1.0 at 5, where mask is 0"),
+        ({"mask": "110001"}, "values holds None at 1; expected 0 to 1"),
+        ({"values": [0.5]}, "values has 1 cells, but grid is 2 x 3"),
+        ({"values": [1.01, *[None] * 4, 1]}, "values holds 1.01 at 0; expected 0 to 1"),
+        ({"values": [-0.1, *[None] * 4, 1]}, "values holds -0.1 at 0; expected 0 to 1"),
+        ({"values": [float("nan"), *[None] * 4, 1]}, "values holds nan at 0; expected 0 to 1"),
+        ({"values": [10**400, *[None] * 4, 1]}, "values holds 1000000"),
+        ({"values": [True, *[None] * 4, 1]}, "values holds True at 0; expected 0 to 1"),
+        ({"values": ["1", *[None] * 4, 1]}, "values holds '1' at 0; expected 0 to 1"),
+        ({"blocks": "first"}, "blocks is 'first'; use"),
+        ({"blocks": [1.5]}, "blocks is [1.5]; use"),
+        ({"blocks": 1}, "blocks is 1; expected a text or a list"),
+        ({"heads": []}, "heads is []; use"),
+        ({"heads": [-1]}, "heads is [-1]; use"),
+        ({"queries": "q" * 10**6}, "queries is 'qqq"),
+        ({"offset": "left"}, "offset is 'left'; use"),
+        ({"image_id": 7}, "image_id is 7; expected a text"),
+        ({"image_id": ""}, "image_id is empty"),
+        ({"time": "noon"}, "time is 'noon'; give ISO 8601"),
+        *(({name: ...}, f"{name} is missing") for name in ("image_id", "class_name", "grid")),
+        *(({name: ...}, f"{name} is missing") for name in ("mask", "values", "blocks", "heads")),
+        *(({name: ...}, f"{name} is missing") for name in ("queries", "offset", "model", "note")),
+        *(({name: None}, f"{name} is None; expected a text") for name in ("author", "time")),
+    ],
+)
+def test_a_damaged_file_is_skipped_with_the_reason(tmp_path, changes, reason):
+    """`...` stands for a field that is taken out."""
+    good = save_correction(correction(), tmp_path)
+    bad = save_correction(at(59, note="newer"), tmp_path)
+    fields = {**json.loads(bad.read_text()), **changes}
+    bad.write_text(json.dumps({name: it for name, it in fields.items() if it is not ...}))
+    loaded, (left,) = load_corrections(tmp_path)
+    assert loaded == [correction()] and good.exists()  # a damaged one replaces nothing
+    assert left.path == bad and left.reason.startswith(reason)
+    assert len(left.reason) < 250
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "it is not JSON, or cut off"),
+        (b"\xff\xfe\x00\xd8", "it is not JSON, or cut off"),
+        (b"{'schema': 1}", "it is not JSON, or cut off"),
+        (b"[" * 100_000, "it is not JSON, or cut off"),
+        (b"9" * 5000, "it is not JSON, or cut off"),
+        (b"[1, 2]", "it holds [1, 2]; expected a JSON object"),
+        (b"{}", "schema is None; this version reads 1"),
+        (b" " * (MAX_BYTES + 1), "it has more than 4.2 MB; no correction is as large"),
+    ],
+)
+def test_a_file_that_is_no_correction_is_skipped(tmp_path, content, reason):
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    loaded, (left,) = load_corrections(tmp_path)
+    assert loaded == [] and left.path == path and left.reason.startswith(reason)
+
+
+def test_a_file_cut_off_anywhere_is_skipped(tmp_path):
+    path = save_correction(correction(), tmp_path)
+    whole = path.read_bytes()
+    for length in range(len(whole) - 1):  # without its last byte, the line end, it is whole
+        path.write_bytes(whole[:length])
+        loaded, (left,) = load_corrections(tmp_path)
+        assert loaded == [] and left.reason.startswith("it is not JSON, or cut off")
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6)
+anything = scalars | st.lists(scalars, max_size=6) | st.just({}) | st.just([[0.5]] * 6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(sorted(_to_fields(correction()))), anything)
+def test_no_content_of_a_field_raises(name, value):
+    fields = {**_to_fields(correction()), name: value}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "x.json").write_text(json.dumps(fields))
+        loaded, skipped = load_corrections(folder)
+    assert len(loaded) + len(skipped) == 1
+
+
+def test_folders_links_and_pipes_named_json_are_skipped(tmp_path):
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe.json")
+    _, skipped = load_corrections(tmp_path)
+    assert skipped == [
+        Skipped(tmp_path / f"{name}.json", "it is not a file")
+        for name in ("folder", "link", "pipe")
+    ]
+
+
+def test_a_file_that_cannot_be_read_is_skipped(tmp_path, monkeypatch):
+    path = save_correction(correction(), tmp_path)
+
+    def refused(self, *_):  # a mode of 000 would not stop root
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refused)
+    expected = Skipped(path, "it cannot be read: Permission denied")
+    assert load_corrections(tmp_path) == ([], [expected])
+
+
+def test_other_files_are_none_of_its_business(tmp_path):
+    path = save_correction(correction(), tmp_path, preview=PNG)
+    for name in ("notes.txt", ".x.json.part", "x.jsonl"):
+        (tmp_path / name).write_text("?")
+    (tmp_path / "older").mkdir()
+    path.with_suffix(".png").unlink()  # a correction counts without its picture too
+    assert load_corrections(tmp_path) == ([correction()], [])
+
+
+def test_corrections_of_another_model_or_data_set_are_skipped(tmp_path):
+    big = edit(mask=np.ones((4, 4), bool), values=np.ones((4, 4)))
+    ours, grid, model, unknown = (
+        save_correction(one, tmp_path)
+        for one in (
+            at(1, image_id="1"),
+            at(2, image_id="2", edit=big),
+            at(3, image_id="3", model="cd34"),
+            at(4, image_id="<b>4"),
+        )
+    )
+    loaded, skipped = load_corrections(tmp_path, (2, 3), "ab12", ["1", "2", "3"])
+    assert loaded == [at(1, image_id="1")] and ours.exists()
+    assert skipped == [
+        Skipped(grid, "grid is 4 x 4, but the model has 2 x 3 patches"),
+        Skipped(model, "model is 'cd34', but the weights are 'ab12'"),
+        Skipped(unknown, "image_id is '<b>4', which is not in the data set"),
+    ]
+    assert len(load_corrections(tmp_path)[0]) == 4  # nothing given, nothing compared
+
+
+def test_the_newest_usable_correction_of_a_picture_counts(tmp_path):
+    scopes = [{}, {"heads": (1,)}, {"blocks": "all"}, {}]
+    in_order = [at(second, edit=edit(**scope)) for second, scope in enumerate(scopes)]
+    others = [at(9, image_id="8"), at(0, image_id="6")]
+    stale = at(30, model="cd34")
+    paths = {}
+    for name, one in zip("abcde", [*reversed(in_order), stale], strict=True):
+        # Saved in no order of time, and renamed: the time inside the file counts
+        paths[one.time] = save_correction(one, tmp_path).rename(tmp_path / f"{name}.json")
+    for one in others:
+        save_correction(one, tmp_path)
+    loaded, skipped = load_corrections(tmp_path, model="ab12")
+    assert loaded == [others[1], in_order[3], others[0]]
+    winner = paths[in_order[3].time].name
+    assert skipped == [
+        *(Skipped(paths[one.time], f"replaced by {winner}") for one in in_order[2::-1]),
+        Skipped(paths[stale.time], "model is 'cd34', but the weights are 'ab12'"),
+    ]
+
+
+def test_of_the_same_second_the_last_one_saved_counts(tmp_path):
+    for note in "abcdefghijkl":
+        last = save_correction(correction(note=note), tmp_path)
+    loaded, skipped = load_corrections(tmp_path)
+    assert loaded == [correction(note="l")]
+    assert {left.reason for left in skipped} == {f"replaced by {last.name}"}
+    assert len(skipped) == 11

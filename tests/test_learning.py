@@ -1,0 +1,83 @@
+"""What learns and how fast: frozen parts, groups, the learning rate of a step."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lib.training import learning
+from lib.training.runs import fine_tuning, human_in_the_loop, starting_point, train_run
+
+
+def test_weight_decay_and_head_rate_go_where_they_should(config):
+    model, _ = starting_point(fine_tuning(config, 0), config.runs)
+    settings = replace(config.ft, head_lr_factor=10.0, lr=1e-3)
+    of = {}
+    for group in learning.parameter_groups(model, settings):
+        for parameter in group["params"]:
+            of[id(parameter)] = (group["lr"], group["weight_decay"])
+    vit = model.vit
+    assert of[id(vit.head.weight)] == (1e-2, 0.05) and of[id(vit.head.bias)] == (1e-2, 0.0)
+    assert of[id(vit.blocks[0].mlp.fc1.weight)] == (1e-3, 0.05)
+    assert of[id(vit.blocks[0].norm1.weight)] == (1e-3, 0.0)
+    assert of[id(vit.pos_embed)] == (1e-3, 0.0) and of[id(vit.cls_token)] == (1e-3, 0.0)
+    assert len(of) == len(list(model.parameters()))
+
+
+def test_learning_rate_rises_then_falls_to_zero():
+    factors = [learning.learning_rate_factor(step, 100, 0.1) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1) and max(factors) == 1.0 == factors[9]
+    assert factors[100] == pytest.approx(0.0, abs=1e-9)
+    assert all(a >= b for a, b in itertools.pairwise(factors[10:]))
+
+
+@pytest.mark.parametrize(
+    ("trainable", "moving"),
+    [("head", {"head"}), ("last_block", {"head", "norm", "blocks.1"})],
+)
+def test_frozen_parts_stay(config, trainable, moving):
+    config.ft = replace(config.ft, trainable=trainable)
+    settings = fine_tuning(config, 0)
+    start = starting_point(settings, config.runs)[0].vit.state_dict()
+    start = {key: value.clone() for key, value in start.items()}
+    end = train_run("ft", settings, config.runs).model().vit.state_dict()
+    changed = {key for key in start if not torch.equal(start[key], end[key])}
+    assert changed and all(key.startswith(tuple(moving)) for key in changed)
+    assert {part for part in moving if any(key.startswith(part) for key in changed)} == moving
+
+
+def test_supervising_a_frozen_block_is_refused(config):
+    config.hitl = replace(config.hitl, trainable="last_block")
+    train_run("ft", fine_tuning(config, 0), config.runs)
+    with pytest.raises(ValueError, match="block 0 is supervised"):
+        train_run("x", human_in_the_loop(config, "ft", 0, blocks="all"), config.runs)
+
+
+def test_layer_decay_slows_what_is_far_from_the_head(config):
+    model, _ = starting_point(fine_tuning(config, 0), config.runs)
+    settings = replace(config.ft, layer_decay=0.5, head_lr_factor=3.0, lr=1.0)
+    of = {id(p): g["lr"] for g in learning.parameter_groups(model, settings) for p in g["params"]}
+    vit = model.vit
+    assert of[id(vit.head.weight)] == 3.0
+    assert of[id(vit.blocks[1].mlp.fc1.weight)] == of[id(vit.norm.weight)] == 0.5
+    assert of[id(vit.blocks[0].mlp.fc1.weight)] == 0.25
+    assert of[id(vit.patch_embed.proj.weight)] == of[id(vit.pos_embed)] == 0.125
+
+
+def test_a_constant_rate_and_no_warm_up():
+    assert {learning.learning_rate_factor(step, 9, 0.0, "constant") for step in range(9)} == {1.0}
+    assert learning.learning_rate_factor(0, 9, 0.0) == 1.0
+
+
+@pytest.mark.parametrize(("word", "blocks"), [("all", 4), ("last_block", 1), ("head", 0), (3, 3)])
+def test_how_many_blocks_learn(word, blocks):
+    assert learning.learning_blocks(word, 4) == blocks
+
+
+@pytest.mark.parametrize("word", ["last2", 0, 5])
+def test_a_part_that_is_not_there_is_refused(word):
+    with pytest.raises(ValueError, match="how many of the 4 blocks learn"):
+        learning.learning_blocks(word, 4)

@@ -1,0 +1,379 @@
+"""Readers: folders, the layouts of CUB-200-2010, split files, and every source of human maps."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import CUB_CLASSES, CUB_PER_CLASS, CUB_SIZE
+from PIL import Image
+from scipy.io import savemat
+
+from lib.config import DataConfig
+from lib.data import splits
+from lib.data.corrections import Correction, Edit, save_correction
+from lib.data.cub import gaze_files
+from lib.data.dataset import make_dataset
+from lib.data.maps import box_map, fixation_map
+from lib.data.pictures import picture_size, read_picture
+from lib.data.sources import choose_split, list_pictures, read_records
+
+GRID = (3, 4)
+PLAIN = (0.0,) * 3, (1.0,) * 3
+
+
+def picture(path: Path, seed: int = 0, size=(30, 40)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def class_folders(root: Path, names=("ant", "bee", "cat"), count=5) -> Path:
+    for k, name in enumerate(names):
+        for j in range(count):
+            picture(root / name / f"{j}.jpg", seed=100 * k + j)
+    return root
+
+
+def folder_config(root: Path, **changes) -> DataConfig:
+    changes.setdefault("maps", "none")
+    return DataConfig(name="folder", root=root, image_size=(48, 64), val_share=0.25, **changes)
+
+
+def paths(config: DataConfig, part: str) -> list[str]:
+    records, _ = read_records(config, part)
+    return [record.image.relative_to(config.root).as_posix() for record in records]
+
+
+# -------------------------------------------------------------------------------------- own folder
+
+
+def test_class_folders_alone_are_split_and_need_no_maps(tmp_path):
+    config = folder_config(class_folders(tmp_path))
+    found = {part: paths(config, part) for part in ("train", "val", "test")}
+    assert {part: len(names) for part, names in found.items()} == {"train": 9, "val": 3, "test": 3}
+    assert len({name for names in found.values() for name in names}) == 15
+    assert all([name.split("/")[0] for name in found[p]] == ["ant", "bee", "cat"] for p in ("val",))
+    dataset = make_dataset(config, "train", GRID, *PLAIN, augment=True)
+    assert dataset.classes == ["ant", "bee", "cat"] and dataset.table["label"].max() == 2
+    assert not dataset.table["has_map"].any() and not dataset[0]["valid"].any()
+    other = folder_config(tmp_path, seed=1)
+    assert paths(config, "test") != paths(other, "test")
+
+
+@pytest.mark.parametrize("with_test", [False, True])
+def test_train_and_val_folders_are_kept_apart(tmp_path, with_test):
+    for part in ("train", "val", "test") if with_test else ("train", "val"):
+        class_folders(tmp_path / part, count=4)
+    config = folder_config(tmp_path)
+    val, test = paths(config, "val"), paths(config, "test")
+    # With two folders, val is what results are reported on: checkpoints are chosen on neither.
+    assert {name.split("/")[0] for name in test} == {"test" if with_test else "val"}
+    assert {name.split("/")[0] for name in val} == {"val" if with_test else "train"}
+    assert len(test) == 12 and not set(val) & set(paths(config, "train"))
+
+
+def test_ids_count_the_sorted_pictures(tmp_path):
+    records, _ = read_records(folder_config(class_folders(tmp_path)), "test")
+    order = sorted(f"{name}/{j}.jpg" for name in ("ant", "bee", "cat") for j in range(5))
+    for record in records:
+        name = record.image.relative_to(tmp_path).as_posix()
+        assert record.image_id == order.index(name) + 1
+
+
+def test_maps_of_a_folder_are_found_by_class_and_name(tmp_path):
+    class_folders(tmp_path / "train")
+    class_folders(tmp_path / "val", count=2)
+    values = np.zeros((30, 40), np.uint8)
+    values[:10, :10] = 200
+    for name in ("ant/0.png", "train/bee/1.png", "cat/1.png"):
+        (tmp_path / "maps" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(values).save(tmp_path / "maps" / name)
+    config = folder_config(tmp_path, maps="files", maps_dir=tmp_path / "maps")
+    with pytest.raises(ValueError, match=r"ant/0.png would be the map of train/ant/0.jpg and of"):
+        read_records(config, "train")
+    (tmp_path / "val" / "cat" / "1.jpg").unlink()
+    (tmp_path / "val" / "ant" / "0.jpg").unlink()
+    config.val_share = 0.0
+    with pytest.warns(
+        UserWarning, match=r"12 of 15 images have no human map \(ids .*\); they take"
+    ):
+        table = make_dataset(config, "train", GRID, *PLAIN).table
+    assert table[table["has_map"]]["path"].str[-9:].tolist() == [
+        "ant/0.jpg",
+        "bee/1.jpg",
+        "cat/1.jpg",
+    ]
+    assert "maps" not in table["class_name"].tolist()
+    with warnings.catch_warnings():  # without maps by intention nothing is told
+        warnings.simplefilter("error")
+        make_dataset(folder_config(tmp_path), "train", GRID, *PLAIN)
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_a_folder_without_pictures_is_refused(tmp_path, empty):
+    root = tmp_path if empty else tmp_path / "nowhere"
+    with pytest.raises(FileNotFoundError, match=r"has no class folders|nowhere is missing"):
+        read_records(folder_config(root), "train")
+
+
+def test_a_class_without_training_pictures_is_refused(tmp_path):
+    class_folders(tmp_path / "train")
+    class_folders(tmp_path / "val", names=("ant", "dog"))
+    with pytest.raises(ValueError, match=r"val/dog is a class that .*train does not have"):
+        read_records(folder_config(tmp_path), "train")
+
+
+def test_photographs_are_turned_as_their_exif_says(tmp_path):
+    path = tmp_path / "a.jpg"
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:, :20] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter clockwise for viewing
+    Image.fromarray(pixels).save(path, exif=exif)
+    assert picture_size(path) == (40, 20) and read_picture(path).size == (20, 40)
+    upright = np.asarray(read_picture(path))
+    assert upright[5].mean() > 200 and upright[35].mean() < 50
+
+
+# ---------------------------------------------------------------------------------------- CUB 2010
+
+
+@pytest.fixture
+def cub2010(tmp_path):
+    """The published layout: images/, lists/, annotations-mat/."""
+    home = tmp_path / "CUB_200_2010"
+    lists = {"train": [], "test": []}
+    for k, name in enumerate(CUB_CLASSES):
+        for j in range(4):
+            path = f"{name}/bird_{j}.jpg"
+            picture(home / "images" / path, seed=10 * k + j)
+            lists["train" if j < 3 else "test"].append(path)
+            mat = (home / "annotations-mat" / path).with_suffix(".mat")
+            mat.parent.mkdir(parents=True, exist_ok=True)
+            savemat(mat, {"bbox": {"left": 10, "top": 0, "right": 30, "bottom": 15}, "seg": 0})
+    (home / "lists").mkdir()
+    for part, names in lists.items():
+        (home / "lists" / f"{part}.txt").write_text("\n".join(names) + "\n")
+    return DataConfig(
+        name="cub2010", root=tmp_path, image_size=(48, 64), val_share=0.34, maps="boxes"
+    )
+
+
+def test_cub2010_as_published_with_its_boxes(cub2010):
+    parts = {part: read_records(cub2010, part)[0] for part in ("train", "val", "test")}
+    assert {part: len(records) for part, records in parts.items()} == {
+        "train": 4, "val": 2, "test": 2,
+    }  # fmt: skip
+    assert [r.image.name for r in parts["test"]] == ["bird_3.jpg"] * 2
+    dataset = make_dataset(cub2010, "test", GRID, *PLAIN)
+    assert dataset.classes == ["Black footed Albatross", "Groove billed Ani"]
+    expected = box_map((10, 0, 30, 15), (30, 40), GRID)
+    np.testing.assert_allclose(dataset[0]["human"].view(GRID), expected, atol=1e-6)
+    assert dataset[0]["valid"].all() and dataset.readers(0)[0].shape == (0, 12)
+
+
+def test_cub2010_sorted_into_folders(tmp_path):
+    class_folders(tmp_path / "cub200" / "train", CUB_CLASSES)
+    class_folders(tmp_path / "cub200" / "val", CUB_CLASSES, count=2)
+    config = DataConfig(name="cub2010", root=tmp_path, maps="none", val_share=0.2)
+    assert len(read_records(config, "train")[0]) == 8 and len(read_records(config, "test")[0]) == 4
+
+
+def test_cub2010_that_is_not_there_names_both_layouts(tmp_path):
+    config = DataConfig(name="cub2010", root=tmp_path, maps="none")
+    with pytest.raises(FileNotFoundError, match=r"neither lists/ and images/ nor train/ and val/"):
+        read_records(config, "train")
+
+
+# -------------------------------------------------------------------------------------- split files
+
+
+def test_a_split_file_decides_and_validation_is_carved_from_train(cub):
+    listing = list_pictures(cub)
+    made = splits.per_class(listing.rows, listing.label_list, 0.7, shuffle=True, seed=3)
+    path = cub.root / "split.json"
+    splits.write_split(made, path)
+    digest = hashlib.md5(path.read_bytes()).hexdigest()
+    config = replace(cub, split_file=path, split_md5=digest)
+    parts = {part: read_records(config, part)[0] for part in ("train", "val", "test")}
+    names = {
+        part: {r.image.relative_to(listing.images).as_posix() for r in parts[part]}
+        for part in parts
+    }
+    assert names["test"] == {row.path for row in made.test} and len(names["test"]) == 6
+    assert names["train"] | names["val"] == {row.path for row in made.train}
+    assert len(names["val"]) == 4 and not names["train"] & names["val"]
+    ids = {row.path: int(row.map_name) for row in listing.rows}
+    assert all(
+        r.image_id == ids[r.image.relative_to(listing.images).as_posix()] for r in parts["test"]
+    )
+    assert parts["test"][0].gaze  # gaze is attached by image id
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(ValueError, match=r"split.json changed since this configuration was made"):
+        read_records(config, "train")
+
+
+def test_a_split_file_that_names_a_stranger_is_refused(cub):
+    listing = list_pictures(cub)
+    path = cub.root / "split.json"
+    splits.write_split(listing.published, path)
+    path.write_text(path.read_text().replace("bird_3.jpg", "bird_33.jpg"))
+    with pytest.raises(ValueError, match=r"bird_33.jpg, which the data set in .* does not have"):
+        read_records(replace(cub, split_file=path), "test")
+
+
+def test_the_published_split_is_that_of_the_lists(cub):
+    split = choose_split(cub, list_pictures(cub))
+    assert len(split.test) == 8 and len(split.train) + len(split.val) == 12
+
+
+# --------------------------------------------------------------------------------- sources of maps
+
+
+def test_boxes_and_parts_of_cub2011_become_maps(cub):
+    boxes = make_dataset(replace(cub, maps="boxes"), "test", GRID, *PLAIN)
+    expected = box_map((20, 15, 60, 45), CUB_SIZE, GRID)
+    np.testing.assert_allclose(boxes[0]["human"].view(GRID), expected, atol=1e-6)
+    parts = make_dataset(replace(cub, maps="parts"), "test", GRID, *PLAIN)
+    expected = fixation_map(np.array([[25, 20, 1], [55, 40, 1]]), CUB_SIZE, GRID)
+    np.testing.assert_allclose(parts[0]["human"].view(GRID), expected, atol=1e-6)
+    assert parts[0]["fixations"].sum() == 2 and boxes[0]["fixations"].sum() == 0
+
+
+@pytest.mark.parametrize("colour", ["L", "RGB"])
+def test_bubble_maps_are_found_by_image_id(cub, colour):
+    folder = cub.root / "bubbles"
+    folder.mkdir()
+    for image in range(1, 2 * CUB_PER_CLASS):  # the last one has none
+        values = np.zeros(CUB_SIZE, np.uint8)
+        values[20:40, 20:40] = 250
+        Image.fromarray(values).convert(colour).save(folder / f"{image}.jpg", quality=95)
+    config = replace(cub, maps="files", maps_dir=folder)
+    with pytest.warns(UserWarning, match=r"1 of 8 images have no human map \(ids 20\)"):
+        dataset = make_dataset(config, "test", GRID, *PLAIN)
+    expected = np.zeros(GRID)
+    expected[1, 1] = 1  # rows 20 to 40 of 60, columns 20 to 40 of 80
+    np.testing.assert_allclose(dataset[0]["human"].view(GRID), expected, atol=0.03)
+    training = make_dataset(replace(config, val_share=0.0), "train", GRID, *PLAIN, augment=True)
+    item = training[0]
+    assert item["valid"].all() and 0.5 < item["human"].max() <= 1
+
+
+def test_a_bubble_map_of_another_picture_is_refused(cub):
+    folder = cub.root / "bubbles"
+    folder.mkdir()
+    Image.new("L", (60, 80)).save(folder / "7.jpg")  # 7 is 80 wide and 60 high
+    with pytest.raises(ValueError, match=r"7.jpg is 60 x 80, but its picture is 80 x 60 pixels"):
+        make_dataset(replace(cub, maps="files", maps_dir=folder), "test", GRID, *PLAIN)
+
+
+def test_two_maps_of_one_picture_and_a_missing_folder_are_refused(cub):
+    folder = cub.root / "bubbles"
+    config = replace(cub, maps="files", maps_dir=folder)
+    with pytest.raises(FileNotFoundError, match="bubbles is missing; set MAPS"):
+        read_records(config, "test")
+    folder.mkdir()
+    for name in ("7.jpg", "7.png"):
+        Image.new("L", (80, 60)).save(folder / name)
+    with pytest.raises(ValueError, match=r"7.jpg and .*7.png are maps of one picture; keep one"):
+        read_records(config, "test")
+
+
+def corrections(folder: Path, image_id: int) -> Path:
+    """A saved correction: the upper left cell to 0, the lower right one to 1; and a broken file."""
+    mask = np.zeros(GRID, bool)
+    mask[0, 0] = mask[-1, -1] = True
+    values = np.zeros(GRID, np.float32)
+    values[-1, -1] = 1
+    edit = Edit(mask, values)
+    save_correction(Correction.now(str(image_id), edit, "0123", "me"), folder)
+    (folder / "broken.json").write_text("{")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["cub2011", "toy"])
+def test_a_folder_of_corrections_is_a_source_of_maps(cub, name):
+    folder = corrections(cub.root / "corrections", 8 if name == "cub2011" else 200_001)
+    config = replace(cub, name=name, maps="corrections", maps_dir=folder, toy_test=4)
+    config = replace(config, image_size=(48, 48)) if name == "toy" else config
+    with pytest.warns(UserWarning, match="no human map"), pytest.warns(UserWarning, match="broken"):
+        dataset = make_dataset(config, "test", GRID, *PLAIN)
+    assert dataset.table["has_map"].sum() == 1
+    item = dataset[int(dataset.table["has_map"].argmax())]
+    assert item["valid"].nonzero().flatten().tolist() == [0, 11]
+    assert item["human"].nonzero().flatten().tolist() == [11]
+
+
+@pytest.mark.parametrize(
+    ("name", "maps", "message"),
+    [
+        ("folder", "gaze", "folder comes without gaze; set MAPS to one of none, or"),
+        ("cub2010", "parts", "cub2010 comes without parts; set MAPS to one of boxes, none"),
+    ],
+)
+def test_maps_that_a_data_set_does_not_have_are_refused(tmp_path, name, maps, message):
+    class_folders(tmp_path / "train")
+    class_folders(tmp_path / "val")
+    with pytest.raises(ValueError, match=message):
+        read_records(DataConfig(name=name, root=tmp_path, maps=maps), "train")
+
+
+def test_any_subset_of_the_gaze_runs(cub):
+    both = make_dataset(cub, "test", GRID, *PLAIN)
+    second = make_dataset(replace(cub, gaze_runs=(2,)), "test", GRID, *PLAIN)
+    assert both[0]["fixations"].sum() == 3 and second[0]["fixations"].sum() == 1
+    expected = fixation_map(np.array([[12, 9, 300]]), CUB_SIZE, GRID)
+    np.testing.assert_allclose(second[0]["human"].view(GRID), expected, atol=1e-6)
+    with pytest.raises(FileNotFoundError, match=r"run9.txt is missing; there are runs 1, 2"):
+        make_dataset(replace(cub, gaze_runs=(1, 9)), "test", GRID, *PLAIN)
+
+
+def test_the_one_file_with_all_runs_is_used_where_it_is_alone(cub):
+    folder = cub.root / "CUB_GHA"
+    lines = [f"{i},80,60,160,120,100,50,140,90,300" for i in range(1, 21)]  # shown twice as large
+    (folder / "Fixation.txt").write_text("\n".join(lines) + "\n")
+    assert [path.name for path in gaze_files(folder, "all")] == [
+        "Fixation_run1.txt", "Fixation_run2.txt",
+    ]  # fmt: skip
+    (folder / "data_5runs").rename(folder / "elsewhere")
+    record = read_records(cub, "test")[0][0]
+    np.testing.assert_allclose(record.gaze[0].fixations, [[20, 20, 300]])
+
+
+def test_the_width_of_a_fixation_in_pixels(cub):
+    dataset = make_dataset(replace(cub, sigma=15.0, sigma_unit="pixel"), "test", GRID, *PLAIN)
+    looks = np.array([[10, 10, 200], [70, 50, 400], [12, 9, 300]])
+    expected = fixation_map(looks, CUB_SIZE, GRID, sigma=np.array([15 * 3 / 60, 15 * 4 / 80]))
+    np.testing.assert_allclose(dataset[0]["human"].view(GRID), expected, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------- damaged list files
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("image_class_labels", "1 one\n", r"labels.txt, line 1 is '1 one' where an id"),
+        ("images", "1 a/b.jpg\n1 a/c.jpg\n", "images.txt has the id 1 twice"),
+        (
+            "bounding_boxes",
+            "1 1 2 3\n",
+            r"boxes.txt, line 1 is '1 1 2 3' where an id and 4",
+        ),
+    ],
+)
+def test_a_damaged_list_is_one_sentence(cub, name, text, message):
+    (cub.root / "CUB_200_2011" / f"{name}.txt").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_records(cub, "test")
+
+
+def test_maps_dir_goes_with_files_only():
+    with pytest.raises(ValueError, match='maps is "gaze" and maps_dir bubbles; give a folder'):
+        DataConfig(name="cub2011", maps_dir=Path("bubbles"))

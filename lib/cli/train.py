@@ -14,7 +14,6 @@ import tyro
 
 from lib.config import (
     RECIPES,
-    ROOT,
     Config,
     DataConfig,
     ModelConfig,
@@ -171,26 +170,6 @@ def sweep(
         print(f"{name} failed: {failure}", file=sys.stderr)
     print(f"{len(failed)} trainings failed; {len(table)} rows: {out}")
     return int(bool(failed))
-
-
-def make_trunk(
-    path: Path = ROOT / "models" / "toybirds_vit.safetensors",
-    images: int = 4000,
-    epochs: int = 7,
-    seed: int = 0,
-) -> None:
-    """Make the toy preset's pretrained trunk again (about two minutes on a CPU).
-
-    Args:
-        path: where the trunk goes.
-        images: number of drawn images.
-        epochs: passes over them.
-        seed: of the data and the weights.
-    """
-    from lib.training.toy_trunk import pretrain
-
-    accuracy = pretrain(preset("toy"), path, images, epochs, seed)
-    print("accuracy on new images: " + ", ".join(f"{k} {v:.3f}" for k, v in accuracy.items()))
 
 
 def called() -> str:

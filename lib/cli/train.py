@@ -8,7 +8,7 @@ import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import tyro
 
@@ -19,6 +19,7 @@ from lib.config import (
     ModelConfig,
     RunConfig,
     Sweep,
+    T,
     TrainConfig,
     file_md5,
     preset,
@@ -26,12 +27,11 @@ from lib.config import (
 
 # Each command imports what it needs itself: help and downloads do not wait for PyTorch.
 
-T = TypeVar("T")
 Flat = Annotated[T, tyro.conf.arg(name="")]  # the fields of a dataclass as options without a prefix
 
 
 @dataclass
-class Training:
+class RunOptions:
     """Options of both steps of `train`, beside the fields of TrainConfig."""
 
     data: DataConfig
@@ -86,14 +86,14 @@ def train(arguments: list[str]) -> None:
     first.add_argument("--recipe", default=os.environ.get("RECIPE") or "tuned")
     recipe = first.parse_known_args(arguments)[0].recipe
     config = preset(recipe=recipe)
-    given = Training(config.data, config.model, recipe=recipe)
+    given = RunOptions(config.data, config.model, recipe=recipe)
 
-    def fine_tune(run: Flat[Training] = given, train: Flat[TrainConfig] = config.ft) -> None:
+    def fine_tune(run: Flat[RunOptions] = given, train: Flat[TrainConfig] = config.ft) -> None:
         """Step 1: cross entropy only, from pretrained weights and a new head."""
         _train_one(config, run.name or f"ft-s{train.seed}", run, train)
 
     def hitl(
-        init: str, run: Flat[Training] = given, train: Flat[TrainConfig] = config.hitl
+        init: str, run: Flat[RunOptions] = given, train: Flat[TrainConfig] = config.hitl
     ) -> None:
         """Step 2: with human attention as one more term of the loss, from a trained run.
 
@@ -112,7 +112,7 @@ def train(arguments: list[str]) -> None:
 
 
 def _train_one(
-    config: Config, name: str, given: Training, train: TrainConfig, init: str | None = None
+    config: Config, name: str, given: RunOptions, train: TrainConfig, init: str | None = None
 ) -> None:
     """`train_run`, for a person who may not know that the run is there."""
     from lib.model.predict import processes

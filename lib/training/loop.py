@@ -227,7 +227,7 @@ def fit(
             means = (progress.sums / progress.seen).tolist()
             row |= dict(zip(MEANS, means, strict=True))
             with accelerator.autocast():
-                row |= validate(training.result, val_set, config.batch_size, workers, *own)
+                row |= validate(training.result, val_set, config.batch_size, workers)
             training.end_epoch(row)
             bar.set_postfix(loss=f"{row['cross_entropy']:.3f}", val=f"{row['val_top1']:.3f}")
             done = progress.epoch * len(batches)
@@ -271,19 +271,15 @@ def start_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
 
 @torch.no_grad()
 def validate(
-    model: SigmoidViT,
-    dataset: Dataset,
-    batch_size: int,
-    workers: int = 0,
-    process: int = 0,
-    processes: int = 1,
+    model: SigmoidViT, dataset: Dataset, batch_size: int, workers: int = 0
 ) -> dict[str, float]:
     """Accuracy, and the alignment of the last block, on images as they are.
 
     Every process looks at its part of the images; all get the means over every image, each counted
     once however unevenly they are spread.
     """
-    own = Subset(dataset, range(process, len(dataset), processes))
+    this = processes()
+    own = Subset(dataset, range(this.process_index, len(dataset), this.num_processes))
     parts: dict[str, list[Tensor]] = {}
     for batch, scores, rows in predict(model, own, batch_size, workers):
         row = rows[model.depth - 1]

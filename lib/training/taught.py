@@ -95,7 +95,7 @@ def _look(model: SigmoidViT, group: Group) -> pd.DataFrame:
     if group.low is not None:
         share = metrics.energy_inside(seen["attention"], group.low.float())
         columns["attention on cells painted low"] = share.where(group.low.any(1), torch.nan)
-    frame = pd.DataFrame(columns).astype(float)
+    frame = pd.DataFrame(columns)
     table = group.pictures.dataset.table.iloc[group.indices].reset_index(drop=True)
     if "decoy" in table:
         only = frame["accuracy"].where(conflicting_decoys(table))
@@ -110,10 +110,9 @@ def _seen(model: SigmoidViT, group: Group) -> dict[str, Tensor]:
     """
     group.pictures.keep(group.indices)
     parts = []
+    pictures = Subset(group.pictures, group.indices)
     with restoring(model):
-        for batch, scores, rows in predict(
-            model, Subset(group.pictures, group.indices), TRUNK_BATCH
-        ):
+        for batch, scores, rows in predict(model, pictures, TRUNK_BATCH):
             attention = metrics.patch_attention(rows[model.depth - 1], model.num_prefix)
             part = {name: batch[name] for name in ("label", "human", "fixations")}
             parts.append({**part, "scores": scores, "attention": attention})

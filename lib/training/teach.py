@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -128,18 +129,14 @@ class Teacher:
                 f"last_blocks is {self.config.last_blocks}, but the model has {model.depth}"
             )
         self.start = model.depth - self.config.last_blocks  # the first block that learns
-        self._kept: dict[int, CachedTokens] = {}
+        self._learning = nn.ModuleList(trained_modules(model, self.config.last_blocks))
+        # One store a data set, however often it is named.
+        self._tokens_of = cache(lambda some: CachedTokens(model, some, self.config.last_blocks))
         self._replay = self._tokens_of(replay)
         self._pictures = self._tokens_of(replay if pictures is None else pictures)
         labels = replay.table["label"].to_numpy()
         self._replayed = spread_over_classes(labels, self.config.replay, self.config.seed)
         self._levels: list[tuple[dict[str, Tensor], tuple[Correction, ...]]] = []
-
-    def _tokens_of(self, dataset: BirdDataset) -> CachedTokens:
-        """One store a data set, however often it is named."""
-        if id(dataset) not in self._kept:
-            self._kept[id(dataset)] = CachedTokens(self.model, dataset, self.config.last_blocks)
-        return self._kept[id(dataset)]
 
     def teach(
         self,
@@ -171,14 +168,14 @@ class Teacher:
         """
         began = time.perf_counter()
         usable, skipped = self._sort(corrections)
-        before = copy.deepcopy(self._learning(self.model).state_dict())
+        before = copy.deepcopy(self._learning.state_dict())
         history, stopped = [], False
         try:
             hidden, steps = progress is not None, self.config.steps
             with tqdm(total=steps, desc="teaching", leave=False, disable=hidden) as bar:
                 self._train(usable, progress or _shown_by(bar), cancelled, history)
         except BaseException as error:  # an interrupt from the keyboard too
-            self._learning(self.model).load_state_dict(before)
+            self._learning.load_state_dict(before)
             stopped = isinstance(error, _Cancelled)
             if not stopped:
                 raise
@@ -198,14 +195,14 @@ class Teacher:
         Raises:
             IndexError: there is nothing to undo.
         """
-        self._learning(self.model).load_state_dict(self._last_level()[0])
+        self._learning.load_state_dict(self._last_level()[0])
         self._levels.pop()
 
     def before(self) -> SigmoidViT:
         """A copy of the model as `undo` would bring it back; IndexError as there."""
         state = self._last_level()[0]
-        model = copy.deepcopy(self.model)
-        self._learning(model).load_state_dict(state)
+        model, learning = copy.deepcopy((self.model, self._learning))
+        learning.load_state_dict(state)
         return model
 
     def before_after(
@@ -231,7 +228,8 @@ class Teacher:
             IndexError: nothing was taught, or all of it was undone.
         """
         models = {"before": self.before(), "after": self.model}
-        return compare(models, self._groups(held_out, most), self._tick(progress))
+        tick = progress and _told_to(progress, self.config.steps)
+        return compare(models, self._groups(held_out, most), tick)
 
     def examples(self, held_out: BirdDataset, most: int = 4) -> list[Example]:
         """Pictures to look at: the last corrected ones, and held-out ones of the same classes.
@@ -253,19 +251,11 @@ class Teacher:
         asked = targets([correction.edit for correction in used], self.model, self.start)
         low = asked["painted"] & (asked["wanted"] < HALF)
         indices = np.array([self._pictures.index_of[correction.image_id] for correction in used])
-        return groups(
-            corrected=Group(self._pictures, indices, low),
-            replayed=Group(self._replay, self._replayed),
-            held_out=self._tokens_of(held_out),
-            most=most,
-            seed=self.config.seed,
+        corrected, replayed = (
+            Group(self._pictures, indices, low),
+            Group(self._replay, self._replayed),
         )
-
-    def _tick(self, progress: OnStep | None) -> Tick | None:
-        """How pictures that pass the trunk are told of."""
-        if progress is None:
-            return None
-        return lambda left: progress(0, self.config.steps, {"pictures": left})
+        return groups(corrected, replayed, self._tokens_of(held_out), most, self.config.seed)
 
     # ------------------------------------------------------------------------------- one teaching
 
@@ -322,17 +312,15 @@ class Teacher:
                 raise _Cancelled
 
         indices = [self._pictures.index_of[correction.image_id] for correction in usable]
-        self._replay.keep(self._replayed, self._tick(tell))
-        self._pictures.keep(indices, self._tick(tell))
+        self._replay.keep(self._replayed, _told_to(tell, config.steps))
+        self._pictures.keep(indices, _told_to(tell, config.steps))
         replayed, corrected = self._replay.batch(self._replayed), self._pictures.batch(indices)
         corrected |= targets([correction.edit for correction in usable], model, self.start)
         rng = np.random.default_rng(config.seed)
         old = _batches(len(self._replayed), config.batch_size, config.steps, rng)
         new = _batches(len(usable), config.batch_size, config.steps, rng)
         like = next(model.parameters())
-        plan = TrainConfig(
-            lr=config.rate
-        )  # weight decay, warm-up and clipping are those of training
+        plan = TrainConfig(lr=config.rate)  # weight decay, warm-up and clipping as in training
         with restoring(model), torch.random.fork_rng([like.device] if like.is_cuda else []):
             torch.manual_seed(config.seed)  # of dropout; the caller's random numbers stay
             freeze(model, config.last_blocks)
@@ -349,10 +337,8 @@ class Teacher:
                     config,
                 )
                 loss = cross_entropy + config.lam * attention
-                losses = {
-                    "cross_entropy": cross_entropy.item(),
-                    "attention_loss": attention.item(),
-                }
+                terms = {"cross_entropy": cross_entropy, "attention_loss": attention}
+                losses = {name: term.item() for name, term in terms.items()}
                 if not math.isfinite(loss.item()):
                     raise TrainingDiverged(
                         f"the loss is {loss.item()} in step {step + 1} ({losses}); lower lr "
@@ -365,13 +351,15 @@ class Teacher:
                 history.append({"step": step + 1, **losses})
                 tell(step + 1, config.steps, losses)
 
-    def _learning(self, model: SigmoidViT) -> nn.ModuleList:
-        return nn.ModuleList(trained_modules(model, self.config.last_blocks))
-
     def _last_level(self) -> tuple[dict[str, Tensor], tuple[Correction, ...]]:
         if not self._levels:
             raise IndexError("there is nothing to undo: the model was not taught")
         return self._levels[-1]
+
+
+def _told_to(progress: OnStep, steps: int) -> Tick:
+    """How pictures that pass the trunk are told of."""
+    return lambda left: progress(0, steps, {"pictures": left})
 
 
 def _shown_by(bar: tqdm) -> OnStep:

@@ -27,7 +27,6 @@ T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ("toy", "cub2011", "cub2010", "folder")
-MAPS = ("gaze", "boxes", "parts", "none")  # or a folder: "files", or "corrections"
 
 
 @dataclass
@@ -313,7 +312,7 @@ def _maps_from_environment(name: str, root: Path) -> dict[str, Any]:
     if not maps:
         beside = str(root / "maps") if (root / "maps").is_dir() else "none"
         maps = "gaze" if name in ("toy", "cub2011") else beside
-    if maps in MAPS:
+    if maps in ("gaze", "boxes", "parts", "none"):
         return {"maps": maps}
     kind = "corrections" if any(Path(maps).glob("*.json")) else "files"
     return {"maps": kind, "maps_dir": Path(maps)}
@@ -336,13 +335,13 @@ def to_json(config: Any) -> str:
 
 def from_json(kind: type[T], text: str) -> T:
     """The dataclass `kind` from JSON made by `to_json`."""
-    return _build(kind, json.loads(text))
+    return _from_plain(kind, json.loads(text))
 
 
-def _build(kind: Any, value: Any) -> Any:
+def _from_plain(kind: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(kind):
         hints = get_type_hints(kind)
-        return kind(**{name: _build(hints[name], part) for name, part in value.items()})
+        return kind(**{name: _from_plain(hints[name], part) for name, part in value.items()})
     if Path in (kind, *get_args(kind)) and value is not None:
         return Path(value)
     return tuple(value) if isinstance(value, list) else value

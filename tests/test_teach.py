@@ -202,10 +202,9 @@ def test_cached_tokens_give_the_losses_of_the_pictures(model, birds):
     assert corrected["tokens"].dtype == torch.float16
     quick = teach_terms(
         model,
-        1,
         {**replayed, "tokens": replayed["tokens"].float()},
         {**asked, "tokens": corrected["tokens"].float()},
-        QUICK,
+        replace(QUICK, last_blocks=2),
     )
     images = torch.stack([birds[index]["image"] for index in range(8)])
     labels = torch.tensor([birds[index]["label"] for index in range(8)])
@@ -226,10 +225,9 @@ def test_every_architecture_can_be_taught(any_model):
     tokens, labels = any_model.tokens(images, 1), torch.tensor([1, 4])
     found = teach_terms(
         any_model,
-        1,
         {"tokens": tokens[:2], "label": labels},
         {"tokens": tokens[2:], **asked},
-        QUICK,
+        replace(QUICK, last_blocks=2),
     )
     scores, rows = any_model(images, rows=(1, 2))
     expected = (

@@ -173,6 +173,7 @@ def fit(
     accelerator = start_accelerator(config, folder)
     freeze(model, config.trainable)
     model.to(accelerator.device)
+    optimizer = make_optimizer(model, config, accelerator.device)
     workers = 0 if isinstance(train_set, CachedTokens) else config.workers
     own = (accelerator.process_index, accelerator.num_processes)
     batches = Batches(len(train_set), config.batch_size, config.seed, *own)
@@ -183,7 +184,6 @@ def fit(
         persistent_workers=workers > 0,
         pin_memory=accelerator.device.type == "cuda",
     )
-    optimizer = make_optimizer(model, config, accelerator.device)
     ema = ModelEmaV3(model, config.ema, use_warmup=True) if config.ema else None
     if config.compile:
         torch.compiler.reset()  # Accelerate's wrappers of earlier trainings count against its limit

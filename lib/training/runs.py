@@ -108,9 +108,9 @@ class Run:
         load_weights(model, self.folder / f"{which}.safetensors")
         return model.eval()
 
-    def dataset(self, split: str, augment: bool = False) -> BirdDataset:
-        """A split of the run's data on the run's grid."""
-        return dataset_for(self.model(), self.config, split, augment)
+    def dataset(self, split: str) -> BirdDataset:
+        """A split of the run's data on the run's grid, not augmented."""
+        return dataset_for(self.model(), self.config, split, augment=False)
 
 
 def train_run(

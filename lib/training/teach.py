@@ -251,10 +251,8 @@ class Teacher:
         asked = targets([correction.edit for correction in used], self.model, self.start)
         low = asked["painted"] & (asked["wanted"] < HALF)
         indices = np.array([self._pictures.index_of[correction.image_id] for correction in used])
-        corrected, replayed = (
-            Group(self._pictures, indices, low),
-            Group(self._replay, self._replayed),
-        )
+        corrected = Group(self._pictures, indices, low)
+        replayed = Group(self._replay, self._replayed)
         return groups(corrected, replayed, self._tokens_of(held_out), most, self.config.seed)
 
     # ------------------------------------------------------------------------------- one teaching
@@ -329,13 +327,8 @@ class Teacher:
             optimizer.zero_grad(set_to_none=True)  # of whatever the caller computed before
             for step in range(config.steps):
                 set_learning_rate(optimizer, learning_rate_factor(step, config.steps, plan.warmup))
-                cross_entropy, attention = teach_terms(
-                    model,
-                    self.start,
-                    _chosen(replayed, old[step], like),
-                    _chosen(corrected, new[step], like),
-                    config,
-                )
+                parts = _chosen(replayed, old[step], like), _chosen(corrected, new[step], like)
+                cross_entropy, attention = teach_terms(model, *parts, config)
                 loss = cross_entropy + config.lam * attention
                 terms = {"cross_entropy": cross_entropy, "attention_loss": attention}
                 losses = {name: term.item() for name, term in terms.items()}
@@ -372,7 +365,6 @@ def _shown_by(bar: tqdm) -> OnStep:
 
 def teach_terms(
     model: SigmoidViT,
-    start: int,
     replayed: dict[str, Tensor],
     corrected: dict[str, Tensor],
     config: TeachConfig,
@@ -380,22 +372,21 @@ def teach_terms(
     """Cross entropy of the replayed pictures and attention loss of the corrected ones.
 
     Args:
-        start: the first block that learns.
-        replayed: "tokens" `[B, N, dim]` that enter it, "label" `[B]`.
+        replayed: "tokens" `[B, N, dim]` that enter the blocks that learn, "label" `[B]`.
         corrected: "tokens" `[C, N, dim]`, and what `targets` gives.
-        config: `loss` and `lam` are used; with lam = 0 the corrected pictures are left out.
+        config: with lam = 0 the corrected pictures are left out.
 
     Returns:
         two scalars.
     """
-    tokens, blocks = replayed["tokens"], range(start, model.depth)
+    tokens, start = replayed["tokens"], model.depth - config.last_blocks
     count = len(tokens)
     if config.lam == 0:
         scores = model.forward_tokens(tokens, start)
         attention = scores.new_zeros(())
     else:
         both = torch.cat([tokens, corrected["tokens"]])
-        scores, rows = model.forward_tokens(both, start, rows=blocks)
+        scores, rows = model.forward_tokens(both, start, rows=range(start, model.depth))
         rows = {block: row[count:] for block, row in rows.items()}
         attention = correction_loss(config.loss, rows, corrected)
     return F.cross_entropy(scores[:count].float(), replayed["label"]), attention

@@ -13,7 +13,7 @@ import tyro
 from lib.cli.bench import cached, editing, loading, memory, speed
 from lib.cli.data import check, fetch, split, weights
 from lib.cli.evaluate import evaluate_runs, teaching
-from lib.cli.train import demo, make_trunk, sweep, train
+from lib.cli.train import demo, sweep, train
 
 # Mistakes that a person can mend: told in one sentence, exit code 2, no traceback; the last one
 # is a loss that is not finite.
@@ -32,7 +32,6 @@ def main(arguments: list[str] | None = None) -> int:
         "download": fetch,
         "split": split,
         "check": check,
-        "pretrain": make_trunk,
         "simulate-teaching": teaching,
         "bench": speed,
         "bench-memory": memory,

@@ -27,7 +27,6 @@ T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ("toy", "cub2011", "cub2010", "folder")
-MAPS = ("gaze", "boxes", "parts", "none")  # or a folder: "files", or "corrections"
 
 
 @dataclass
@@ -95,10 +94,8 @@ class HumanConfig:
             known, value = get_args(get_type_hints(HumanConfig)[name]), getattr(self, name)
             if value not in known:
                 raise ValueError(f'{name} is "{value}"; use one of {", ".join(known)}')
-        number = self.annotated.removesuffix("%")
-        pattern = r"\d+(\.\d+)?" if self.annotated.endswith("%") else r"\d+"
-        is_number = re.fullmatch(pattern, number) and float(number) > 0
-        if self.annotated != "all" and not is_number:
+        is_number = re.fullmatch(r"\d+|\d+(\.\d+)?%", self.annotated)
+        if self.annotated != "all" and not (is_number and float(self.annotated.strip("%")) > 0):
             raise ValueError(f'annotated is "{self.annotated}"; use all, a number, or e.g. 10%')
 
 
@@ -278,7 +275,17 @@ def _pictures(name: str) -> Config:
         stage |= {"ema": 0.99}
     else:
         stage |= {"lr": 1e-4, "head_lr_factor": 10.0, "cache_tokens": True}
-    data = _data_from_environment(name)
+    root, split = Path(os.environ.get("DATA_DIR", ROOT / "datasets")), os.environ.get("SPLIT")
+    cache = os.environ.get("CACHE", "0")
+    data = DataConfig(
+        name=name,
+        root=root,
+        image_size=(224, 224),
+        **_maps_from_environment(name, root),
+        split_file=Path(split) if split else None,
+        split_md5=file_md5(Path(split)) if split else None,
+        cache={"0": None, "": None, "1": root / "decoded"}.get(cache, Path(cache)),
+    )
     variants = {
         "control": {"lam": 0.0},
         "HITL mse": {"loss": "mse", "lam": 1.0, "heads": "all"},
@@ -295,22 +302,6 @@ def _pictures(name: str) -> Config:
     )
 
 
-def _data_from_environment(name: str) -> DataConfig:
-    """What DATA_DIR, MAPS, SPLIT and CACHE say about a data set of pictures."""
-    root = Path(os.environ.get("DATA_DIR", ROOT / "datasets"))
-    split = os.environ.get("SPLIT")
-    cache = os.environ.get("CACHE", "0")
-    return DataConfig(
-        name=name,
-        root=root,
-        image_size=(224, 224),
-        **_maps_from_environment(name, root),
-        split_file=Path(split) if split else None,
-        split_md5=file_md5(Path(split)) if split else None,
-        cache={"0": None, "": None, "1": root / "decoded"}.get(cache, Path(cache)),
-    )
-
-
 def _maps_from_environment(name: str, root: Path) -> dict[str, Any]:
     """maps and maps_dir, from MAPS or what is usual for the data set.
 
@@ -321,7 +312,7 @@ def _maps_from_environment(name: str, root: Path) -> dict[str, Any]:
     if not maps:
         beside = str(root / "maps") if (root / "maps").is_dir() else "none"
         maps = "gaze" if name in ("toy", "cub2011") else beside
-    if maps in MAPS:
+    if maps in ("gaze", "boxes", "parts", "none"):
         return {"maps": maps}
     kind = "corrections" if any(Path(maps).glob("*.json")) else "files"
     return {"maps": kind, "maps_dir": Path(maps)}
@@ -344,13 +335,13 @@ def to_json(config: Any) -> str:
 
 def from_json(kind: type[T], text: str) -> T:
     """The dataclass `kind` from JSON made by `to_json`."""
-    return _build(kind, json.loads(text))
+    return _from_plain(kind, json.loads(text))
 
 
-def _build(kind: Any, value: Any) -> Any:
+def _from_plain(kind: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(kind):
         hints = get_type_hints(kind)
-        return kind(**{name: _build(hints[name], part) for name, part in value.items()})
+        return kind(**{name: _from_plain(hints[name], part) for name, part in value.items()})
     if Path in (kind, *get_args(kind)) and value is not None:
         return Path(value)
     return tuple(value) if isinstance(value, list) else value
@@ -360,7 +351,7 @@ def difference(config: RunConfig, text: str) -> str | None:
     """The first field that decides a result and differs from JSON made by `to_json`, in words."""
     # A field that is younger than the text had the value that it now has by default.
     young = flat(RunConfig(DataConfig(), ModelConfig(), TrainConfig()))
-    ours, theirs = _flatten(json.loads(to_json(config))), young | _flatten(json.loads(text))
+    ours, theirs = flat(config), young | _flatten(json.loads(text))
     for key in sorted(ours.keys() | theirs.keys()):
         if ours.get(key) != theirs.get(key) and key.removeprefix("train.") not in HOW:
             return f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"

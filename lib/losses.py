@@ -1,4 +1,4 @@
-"""Human attention losses: how far a class row is from where people look.
+"""Human attention losses: how far a class row is from where people look, or ask it to look.
 
 Every loss takes the class row's logits of all heads and the human map on the patch grid, counts
 valid cells only, and returns one number per image and head. `attention_loss` averages them over
@@ -22,7 +22,7 @@ from lib.edit import resolve_heads, row_offset
 
 # A cell belongs to the human region when its map reaches this share of the map's maximum.
 REGION = 0.1
-TINY = 1e-8
+HALF = 0.5  # cells painted below it ask for less attention, the others for more
 
 
 def attention_loss(
@@ -112,7 +112,7 @@ def bce(logits: Tensor, human: Tensor, valid: Tensor, offset: str) -> Tensor:
     return _mean(F.binary_cross_entropy_with_logits(x, human.expand_as(x), reduction="none"), valid)
 
 
-def kl(logits: Tensor, human: Tensor, valid: Tensor, offset: str) -> Tensor:
+def kl_divergence(logits: Tensor, human: Tensor, valid: Tensor, offset: str) -> Tensor:
     """KL(human || softmax) over the valid patches, both made to sum to 1 there.
 
     The shape of the attention among the patches alone: blind to what the class token keeps for
@@ -120,9 +120,8 @@ def kl(logits: Tensor, human: Tensor, valid: Tensor, offset: str) -> Tensor:
     """
     log_attention = torch.log_softmax(_hide(_patch_logits(logits, human, "none"), ~valid), dim=-1)
     target = human * valid
-    target = target / target.sum(-1, keepdim=True).clamp(min=TINY)
-    terms = target * (target.clamp(min=TINY).log() - log_attention)
-    return torch.where(valid & (target > 0), terms, 0.0).sum(-1)
+    target = (target / target.sum(-1, keepdim=True).clamp(min=1e-8)).expand_as(log_attention)
+    return F.kl_div(log_attention, target, reduction="none").sum(-1)
 
 
 def cosine(logits: Tensor, human: Tensor, valid: Tensor, offset: str) -> Tensor:
@@ -145,8 +144,30 @@ def energy(logits: Tensor, human: Tensor, valid: Tensor, offset: str) -> Tensor:
     return torch.logsumexp(row, dim=-1) - inside
 
 
+def mass(logits: Tensor, wanted: Tensor, painted: Tensor, offset: str) -> Tensor:
+    """-log of the softmax mass off the cells painted low, plus -log of that on those painted high.
+
+    Shares of the whole row, class token included. Unlike `energy` it makes sense when a person
+    painted only where not to look, or only where to look. How far below or above `HALF` a cell is
+    painted does not matter, and `offset` neither.
+
+    Args:
+        logits: `[B, H, N]`. wanted, painted: `[B, 1, P]`, values in [0, 1] and bool.
+
+    Returns:
+        `[B, H]`; 0 is best.
+    """
+    patches = wanted.shape[-1]
+    prefix, cells = logits.split([logits.shape[-1] - patches, patches], dim=-1)
+    low, high = painted & (wanted < HALF), painted & (wanted >= HALF)
+    whole = torch.logsumexp(logits, dim=-1)
+    off_low = torch.logsumexp(torch.cat([prefix, _hide(cells, low)], -1), dim=-1)
+    on_high = torch.logsumexp(_hide(cells, ~high), dim=-1)
+    return whole - off_low + torch.where(high.any(-1), whole - on_high, 0.0)
+
+
 def _hide(logits: Tensor, hidden: Tensor) -> Tensor:
-    # Finite, so that an image without any cell left has a gradient of 0 and not NaN.
+    # Finite, so that an image or row without any cell left has a gradient of 0 and not NaN.
     return logits.masked_fill(hidden, -1e4)
 
 
@@ -154,10 +175,30 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, str], Tensor]] = {
     "mse": mse,
     "mse_zero": mse_zero,
     "bce": bce,
-    "kl": kl,
+    "kl": kl_divergence,
     "cosine": cosine,
     "energy": energy,
 }
 
+# The losses that make sense for a map of which only some cells are known, high or low ones alone.
+CORRECTION_LOSSES = {"mass": mass, "mse": mse, "bce": bce}
+
 # Losses of the sigmoid attention; the others are of the softmax, which `offset` does not change.
 SEES_OFFSET = ("mse", "mse_zero", "bce", "cosine")
+
+
+def correction_loss(name: str, rows: dict[int, Tensor], asked: dict[str, Tensor]) -> Tensor:
+    """The attention loss of corrected pictures: painted cells only, a mean over the pictures.
+
+    Args:
+        name: one of CORRECTION_LOSSES.
+        rows: `{block: [C, H, N]}`, class-row logits of all learning blocks.
+        asked: what `lib.training.teach.targets` gives.
+    """
+    total = torch.zeros(())
+    for position, logits in enumerate(rows.values()):
+        cells = (logits.float(), asked["wanted"][:, None], asked["painted"][:, None])
+        plain, centred = (CORRECTION_LOSSES[name](*cells, offset) for offset in ("none", "centred"))
+        losses = torch.where(asked["centred"][:, None], centred, plain)  # [C, H]
+        total = total.to(losses) + (losses * asked["share"][:, position]).sum(dim=1).mean()
+    return total

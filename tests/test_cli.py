@@ -36,7 +36,6 @@ def test_help_names_the_commands():
         "download",
         "split",
         "check",
-        "pretrain",
         "bench",
         "sweep",
     ):

@@ -23,7 +23,7 @@ from test_files import disk_of
 
 from lib import files
 from lib.files import StorageError
-from lib.training.runs import fine_tuning, starting_point, train_run
+from lib.training.runs import dataset_for, fine_tuning, starting_point, train_run
 from lib.training.state import STATE, Batches, Training, noise
 from lib.training.tokens import CachedTokens
 
@@ -194,8 +194,8 @@ def test_noise_differs_by_every_part_of_its_key():
 
 def test_an_item_is_a_function_of_its_seed(tmp_path):
     """The same crop whatever was drawn before; what is drawn afterwards does not notice."""
-    config = tiny_config(tmp_path)
-    _, dataset = starting_point(fine_tuning(config, 0), tmp_path)
+    settings = fine_tuning(tiny_config(tmp_path), 0)
+    model, dataset = starting_point(settings, tmp_path)
     torch.manual_seed(1)
     first = dataset[3, 17]
     drawn = torch.rand(1)
@@ -203,5 +203,7 @@ def test_an_item_is_a_function_of_its_seed(tmp_path):
     assert torch.equal(drawn, torch.rand(1))
     assert torch.equal(first["image"], dataset[3, 17]["image"])
     assert not torch.equal(first["image"], dataset[3, 18]["image"])
-    cached = CachedTokens(torch.zeros(4, 5, 2), [{"label": i} for i in range(4)], 1)
-    assert cached[3, 17]["label"] == cached[3]["label"] == 3
+    whole = dataset_for(model, settings, "train", augment=False)
+    cached = CachedTokens(model, whole, 1)
+    assert cached[3, 17]["index"] == cached[3]["index"] == 3
+    assert cached[3, 17]["label"] == cached[3]["label"] == whole[3]["label"]

@@ -17,22 +17,18 @@ from lib.data.corrections import Edit, load_corrections, save_correction
 from lib.data.dataset import BirdDataset, decoy_cover, make_dataset
 from lib.evaluation.per_image import per_image
 from lib.experiments.simulate import shuffled, simulated_corrections, simulated_teaching
-from lib.losses import LOSSES as WHOLE_MAP_LOSSES
+from lib.losses import CORRECTION_LOSSES, HALF, LOSSES, correction_loss, mass
 from lib.model.vit import SigmoidViT, create_model
 from lib.training.loop import TrainingDiverged
 from lib.training.teach import (
-    HALF,
-    LOSSES,
     NothingToTeach,
     TeachConfig,
     Teacher,
-    TrunkTokens,
-    correction_loss,
-    mass,
-    spread,
+    spread_over_classes,
     targets,
     teach_terms,
 )
+from lib.training.tokens import CachedTokens
 
 QUICK = TeachConfig(steps=4, batch_size=8, replay=24)
 
@@ -201,15 +197,14 @@ def test_attention_leaves_the_cells_painted_low(birds, held_out):
 def test_cached_tokens_give_the_losses_of_the_pictures(model, birds):
     corrections = simulated_corrections(birds, [5, 9])
     asked = targets([correction.edit for correction in corrections], model, 1)
-    cached = TrunkTokens(model, birds, 1)
+    cached = CachedTokens(model, birds, 2)
     replayed, corrected = cached.batch(range(8)), cached.batch([5, 9])
     assert corrected["tokens"].dtype == torch.float16
     quick = teach_terms(
         model,
-        1,
         {**replayed, "tokens": replayed["tokens"].float()},
         {**asked, "tokens": corrected["tokens"].float()},
-        QUICK,
+        replace(QUICK, last_blocks=2),
     )
     images = torch.stack([birds[index]["image"] for index in range(8)])
     labels = torch.tensor([birds[index]["label"] for index in range(8)])
@@ -230,10 +225,9 @@ def test_every_architecture_can_be_taught(any_model):
     tokens, labels = any_model.tokens(images, 1), torch.tensor([1, 4])
     found = teach_terms(
         any_model,
-        1,
         {"tokens": tokens[:2], "label": labels},
         {"tokens": tokens[2:], **asked},
-        QUICK,
+        replace(QUICK, last_blocks=2),
     )
     scores, rows = any_model(images, rows=(1, 2))
     expected = (
@@ -274,7 +268,7 @@ def test_mass_is_the_share_off_the_low_cells_and_on_the_high_ones(seed, kind, pr
     assert torch.isfinite(logits.grad).all()
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", CORRECTION_LOSSES)
 @given(st.integers(0, 2**32 - 1))
 @settings(max_examples=10)
 def test_cells_that_nobody_painted_say_nothing(name, seed):
@@ -315,7 +309,7 @@ def test_blocks_heads_and_offset_of_an_edit_are_kept(model):
     for row in rows.values():
         row.requires_grad_(True)
     loss = correction_loss("mse", rows, asked)
-    plain, centred = WHOLE_MAP_LOSSES["mse"], []
+    plain, centred = LOSSES["mse"], []
     first = plain(rows[2][:1], asked["wanted"][:1, None], asked["painted"][:1, None], "none")
     for row in rows.values():
         cells = asked["wanted"][1:, None], asked["painted"][1:, None]
@@ -491,7 +485,7 @@ def test_pictures_without_decoys_or_fixations_are_compared_by_cc(cub):
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.integers(1, 70), st.integers(0, 9))
 def test_replayed_pictures_are_spread_over_the_classes(labels, count, seed):
     labels = np.array(labels)
-    chosen = spread(labels, count, seed)
+    chosen = spread_over_classes(labels, count, seed)
     assert len(set(chosen)) == len(chosen) == min(count, len(labels))
     total, taken = np.bincount(labels), np.bincount(labels[chosen], minlength=labels.max() + 1)
     left_out = taken < total  # classes that have more pictures to give

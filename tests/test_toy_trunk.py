@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
 from dataclasses import replace
+from pathlib import Path
 
 import safetensors.torch
 import torch
@@ -12,7 +14,10 @@ from lib.data.toy.birds import make
 from lib.data.toy.scene import ATTRIBUTES
 from lib.model.vit import create_model
 from lib.model.weights import load_weights
-from lib.training.toy_trunk import attribute_targets, naming_loss, pretrain, target_sizes
+
+TOOL = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "make_toy_trunk.py"))
+attribute_targets, target_sizes = TOOL["attribute_targets"], TOOL["target_sizes"]
+naming_loss, pretrain = TOOL["naming_loss"], TOOL["pretrain"]
 
 
 def test_pretraining_makes_a_trunk_without_a_head(tmp_path):

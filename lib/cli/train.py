@@ -8,18 +8,18 @@ import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import tyro
 
 from lib.config import (
     RECIPES,
-    ROOT,
     Config,
     DataConfig,
     ModelConfig,
     RunConfig,
     Sweep,
+    T,
     TrainConfig,
     file_md5,
     preset,
@@ -27,12 +27,11 @@ from lib.config import (
 
 # Each command imports what it needs itself: help and downloads do not wait for PyTorch.
 
-T = TypeVar("T")
 Flat = Annotated[T, tyro.conf.arg(name="")]  # the fields of a dataclass as options without a prefix
 
 
 @dataclass
-class Training:
+class RunOptions:
     """Options of both steps of `train`, beside the fields of TrainConfig."""
 
     data: DataConfig
@@ -87,14 +86,14 @@ def train(arguments: list[str]) -> None:
     first.add_argument("--recipe", default=os.environ.get("RECIPE") or "tuned")
     recipe = first.parse_known_args(arguments)[0].recipe
     config = preset(recipe=recipe)
-    given = Training(config.data, config.model, recipe=recipe)
+    given = RunOptions(config.data, config.model, recipe=recipe)
 
-    def fine_tune(run: Flat[Training] = given, train: Flat[TrainConfig] = config.ft) -> None:
+    def fine_tune(run: Flat[RunOptions] = given, train: Flat[TrainConfig] = config.ft) -> None:
         """Step 1: cross entropy only, from pretrained weights and a new head."""
         _train_one(config, run.name or f"ft-s{train.seed}", run, train)
 
     def hitl(
-        init: str, run: Flat[Training] = given, train: Flat[TrainConfig] = config.hitl
+        init: str, run: Flat[RunOptions] = given, train: Flat[TrainConfig] = config.hitl
     ) -> None:
         """Step 2: with human attention as one more term of the loss, from a trained run.
 
@@ -113,7 +112,7 @@ def train(arguments: list[str]) -> None:
 
 
 def _train_one(
-    config: Config, name: str, given: Training, train: TrainConfig, init: str | None = None
+    config: Config, name: str, given: RunOptions, train: TrainConfig, init: str | None = None
 ) -> None:
     """`train_run`, for a person who may not know that the run is there."""
     from lib.model.predict import processes
@@ -171,26 +170,6 @@ def sweep(
         print(f"{name} failed: {failure}", file=sys.stderr)
     print(f"{len(failed)} trainings failed; {len(table)} rows: {out}")
     return int(bool(failed))
-
-
-def make_trunk(
-    path: Path = ROOT / "models" / "toybirds_vit.safetensors",
-    images: int = 4000,
-    epochs: int = 7,
-    seed: int = 0,
-) -> None:
-    """Make the toy preset's pretrained trunk again (about two minutes on a CPU).
-
-    Args:
-        path: where the trunk goes.
-        images: number of drawn images.
-        epochs: passes over them.
-        seed: of the data and the weights.
-    """
-    from lib.training.toy_trunk import pretrain
-
-    accuracy = pretrain(preset("toy"), path, images, epochs, seed)
-    print("accuracy on new images: " + ", ".join(f"{k} {v:.3f}" for k, v in accuracy.items()))
 
 
 def called() -> str:

@@ -35,7 +35,7 @@ from lib.files import make_folder, write_text
 from lib.losses import SEES_OFFSET
 from lib.model.predict import processes
 from lib.training.controls import supervised
-from lib.training.learning import learning_blocks, refuse_frozen_supervision
+from lib.training.learning import learning_blocks
 from lib.training.loop import TrainingDiverged
 from lib.training.runs import (
     bare_model,
@@ -43,7 +43,7 @@ from lib.training.runs import (
     fine_tuning,
     human_in_the_loop,
     refuse_conflict,
-    refuse_supervision_without_maps,
+    refuse_vain_supervision,
     train_run,
 )
 from lib.training.state import STATE
@@ -194,8 +194,7 @@ def refuse_impossible(config: Config, chosen: Sequence[Cell]) -> None:
         seed = cell.config.train.seed
         refuse_conflict(config.runs / f"ft-s{seed}", fine_tuning(config, seed))
         refuse_conflict(config.runs / FOLDER / cell.name, cell.config)
-        refuse_frozen_supervision(model, cell.config.train)
-        refuse_supervision_without_maps(train_set, cell.config.train)
+        refuse_vain_supervision(model, train_set, cell.config.train)
         human = cell.config.train.human
         if (human.maps, human.noise, human.annotated) not in seen:
             seen.add((human.maps, human.noise, human.annotated))

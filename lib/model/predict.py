@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from lib.model.vit import SigmoidViT
 
@@ -24,11 +24,19 @@ def processes() -> PartialState:
     return PartialState(cpu=on_cpu, timeout=timedelta(hours=6))
 
 
-def inputs(batch: dict, blocks: int = 1) -> dict[str, Tensor | int]:
-    """What the model is called with: images, or cached tokens that enter its last `blocks`."""
+def inputs(batch: dict[str, Tensor]) -> dict[str, Tensor | int]:
+    """What the model is called with: images, or cached tokens that enter its last blocks."""
     if "tokens" in batch:
-        return {"tokens": batch["tokens"].float(), "blocks": blocks}
+        return {"tokens": batch["tokens"].float(), "blocks": int(batch["blocks"][0])}
     return {"images": batch["image"]}
+
+
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A batch on a device, but for the number of "blocks": reading it there would wait for it."""
+    return {
+        name: value if name == "blocks" else value.to(device, non_blocking=True)
+        for name, value in batch.items()
+    }
 
 
 @torch.no_grad()
@@ -41,9 +49,8 @@ def predict(
 ) -> Iterator[tuple[dict, Tensor, dict[int, Tensor]]]:
     """Batches of a data set with the model's scores and class rows, on the model's device."""
     device = next(model.parameters()).device
-    whole = dataset.dataset if isinstance(dataset, Subset) else dataset
     model.eval()
     for batch in DataLoader(dataset, batch_size=batch_size, num_workers=workers):
-        batch = {key: value.to(device) for key, value in batch.items()}
-        scores, found = model(**inputs(batch, getattr(whole, "blocks", 1)), rows=rows)
+        batch = to_device(batch, device)
+        scores, found = model(**inputs(batch), rows=rows)
         yield batch, scores.float(), found

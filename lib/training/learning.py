@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from lib.config import TrainConfig
-from lib.edit import resolve_blocks
 from lib.model.vit import SigmoidViT
 
 HEADS = ("head.", "head_dist.")  # how the parameters of timm's classifiers begin
@@ -58,17 +59,18 @@ def set_train_mode(model: SigmoidViT, trainable: str | int) -> None:
         module.train()
 
 
-def refuse_frozen_supervision(model: SigmoidViT, config: TrainConfig) -> None:
-    """ValueError when human maps are to move the attention of a block that cannot learn."""
-    if config.human.lam == 0:
-        return
-    first = model.depth - learning_blocks(config.trainable, model.depth)
-    for block in resolve_blocks(config.human.blocks, model.depth):
-        if block < first:
-            raise ValueError(
-                f'block {block} is supervised, but trainable="{config.trainable}" freezes it; '
-                'supervise blocks="last" with trainable="last_block", or train all'
-            )
+@contextmanager
+def restoring(model: nn.Module) -> Iterator[None]:
+    """Modes and `requires_grad` flags are afterwards what they are now."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def parameter_groups(model: SigmoidViT, config: TrainConfig) -> list[dict]:

@@ -9,7 +9,6 @@ kept.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import time
 from collections.abc import Callable
@@ -31,13 +30,12 @@ from lib.config import TrainConfig
 from lib.evaluation import metrics
 from lib.files import write_text
 from lib.losses import attention_loss
-from lib.model.predict import inputs, predict, processes
+from lib.model.predict import inputs, predict, processes, to_device
 from lib.model.vit import SigmoidViT
 from lib.training.learning import (
     freeze,
     learning_rate_factor,
     make_optimizer,
-    refuse_frozen_supervision,
     set_learning_rate,
     set_train_mode,
 )
@@ -52,25 +50,19 @@ class TrainingDiverged(FloatingPointError):
     """The loss became infinite or NaN; the best epoch before is in best.safetensors."""
 
 
-class TrackerMissing(ImportError, ValueError):
-    """A tracker is asked for that is not installed."""
-
-
 def loss_terms(model: nn.Module, batch: dict, config: TrainConfig) -> tuple[Tensor, Tensor, Tensor]:
     """One batch through the model: cross entropy, human attention loss, and the scores.
 
     Args:
         model: SigmoidViT, bare or wrapped for data parallelism.
-        batch: "image" `[B, 3, H, W]` (or "tokens" `[B, N, dim]` of a frozen trunk), "label" `[B]`,
+        batch: "image" `[B, 3, H, W]` (or what `CachedTokens` has in its place), "label" `[B]`,
             "human" and "valid" `[B, P]`.
-        config: `label_smoothing`, `trainable` and `human` are used; lam = 0 asks for no rows.
+        config: `label_smoothing` and `human` are used; lam = 0 asks for no rows.
 
     Returns:
         two scalars and scores `[B, classes]`.
     """
-    human = config.human
-    learning = config.trainable if isinstance(config.trainable, int) else 1
-    given = inputs(batch, learning)
+    human, given = config.human, inputs(batch)
     if human.lam == 0:
         scores = model(**given)
         human_loss = scores.new_zeros(())
@@ -111,7 +103,7 @@ def train_one_epoch(
     set_train_mode(training.model, config.trainable)
     for batch in loader:
         step = progress.epoch * len(batches) + progress.step
-        batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()}
+        batch = to_device(batch, accelerator.device)
         # Drop path and dropout draw from the step, so that a resumed run draws the same.
         torch.manual_seed(noise(config.seed, step, batches.process))
         factor = learning_rate_factor(step, steps, config.warmup, config.schedule)
@@ -161,7 +153,7 @@ def fit(
     val_set: Dataset,
     folder: Path,
     watch: Callable[[Progress], None] | None = None,
-) -> pd.DataFrame:
+) -> None:
     """Trains `model` in place and keeps what came of it; goes on from a checkpoint in `folder`.
 
     Args:
@@ -173,19 +165,15 @@ def fit(
             (highest validation top-1, the earliest of equals); state.pt while it is under way.
         watch: called in the main process with every new row of steps or history.
 
-    Returns:
-        the history.
-
     Raises:
-        TrainingDiverged: the loss is not finite. TrackerMissing: says what to install.
+        TrainingDiverged: the loss is not finite.
         StorageError: a file could not be written; the checkpoint before it is intact.
     """
-    refuse_frozen_supervision(model, config)
-    refuse_missing(config)
     set_seed(config.seed)
     accelerator = start_accelerator(config, folder)
     freeze(model, config.trainable)
     model.to(accelerator.device)
+    optimizer = make_optimizer(model, config, accelerator.device)
     workers = 0 if isinstance(train_set, CachedTokens) else config.workers
     own = (accelerator.process_index, accelerator.num_processes)
     batches = Batches(len(train_set), config.batch_size, config.seed, *own)
@@ -196,7 +184,6 @@ def fit(
         persistent_workers=workers > 0,
         pin_memory=accelerator.device.type == "cuda",
     )
-    optimizer = make_optimizer(model, config, accelerator.device)
     ema = ModelEmaV3(model, config.ema, use_warmup=True) if config.ema else None
     if config.compile:
         torch.compiler.reset()  # Accelerate's wrappers of earlier trainings count against its limit
@@ -240,7 +227,7 @@ def fit(
             means = (progress.sums / progress.seen).tolist()
             row |= dict(zip(MEANS, means, strict=True))
             with accelerator.autocast():
-                row |= validate(training.result, val_set, config.batch_size, workers, *own)
+                row |= validate(training.result, val_set, config.batch_size, workers)
             training.end_epoch(row)
             bar.set_postfix(loss=f"{row['cross_entropy']:.3f}", val=f"{row['val_top1']:.3f}")
             done = progress.epoch * len(batches)
@@ -260,18 +247,6 @@ def fit(
         bar.close()
         for tracker in accelerator.trackers:
             tracker.finish()
-    return pd.DataFrame(progress.history)
-
-
-def refuse_missing(config: TrainConfig) -> None:
-    """TrackerMissing where a tracker is not installed; ValueError for fp16 without a GPU."""
-    for name in config.trackers:
-        if importlib.util.find_spec(name) is None:
-            raise TrackerMissing(
-                f"{name} is not installed; pip install {name}, or drop the tracker"
-            )
-    if config.mixed_precision == "fp16" and processes().device.type == "cpu":
-        raise ValueError('mixed_precision is "fp16", which needs a GPU; use "bf16" or "no"')
 
 
 def start_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
@@ -296,19 +271,15 @@ def start_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
 
 @torch.no_grad()
 def validate(
-    model: SigmoidViT,
-    dataset: Dataset,
-    batch_size: int,
-    workers: int = 0,
-    process: int = 0,
-    processes: int = 1,
+    model: SigmoidViT, dataset: Dataset, batch_size: int, workers: int = 0
 ) -> dict[str, float]:
     """Accuracy, and the alignment of the last block, on images as they are.
 
     Every process looks at its part of the images; all get the means over every image, each counted
     once however unevenly they are spread.
     """
-    own = Subset(dataset, range(process, len(dataset), processes))
+    this = processes()
+    own = Subset(dataset, range(this.process_index, len(dataset), this.num_processes))
     parts: dict[str, list[Tensor]] = {}
     for batch, scores, rows in predict(model, own, batch_size, workers):
         row = rows[model.depth - 1]

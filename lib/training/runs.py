@@ -6,6 +6,7 @@ it and the main one writes.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,19 +22,24 @@ from tqdm.auto import tqdm
 from lib import config as cfg
 from lib.config import Config, RunConfig, TrainConfig
 from lib.data.dataset import BirdDataset, make_dataset
+from lib.edit import resolve_blocks
 from lib.files import StorageError, make_folder, write_text
 from lib.model.predict import processes
 from lib.model.vit import SigmoidViT, create_model
 from lib.model.weights import load_weights
 from lib.training.controls import supervised
-from lib.training.learning import refuse_frozen_supervision
-from lib.training.loop import fit, refuse_missing
+from lib.training.learning import learning_blocks
+from lib.training.loop import fit
 from lib.training.state import STATE, Progress
 from lib.training.tokens import with_cached_tokens
 
 
 class RunConflict(ValueError):
     """A run of that name exists and was made with another configuration."""
+
+
+class TrackerMissing(ImportError, ValueError):
+    """A tracker is asked for that is not installed."""
 
 
 class RunBusy(OSError):
@@ -102,9 +108,9 @@ class Run:
         load_weights(model, self.folder / f"{which}.safetensors")
         return model.eval()
 
-    def dataset(self, split: str, augment: bool = False) -> BirdDataset:
-        """A split of the run's data on the run's grid."""
-        return dataset_for(self.model(), self.config, split, augment)
+    def dataset(self, split: str) -> BirdDataset:
+        """A split of the run's data on the run's grid, not augmented."""
+        return dataset_for(self.model(), self.config, split, augment=False)
 
 
 def train_run(
@@ -125,6 +131,8 @@ def train_run(
     Raises:
         RunConflict: a run of that name was made with another configuration; names a difference.
         RunBusy: another process trains it. StorageError: the folder cannot be written.
+        ValueError: human attention cannot be learned so, fp16 needs a GPU, or a tracker is not
+            installed (TrackerMissing); no folder is made then.
     """
     folder = runs / name
     if not overwrite:
@@ -137,8 +145,7 @@ def train_run(
             return run
     refuse_missing(config.train)
     model, train_set = starting_point(config, runs)
-    refuse_frozen_supervision(model, config.train)
-    refuse_supervision_without_maps(train_set, config.train)
+    refuse_vain_supervision(model, train_set, config.train)
     val_set = dataset_for(model, config, "val", augment=False)
     classes = train_set.classes
     if config.train.cache_tokens:
@@ -247,16 +254,37 @@ def training_set(model: SigmoidViT, config: RunConfig) -> BirdDataset:
     return dataset if human.lam == 0 else supervised(dataset, human, config.train.seed)
 
 
-def refuse_supervision_without_maps(train_set: BirdDataset, config: TrainConfig) -> None:
-    """ValueError when human attention is to be learned, but no image has a map: a silent control.
+def refuse_missing(config: TrainConfig) -> None:
+    """TrackerMissing where a tracker is not installed; ValueError for fp16 without a GPU."""
+    for name in config.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise TrackerMissing(
+                f"{name} is not installed; pip install {name}, or drop the tracker"
+            )
+    if config.mixed_precision == "fp16" and processes().device.type == "cpu":
+        raise ValueError('mixed_precision is "fp16", which needs a GPU; use "bf16" or "no"')
 
-    A single map is enough: the original method corrects a few images only.
+
+def refuse_vain_supervision(model: SigmoidViT, train_set: BirdDataset, config: TrainConfig) -> None:
+    """ValueError when human attention is to be learned, but cannot be: a silent control.
+
+    A supervised block is frozen, or no image has a map. A single map is enough: the original method
+    corrects a few images only.
     """
-    if config.human.lam > 0 and not train_set.table["has_map"].any():
+    human = config.human
+    if human.lam == 0:
+        return
+    first = model.depth - learning_blocks(config.trainable, model.depth)
+    for block in resolve_blocks(human.blocks, model.depth):
+        if block < first:
+            raise ValueError(
+                f'block {block} is supervised, but trainable="{config.trainable}" freezes it; '
+                'supervise blocks="last" with trainable="last_block", or train all'
+            )
+    if not train_set.has_map.any():
         raise ValueError(
-            f"lam is {config.human.lam:g}, but none of the {len(train_set)} training images has a "
-            "human map; set MAPS (gaze, boxes, parts, or a folder of map files), or train with "
-            "lam=0"
+            f"lam is {human.lam:g}, but none of the {len(train_set)} training images has a human "
+            "map; set MAPS (gaze, boxes, parts, or a folder of map files), or train with lam=0"
         )
 
 

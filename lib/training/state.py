@@ -135,15 +135,15 @@ class Training:
         if row["val_top1"] > progress.best:  # of equals the earliest stays
             progress.best = row["val_top1"]
             state = self.result.vit.state_dict()
-            self.best = {name: state[name].cpu().clone() for name in self._names()}
+            self.best = {name: state[name].cpu().clone() for name in trained_state(self.model)}
 
     def save(self, folder: Path) -> None:
         """Writes the checkpoint; StorageError leaves the one before as it was."""
-        scaler = self.accelerator.scaler
+        scaler, learned = self.accelerator.scaler, trained_state(self.model)
         average = self.ema and self.ema.module.vit.state_dict()
         state = {
-            "model": trained_state(self.model),
-            "ema": average and {name: average[name] for name in self._names()},
+            "model": learned,
+            "ema": average and {name: average[name] for name in learned},
             "best": self.best,
             "optimizer": self.optimizer.state_dict(),
             "scaler": scaler and scaler.state_dict(),
@@ -182,6 +182,3 @@ class Training:
         self.progress = Progress(**state["progress"])
         if not self.accelerator.is_main_process:  # see `gather_sums`
             self.progress.sums, self.progress.seen = torch.zeros(3), 0
-
-    def _names(self) -> list[str]:
-        return list(trained_state(self.model))

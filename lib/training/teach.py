@@ -12,9 +12,9 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -22,56 +22,30 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 
 from lib.config import TrainConfig
 from lib.data.corrections import Correction, Edit
-from lib.data.dataset import BirdDataset, conflicting_decoys
+from lib.data.dataset import BirdDataset
 from lib.edit import resolve_blocks, resolve_heads
-from lib.evaluation import metrics
-from lib.losses import bce, mse
+from lib.losses import CORRECTION_LOSSES, HALF, correction_loss
 from lib.model.vit import SigmoidViT
-from lib.training.learning import learning_rate_factor, parameter_groups, trained_modules
+from lib.training.learning import (
+    freeze,
+    learning_rate_factor,
+    make_optimizer,
+    restoring,
+    set_learning_rate,
+    set_train_mode,
+    trained_modules,
+)
 from lib.training.loop import TrainingDiverged
+from lib.training.taught import Example, Group, compare, examples, groups
+from lib.training.tokens import CachedTokens, Tick
 
-Progress = Callable[[int, int, dict[str, float]], None]
-Tick = Callable[[int], None]
+OnStep = Callable[[int, int, dict[str, float]], None]
 
-HALF = 0.5  # cells painted below it ask for less attention, the others for more
-BATCH = 32  # pictures that pass the trunk, or are measured, together
 UNDO_LEVELS = 10  # a level of ViT-S/16 takes 7 MB a learning block
-
-
-def mass(logits: Tensor, wanted: Tensor, painted: Tensor, offset: str) -> Tensor:
-    """-log of the softmax mass off the cells painted low, plus -log of that on those painted high.
-
-    Shares of the whole row, class token included. Unlike the energy of lib/losses.py it makes
-    sense when a person painted only where not to look, or only where to look. How far below or
-    above `HALF` a cell is painted does not matter, and `offset` neither.
-
-    Args:
-        logits: `[B, H, N]`. wanted, painted: `[B, 1, P]`, values in [0, 1] and bool.
-
-    Returns:
-        `[B, H]`; 0 is best.
-    """
-    patches = wanted.shape[-1]
-    prefix, cells = logits.split([logits.shape[-1] - patches, patches], dim=-1)
-    low, high = painted & (wanted < HALF), painted & (wanted >= HALF)
-    whole = torch.logsumexp(logits, dim=-1)
-    # Finite, so that a row without a cell painted high has a gradient of 0 and not NaN.
-    off_low = torch.logsumexp(torch.cat([prefix, cells.masked_fill(low, -1e4)], -1), dim=-1)
-    on_high = torch.logsumexp(cells.masked_fill(~high, -1e4), dim=-1)
-    return whole - off_low + torch.where(high.any(-1), whole - on_high, 0.0)
-
-
-# The losses that make sense for a map of which only some cells are known, high or low ones alone.
-LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, str], Tensor]] = {
-    "mass": mass,
-    "mse": mse,
-    "bce": bce,
-}
 
 
 @dataclass(frozen=True)
@@ -79,7 +53,7 @@ class TeachConfig:
     """How deep, how long and how fast a model is taught."""
 
     last_blocks: int = 1  # blocks that learn, with the final norm and the head; all: the depth
-    loss: Literal["mass", "mse", "bce"] = "mass"  # of the painted cells: mass, or as in losses.py
+    loss: Literal["mass", "mse", "bce"] = "mass"  # of the painted cells, see lib/losses.py
     lam: float = 3.0  # weight of the attention loss; 0 is the control: replay alone
     steps: int = 60  # updates of the weights
     lr: float | None = None  # peak learning rate of AdamW; None: 1e-3 for one block, 2e-4 for more
@@ -88,8 +62,8 @@ class TeachConfig:
     seed: int = 0  # which pictures are replayed, and their order
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise ValueError(f'loss is "{self.loss}"; use one of {", ".join(LOSSES)}')
+        if self.loss not in CORRECTION_LOSSES:
+            raise ValueError(f'loss is "{self.loss}"; use one of {", ".join(CORRECTION_LOSSES)}')
         for name in ("last_blocks", "steps", "batch_size", "replay"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
@@ -115,19 +89,6 @@ class TeachReport:
     used: tuple[Correction, ...]  # those that were taught
     skipped: tuple[tuple[str, str], ...]  # image id and reason of those that were left out
     cancelled: bool  # True: the model is as it was before
-
-
-@dataclass(frozen=True)
-class Example:
-    """One picture before and after the last `Teacher.teach`; the dicts have these two words."""
-
-    group: str  # of `Teacher.before_after`
-    image_id: str
-    image: np.ndarray  # uint8 [H, W, 3]
-    class_name: str
-    edit: Edit | None  # what was asked of a corrected picture
-    predicted: dict[str, str]  # class names
-    attention: dict[str, np.ndarray]  # float32 [gh, gw], last block's softmax, mean of heads
 
 
 class NothingToTeach(ValueError):
@@ -168,23 +129,19 @@ class Teacher:
                 f"last_blocks is {self.config.last_blocks}, but the model has {model.depth}"
             )
         self.start = model.depth - self.config.last_blocks  # the first block that learns
-        self._kept: dict[int, TrunkTokens] = {}
+        self._learning = nn.ModuleList(trained_modules(model, self.config.last_blocks))
+        # One store a data set, however often it is named.
+        self._tokens_of = cache(lambda some: CachedTokens(model, some, self.config.last_blocks))
         self._replay = self._tokens_of(replay)
         self._pictures = self._tokens_of(replay if pictures is None else pictures)
         labels = replay.table["label"].to_numpy()
-        self._replayed = spread(labels, self.config.replay, self.config.seed)
-        self._levels: list[tuple[list[dict[str, Tensor]], tuple[Correction, ...]]] = []
-
-    def _tokens_of(self, dataset: BirdDataset) -> TrunkTokens:
-        """One store a data set, however often it is named."""
-        if id(dataset) not in self._kept:
-            self._kept[id(dataset)] = TrunkTokens(self.model, dataset, self.start)
-        return self._kept[id(dataset)]
+        self._replayed = spread_over_classes(labels, self.config.replay, self.config.seed)
+        self._levels: list[tuple[dict[str, Tensor], tuple[Correction, ...]]] = []
 
     def teach(
         self,
         corrections: Sequence[Correction],
-        progress: Progress | None = None,
+        progress: OnStep | None = None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> TeachReport:
         """Trains the model to look where the corrections say.
@@ -211,13 +168,14 @@ class Teacher:
         """
         began = time.perf_counter()
         usable, skipped = self._sort(corrections)
-        before, history, stopped = self._state(), [], False
+        before = copy.deepcopy(self._learning.state_dict())
+        history, stopped = [], False
         try:
             hidden, steps = progress is not None, self.config.steps
             with tqdm(total=steps, desc="teaching", leave=False, disable=hidden) as bar:
                 self._train(usable, progress or _shown_by(bar), cancelled, history)
         except BaseException as error:  # an interrupt from the keyboard too
-            self._restore(before)
+            self._learning.load_state_dict(before)
             stopped = isinstance(error, _Cancelled)
             if not stopped:
                 raise
@@ -237,18 +195,18 @@ class Teacher:
         Raises:
             IndexError: there is nothing to undo.
         """
-        self._restore(self._last_level()[0])
+        self._learning.load_state_dict(self._last_level()[0])
         self._levels.pop()
 
     def before(self) -> SigmoidViT:
         """A copy of the model as `undo` would bring it back; IndexError as there."""
         state = self._last_level()[0]
-        model = copy.deepcopy(self.model)
-        _load(_learning_modules(model, self.start), state)
+        model, learning = copy.deepcopy((self.model, self._learning))
+        learning.load_state_dict(state)
         return model
 
     def before_after(
-        self, held_out: BirdDataset, most: int = 100, progress: Progress | None = None
+        self, held_out: BirdDataset, most: int = 100, progress: OnStep | None = None
     ) -> pd.DataFrame:
         """What the last `teach` changed, on pictures it saw and on others.
 
@@ -270,19 +228,9 @@ class Teacher:
             IndexError: nothing was taught, or all of it was undone.
         """
         models = {"before": self.before(), "after": self.model}
-        rows = {}
-        for name, (pictures, indices, low) in self._groups(held_out, most).items():
-            if not len(indices):
-                continue
-            pictures.keep(indices, self._tick(progress))
-            row: dict[str, float] = {"pictures": len(indices)}
-            looks = {when: _look(m, pictures, indices, low) for when, m in models.items()}
-            for column in looks["before"].columns:
-                row |= {f"{column} {when}": look[column].mean() for when, look in looks.items()}
-            rows[name] = row
-        return pd.DataFrame(rows).T.rename_axis("group").astype({"pictures": int})
+        tick = progress and _told_to(progress, self.config.steps)
+        return compare(models, self._groups(held_out, most), tick)
 
-    @torch.no_grad()
     def examples(self, held_out: BirdDataset, most: int = 4) -> list[Example]:
         """Pictures to look at: the last corrected ones, and held-out ones of the same classes.
 
@@ -296,37 +244,16 @@ class Teacher:
         """
         models = {"before": self.before(), "after": self.model}
         edits = {correction.image_id: correction.edit for correction in self._last_level()[1]}
-        found = []
-        for group, (pictures, indices, _) in list(self._groups(held_out, most).items())[:2]:
-            chosen = indices[-most:]
-            if not len(chosen):
-                continue
-            classes, predicted, attention = pictures.dataset.classes, {}, {}
-            for when, model in models.items():
-                scores, rows = _scores_and_row(model, pictures, chosen)
-                predicted[when] = [classes[c] for c in scores.argmax(dim=-1).tolist()]
-                maps = metrics.patch_attention(rows, model.num_prefix)
-                attention[when] = maps.unflatten(-1, model.grid).cpu().numpy()
-            for k, index in enumerate(map(int, chosen)):
-                row = pictures.dataset.table.iloc[index]
-                found.append(
-                    Example(
-                        group=group,
-                        image_id=str(row["image_id"]),
-                        image=pictures.dataset.image(index),
-                        class_name=str(row["class_name"]),
-                        edit=edits[str(row["image_id"])] if group == "corrected" else None,
-                        predicted={when: names[k] for when, names in predicted.items()},
-                        attention={when: maps[k] for when, maps in attention.items()},
-                    )
-                )
-        return found
+        return examples(models, self._groups(held_out, most), edits, most)
 
-    def _tick(self, progress: Progress | None) -> Tick | None:
-        """How pictures that pass the trunk are told of."""
-        if progress is None:
-            return None
-        return lambda left: progress(0, self.config.steps, {"pictures": left})
+    def _groups(self, held_out: BirdDataset, most: int) -> dict[str, Group]:
+        used = self._last_level()[1]
+        asked = targets([correction.edit for correction in used], self.model, self.start)
+        low = asked["painted"] & (asked["wanted"] < HALF)
+        indices = np.array([self._pictures.index_of[correction.image_id] for correction in used])
+        corrected = Group(self._pictures, indices, low)
+        replayed = Group(self._replay, self._replayed)
+        return groups(corrected, replayed, self._tokens_of(held_out), most, self.config.seed)
 
     # ------------------------------------------------------------------------------- one teaching
 
@@ -370,7 +297,7 @@ class Teacher:
     def _train(
         self,
         usable: Sequence[Correction],
-        progress: Progress,
+        progress: OnStep,
         cancelled: Callable[[], bool],
         history: list[dict[str, float]],
     ) -> None:
@@ -383,92 +310,52 @@ class Teacher:
                 raise _Cancelled
 
         indices = [self._pictures.index_of[correction.image_id] for correction in usable]
-        self._replay.keep(self._replayed, self._tick(tell))
-        self._pictures.keep(indices, self._tick(tell))
+        self._replay.keep(self._replayed, _told_to(tell, config.steps))
+        self._pictures.keep(indices, _told_to(tell, config.steps))
         replayed, corrected = self._replay.batch(self._replayed), self._pictures.batch(indices)
         corrected |= targets([correction.edit for correction in usable], model, self.start)
         rng = np.random.default_rng(config.seed)
         old = _batches(len(self._replayed), config.batch_size, config.steps, rng)
         new = _batches(len(usable), config.batch_size, config.steps, rng)
         like = next(model.parameters())
-        with _learning(model, _learning_modules(model, self.start)), _seeded(config.seed, like):
-            # Weight decay, warm-up and clipping are those of training.
-            plan = TrainConfig(lr=config.rate)
-            optimizer = torch.optim.AdamW(parameter_groups(model, plan))
-            learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        plan = TrainConfig(lr=config.rate)  # weight decay, warm-up and clipping as in training
+        with restoring(model), torch.random.fork_rng([like.device] if like.is_cuda else []):
+            torch.manual_seed(config.seed)  # of dropout; the caller's random numbers stay
+            freeze(model, config.last_blocks)
+            set_train_mode(model, config.last_blocks)
+            optimizer = make_optimizer(model, plan, like.device)
             optimizer.zero_grad(set_to_none=True)  # of whatever the caller computed before
-            scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer, lambda step: learning_rate_factor(step, config.steps, plan.warmup)
-            )
-            for step in range(1, config.steps + 1):
-                cross_entropy, attention = teach_terms(
-                    model,
-                    self.start,
-                    _part(replayed, old[step - 1], like),
-                    _part(corrected, new[step - 1], like),
-                    config,
-                )
+            for step in range(config.steps):
+                set_learning_rate(optimizer, learning_rate_factor(step, config.steps, plan.warmup))
+                parts = _chosen(replayed, old[step], like), _chosen(corrected, new[step], like)
+                cross_entropy, attention = teach_terms(model, *parts, config)
                 loss = cross_entropy + config.lam * attention
-                losses = {
-                    "cross_entropy": cross_entropy.item(),
-                    "attention_loss": attention.item(),
-                }
+                terms = {"cross_entropy": cross_entropy, "attention_loss": attention}
+                losses = {name: term.item() for name, term in terms.items()}
                 if not math.isfinite(loss.item()):
                     raise TrainingDiverged(
-                        f"the loss is {loss.item()} in step {step} ({losses}); lower lr "
+                        f"the loss is {loss.item()} in step {step + 1} ({losses}); lower lr "
                         f"({config.rate:g}) or lam ({config.lam:g})"
                     )
                 loss.backward()
-                nn.utils.clip_grad_norm_(learning, plan.clip)
+                nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
                 optimizer.step()
-                scheduler.step()
                 optimizer.zero_grad(set_to_none=True)
-                history.append({"step": step, **losses})
-                tell(step, config.steps, losses)
+                history.append({"step": step + 1, **losses})
+                tell(step + 1, config.steps, losses)
 
-    def _state(self) -> list[dict[str, Tensor]]:
-        """A copy of all that learns."""
-        modules = _learning_modules(self.model, self.start)
-        return [{k: v.clone() for k, v in module.state_dict().items()} for module in modules]
-
-    def _restore(self, state: list[dict[str, Tensor]]) -> None:
-        _load(_learning_modules(self.model, self.start), state)
-
-    def _last_level(self) -> tuple[list[dict[str, Tensor]], tuple[Correction, ...]]:
+    def _last_level(self) -> tuple[dict[str, Tensor], tuple[Correction, ...]]:
         if not self._levels:
             raise IndexError("there is nothing to undo: the model was not taught")
         return self._levels[-1]
 
-    # ---------------------------------------------------------------------------- before and after
 
-    def _groups(
-        self, held_out: BirdDataset, most: int
-    ) -> dict[str, tuple[TrunkTokens, np.ndarray, Tensor | None]]:
-        """Pictures of each group, and of the corrected ones the cells painted low, `[n, P]`."""
-        used = self._last_level()[1]
-        ids = [correction.image_id for correction in used]
-        corrected = np.array([self._pictures.index_of[one] for one in ids])
-        asked = targets([correction.edit for correction in used], self.model, self.start)
-        low = asked["painted"] & (asked["wanted"] < HALF)
-        rng = np.random.default_rng(self.config.seed)
-
-        def some(pictures: TrunkTokens, chosen: np.ndarray) -> tuple:
-            known = {pictures.index_of.get(one) for one in ids}
-            left = [i for i in rng.permutation(chosen) if i not in known]
-            return pictures, np.array(left[:most], dtype=int), None
-
-        others = self._tokens_of(held_out)
-        classes = self._pictures.dataset.table["class_name"].to_numpy()[corrected]
-        same = held_out.table["class_name"].isin(classes).to_numpy()
-        return {
-            "corrected": (self._pictures, corrected, low),
-            "held out, same classes": some(others, np.flatnonzero(same)),
-            "held out, other classes": some(others, np.flatnonzero(~same)),
-            "replayed": some(self._replay, self._replayed),
-        }
+def _told_to(progress: OnStep, steps: int) -> Tick:
+    """How pictures that pass the trunk are told of."""
+    return lambda left: progress(0, steps, {"pictures": left})
 
 
-def _shown_by(bar: tqdm) -> Progress:
+def _shown_by(bar: tqdm) -> OnStep:
     def progress(step: int, steps: int, losses: dict[str, float]) -> None:
         bar.update(step - bar.n)
         bar.set_postfix(losses)
@@ -478,7 +365,6 @@ def _shown_by(bar: tqdm) -> Progress:
 
 def teach_terms(
     model: SigmoidViT,
-    start: int,
     replayed: dict[str, Tensor],
     corrected: dict[str, Tensor],
     config: TeachConfig,
@@ -486,41 +372,24 @@ def teach_terms(
     """Cross entropy of the replayed pictures and attention loss of the corrected ones.
 
     Args:
-        start: the first block that learns.
-        replayed: "tokens" `[B, N, dim]` that enter it, "label" `[B]`.
+        replayed: "tokens" `[B, N, dim]` that enter the blocks that learn, "label" `[B]`.
         corrected: "tokens" `[C, N, dim]`, and what `targets` gives.
-        config: `loss` and `lam` are used; with lam = 0 the corrected pictures are left out.
+        config: with lam = 0 the corrected pictures are left out.
 
     Returns:
         two scalars.
     """
-    tokens, blocks = replayed["tokens"], range(start, model.depth)
+    tokens, start = replayed["tokens"], model.depth - config.last_blocks
     count = len(tokens)
     if config.lam == 0:
         scores = model.forward_tokens(tokens, start)
         attention = scores.new_zeros(())
     else:
         both = torch.cat([tokens, corrected["tokens"]])
-        scores, rows = model.forward_tokens(both, start, rows=blocks)
+        scores, rows = model.forward_tokens(both, start, rows=range(start, model.depth))
         rows = {block: row[count:] for block, row in rows.items()}
         attention = correction_loss(config.loss, rows, corrected)
     return F.cross_entropy(scores[:count].float(), replayed["label"]), attention
-
-
-def correction_loss(name: str, rows: dict[int, Tensor], asked: dict[str, Tensor]) -> Tensor:
-    """The attention loss of corrected pictures: painted cells only, a mean over the pictures.
-
-    Args:
-        name: one of LOSSES. rows: `{block: [C, H, N]}`, class-row logits of all learning blocks.
-        asked: what `targets` gives.
-    """
-    total = torch.zeros(())
-    for position, logits in enumerate(rows.values()):
-        cells = (logits.float(), asked["wanted"][:, None], asked["painted"][:, None])
-        plain, centred = (LOSSES[name](*cells, offset) for offset in ("none", "centred"))
-        losses = torch.where(asked["centred"][:, None], centred, plain)  # [C, H]
-        total = total.to(losses) + (losses * asked["share"][:, position]).sum(dim=1).mean()
-    return total
 
 
 def targets(edits: Sequence[Edit], model: SigmoidViT, start: int) -> dict[str, Tensor]:
@@ -544,56 +413,7 @@ def targets(edits: Sequence[Edit], model: SigmoidViT, start: int) -> dict[str, T
     }
 
 
-class TrunkTokens:
-    """Pictures of a data set as the tokens that enter block `start`: each passes the trunk once.
-
-    Tokens are kept in half precision in the computer's memory: 0.15 MB a picture with ViT-S/16.
-
-    Raises:
-        ValueError: the data set is augmented.
-    """
-
-    def __init__(self, model: SigmoidViT, dataset: BirdDataset, start: int) -> None:
-        if dataset.augment:
-            raise ValueError(
-                "the pictures are augmented, so their tokens cannot be kept; make the data set "
-                "with augment=False"
-            )
-        self.model, self.dataset, self.start = model, dataset, start
-        ids = dataset.table["image_id"]
-        self.index_of = {str(image_id): index for index, image_id in enumerate(ids)}
-        self._items: dict[int, dict] = {}
-
-    def keep(self, indices: Sequence[int], tick: Tick | None = None) -> None:
-        """Takes pictures through the trunk unless that was done before.
-
-        `tick` is called with the number of pictures left, before each part of them; where not
-        given, a tqdm bar is shown.
-        """
-        missing = [index for index in dict.fromkeys(map(int, indices)) if index not in self._items]
-        parts = range(0, len(missing), BATCH)
-        hidden = tick is not None
-        for at in tqdm(parts, desc="trunk", delay=1.0, leave=False, disable=hidden):
-            if tick is not None:
-                tick(len(missing) - at)
-            self._pass(missing[at : at + BATCH])
-
-    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """Items as the data set makes them, stacked, "tokens" `[n, N, dim]` in place of "image"."""
-        self.keep(indices)
-        return default_collate([self._items[int(index)] for index in indices])
-
-    @torch.no_grad()
-    def _pass(self, indices: Sequence[int]) -> None:
-        items = [self.dataset[index] for index in indices]
-        images = torch.stack([item.pop("image") for item in items])
-        with _learning(self.model, []):
-            tokens = self.model.tokens(images.to(next(self.model.parameters())), self.start)
-        for index, item, one in zip(indices, items, tokens.half().cpu(), strict=True):
-            self._items[index] = {**item, "tokens": one}
-
-
-def spread(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+def spread_over_classes(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Positions of `count` labels, one of each class in turn, at random within a class."""
     order = np.random.default_rng(seed).permutation(len(labels))
     turn = pd.Series(labels[order]).groupby(labels[order]).cumcount().to_numpy()
@@ -607,85 +427,7 @@ def _batches(count: int, size: int, steps: int, rng: np.random.Generator) -> Ten
     return torch.from_numpy(np.concatenate(passes)[: steps * size].reshape(steps, size))
 
 
-def _part(batch: dict[str, Tensor], chosen: Tensor, like: Tensor) -> dict[str, Tensor]:
+def _chosen(batch: dict[str, Tensor], chosen: Tensor, like: Tensor) -> dict[str, Tensor]:
     """Chosen items, on the device of `like`; the tokens in its precision."""
     part = {name: value[chosen].to(like.device) for name, value in batch.items()}
     return {**part, "tokens": part["tokens"].to(like)}
-
-
-def _learning_modules(model: SigmoidViT, start: int) -> list[nn.Module]:
-    """The blocks from `start` on, the final norm and the head."""
-    last, *rest = trained_modules(model, "last_block")
-    return [*model.vit.blocks[start:-1], last, *rest]
-
-
-def _load(modules: Sequence[nn.Module], state: Sequence[dict[str, Tensor]]) -> None:
-    for module, part in zip(modules, state, strict=True):
-        module.load_state_dict(part)
-
-
-@contextmanager
-def _learning(model: SigmoidViT, modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Only these modules learn, all else is used as in evaluation; afterwards all is as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.eval().requires_grad_(False)
-        for module in modules:
-            module.train().requires_grad_(True)
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-@contextmanager
-def _seeded(seed: int, like: Tensor) -> Iterator[None]:
-    """Dropout as the seed decides it, and the caller's random numbers as if nothing had been."""
-    with torch.random.fork_rng([like.device] if like.is_cuda else []):
-        torch.manual_seed(seed)
-        yield
-
-
-def _scores_and_row(
-    model: SigmoidViT, pictures: TrunkTokens, indices: np.ndarray
-) -> tuple[Tensor, Tensor]:
-    """Class scores `[n, classes]` and the last block's class rows `[n, H, N]`."""
-    like = next(model.parameters())
-    batch = _part(pictures.batch(indices), torch.arange(len(indices)), like)
-    with _learning(model, []):
-        scores, rows = model.forward_tokens(batch["tokens"], pictures.start, rows="last")
-    return scores, rows[model.depth - 1]
-
-
-@torch.no_grad()
-def _look(
-    model: SigmoidViT, pictures: TrunkTokens, indices: np.ndarray, low: Tensor | None
-) -> pd.DataFrame:
-    """One row a picture: the columns of `Teacher.before_after`; `low` is `[n, P]` or None."""
-    found = []
-    for at in range(0, len(indices), BATCH):
-        part = indices[at : at + BATCH]
-        scores, row = _scores_and_row(model, pictures, part)
-        known = {key: value.to(scores.device) for key, value in pictures.batch(part).items()}
-        attention = metrics.patch_attention(row, model.num_prefix)
-        columns = {
-            "accuracy": metrics.top_k(scores, known["label"], 1).float(),
-            "NSS": metrics.nss(attention, known["fixations"]),
-            "CC": metrics.cc(attention, known["human"]),
-        }
-        if low is not None:
-            region = low[at : at + BATCH].to(attention)
-            share = metrics.energy_inside(attention, region)
-            columns["attention on cells painted low"] = share.where(region.any(1), torch.nan)
-        found.append(pd.DataFrame({key: value.cpu() for key, value in columns.items()}))
-    frame = pd.concat(found, ignore_index=True)
-    table = pictures.dataset.table.iloc[indices].reset_index(drop=True)
-    if "decoy" in table:
-        only = frame["accuracy"].where(conflicting_decoys(table))
-        frame.insert(1, "conflicting-decoy accuracy", only)
-    if frame["NSS"].notna().any():
-        return frame.drop(columns="CC")
-    return frame.drop(columns="NSS")

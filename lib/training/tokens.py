@@ -1,19 +1,21 @@
 """Cached tokens: the frozen trunk is run once an image, then only the blocks that learn.
 
-What enters the first block that learns is kept in half precision, in memory and on disk, so that
+What enters the first block that learns is kept in memory; for trainings on disk as well, so that
 every run on the same trunk, in whatever process, finds it there.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from filelock import FileLock
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from tqdm.auto import tqdm
 
 from lib import config as cfg
@@ -21,26 +23,87 @@ from lib.config import RunConfig
 from lib.data.dataset import BirdDataset
 from lib.files import make_folder, write_bytes
 from lib.model.vit import SigmoidViT
-from lib.training.learning import learning_blocks
+from lib.training.learning import learning_blocks, restoring
+
+TRUNK_BATCH = 32  # pictures that pass the trunk together
+Tick = Callable[[int], None]
 
 
 class CachedTokens(Dataset):
     """A data set whose images are replaced by the tokens `[N, dim]` that enter the last blocks.
 
-    `tokens` is `[n, N, dim]` in half precision; labels, maps and fixations stay as they are. They
-    have the last `blocks` blocks of the model before them.
+    An image passes the frozen trunk when it is first asked for. Its tokens are kept in half
+    precision in the computer's memory: 0.15 MB with ViT-S/16. All else is as in `dataset`.
+
+    Args:
+        model: its blocks but the last `blocks` must not change any more.
+        tokens: `[n, N, dim]` of all images, where they have passed the trunk before.
+
+    Raises:
+        ValueError: the data set is augmented.
     """
 
-    def __init__(self, tokens: Tensor, items: list[dict], blocks: int) -> None:
-        self.tokens, self.items, self.blocks = tokens, items, blocks
+    def __init__(
+        self, model: SigmoidViT, dataset: BirdDataset, blocks: int, tokens: Tensor | None = None
+    ) -> None:
+        if dataset.augment:
+            raise ValueError(
+                "the pictures are augmented, so their tokens cannot be kept; make the data set "
+                "with augment=False"
+            )
+        self.model, self.dataset, self.blocks = model, dataset, blocks
+        self.tokens = [None] * len(dataset) if tokens is None else tokens
+        self._annotations: dict[int, dict] = {}
+
+    @cached_property
+    def index_of(self) -> dict[str, int]:
+        """Position of every image by its id."""
+        ids = self.dataset.table["image_id"]
+        return {str(image_id): index for index, image_id in enumerate(ids)}
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict:
-        """As `BirdDataset`; a seed for crop and flip is of no use here."""
+        """As `BirdDataset`, with "tokens", and how many "blocks" follow them, but no "image".
+
+        A seed for crop and flip is of no use here.
+        """
         index = index[0] if isinstance(index, tuple) else index
-        return {"tokens": self.tokens[index], **self.items[index]}
+        self.keep([index])
+        if index not in self._annotations:
+            self._annotations[index] = self.dataset.annotations(index)
+        item = {"tokens": self.tokens[index], "blocks": self.blocks}
+        return item | self._annotations[index]
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Items, stacked."""
+        self.keep(indices)
+        return default_collate([self[int(index)] for index in indices])
+
+    def keep(self, indices: Sequence[int], tick: Tick | None = None, workers: int = 0) -> None:
+        """Takes images through the trunk unless that was done before.
+
+        Args:
+            tick: called with the number of images left, before each part of them; where not given,
+                a tqdm bar is shown.
+            workers: processes that load images.
+        """
+        missing = [i for i in dict.fromkeys(map(int, indices)) if self.tokens[i] is None]
+        if not missing:
+            return
+        # A generator of its own: the caller's random numbers are as if nothing had been.
+        options = {"num_workers": workers, "generator": torch.Generator()}
+        parts = iter(DataLoader(Subset(self.dataset, missing), TRUNK_BATCH, **options))
+        left = range(len(missing), 0, -TRUNK_BATCH)
+        hidden = tick is not None
+        for count in tqdm(left, "frozen trunk", delay=1.0, leave=False, disable=hidden):
+            if tick is not None:
+                tick(count)
+            part = next(parts)
+            tokens = _run_trunk(self.model, part["image"], self.blocks)
+            for index, one in zip(part["index"].tolist(), tokens, strict=True):
+                self.tokens[index] = one
 
 
 # Runs of one comparison share their frozen trunk: its tokens are read once a process.
@@ -56,7 +119,6 @@ def forget_tokens() -> None:
     _CACHE.clear()
 
 
-@torch.no_grad()
 def with_cached_tokens(
     model: SigmoidViT, dataset: BirdDataset, config: RunConfig, folder: Path
 ) -> CachedTokens:
@@ -79,13 +141,14 @@ def with_cached_tokens(
                 if not file.is_file():
                     for half in folder.glob(f"{file.name}.*.tmp"):  # of a process that was killed
                         half.unlink()
-                    tokens = _run_trunk(model, dataset, blocks, config.train.workers)
-                    write_bytes(file, safetensors.torch.save({"tokens": tokens}))
+                    found = CachedTokens(model, dataset, blocks)
+                    found.keep(range(len(dataset)), workers=config.train.workers)
+                    tokens = {"tokens": torch.stack(found.tokens)}
+                    write_bytes(file, safetensors.torch.save(tokens))
         while len(_CACHE) >= 4:  # train, val and test of one data set, and one more
             _CACHE.pop(next(iter(_CACHE)))
         _CACHE[key] = safetensors.torch.load_file(file)["tokens"]
-    items = [dataset.annotations(i) for i in range(len(dataset))]
-    return CachedTokens(_CACHE[key], items, blocks)
+    return CachedTokens(model, dataset, blocks, _CACHE[key])
 
 
 def _digest(model: SigmoidViT, dataset: BirdDataset, config: RunConfig, blocks: int) -> str:
@@ -102,10 +165,9 @@ def _digest(model: SigmoidViT, dataset: BirdDataset, config: RunConfig, blocks: 
     return digest.hexdigest()
 
 
-def _run_trunk(model: SigmoidViT, dataset: BirdDataset, blocks: int, workers: int) -> Tensor:
-    """What enters the last `blocks` blocks, `[n, N, dim]` in half precision."""
-    device = next(model.parameters()).device
-    model.eval()
-    loader = DataLoader(dataset, batch_size=32, num_workers=workers)
-    bar = tqdm(loader, desc="tokens of the frozen trunk", leave=False)
-    return torch.cat([model.tokens(b["image"].to(device), -blocks).half().cpu() for b in bar])
+@torch.no_grad()
+def _run_trunk(model: SigmoidViT, images: Tensor, blocks: int) -> Tensor:
+    """What enters the last `blocks` blocks, `[B, N, dim]` in half precision."""
+    with restoring(model):
+        model.eval()
+        return model.tokens(images.to(next(model.parameters())), -blocks).half().cpu()

@@ -342,7 +342,7 @@ def test_a_damaged_entry_is_noticed_and_built_again(tmp_path, damage):
     whole = entry.read_bytes()
     entry.write_bytes(damage(whole))
     with pytest.raises(ValueError, match="is damaged; delete it"):
-        DecodedImages.open(entry, len(paths))
+        DecodedImages(entry, len(paths))
     assert cached(paths, tmp_path / "cache", 12).path == entry
     assert entry.read_bytes() == whole
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib.data.toy.birds import SPLITS, ToyBirds, make, simulate_gaze
+from lib.data.toy.birds import TOY_SPLITS, ToyBirds, make, simulate_gaze
 from lib.data.toy.draw import draw
 from lib.data.toy.scene import ATTRIBUTES, DECOY_COLOURS, SPECIES, Scene, sample_scene
 
@@ -28,7 +28,7 @@ def birds() -> ToyBirds:
 @pytest.fixture(scope="module")
 def small() -> dict[str, ToyBirds]:
     """Many images at the smallest size: enough to count labels and decoys."""
-    return {split: make(split, 160, size=16) for split in SPLITS}
+    return {split: make(split, 160, size=16) for split in TOY_SPLITS}
 
 
 def checksum(birds: ToyBirds) -> int:

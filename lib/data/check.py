@@ -15,16 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 from tqdm.auto import tqdm
 
 from lib.config import DataConfig
+from lib.data.dataset import read_records
 from lib.data.maps import Box, human_map
-from lib.data.pictures import read_picture
-from lib.data.records import Record
-from lib.data.sources import read_records
-
-PARTS = ("train", "val", "test")
+from lib.data.pictures import is_in_colours, read_picture
+from lib.data.sources import Record
+from lib.data.splits import PARTS
 
 # Every problem that is looked for, and whether training stops at it.
 PROBLEMS: dict[str, bool] = {
@@ -199,19 +197,9 @@ def _map(part: str, record: Record, config: DataConfig, grid: tuple[int, int]) -
         return
     if not known.any():
         yield Finding("map: zeros only", part, where)
-    if isinstance(source, Path) and _in_colours(source):
+    is_picture = isinstance(source, Path) and source.suffix.lower() != ".npy"
+    if is_picture and is_in_colours(source):
         yield Finding("map: in colours, read as brightness", part, str(source))
-
-
-def _in_colours(path: Path) -> bool:
-    """Whether the channels of an RGB map differ by more than JPEG does to grey ones."""
-    if path.suffix.lower() == ".npy":
-        return False
-    with Image.open(path) as picture:
-        if picture.mode not in ("RGB", "RGBA", "P"):
-            return False
-        channels = np.asarray(picture.convert("RGB")).astype(int)
-    return int(np.ptp(channels, axis=2).max()) > 24
 
 
 def _same_files(

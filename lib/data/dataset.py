@@ -27,10 +27,15 @@ from tqdm.auto import tqdm
 
 from lib.config import DataConfig
 from lib.data.cache import DecodedImages, decoded_images
-from lib.data.maps import Source, box_map, fixation_counts, human_map, to_grid
+from lib.data.cub import CUB2010, CUB2011
+from lib.data.maps import HumanSource, box_map, fixation_counts, human_map, to_grid
 from lib.data.pictures import read_picture
-from lib.data.records import Part, Record
-from lib.data.sources import read_records
+from lib.data.sources import FOLDER, DataSet, Record
+from lib.data.splits import PARTS, Part
+from lib.data.toy.birds import toy_records
+
+# The data sets on disk by name; "toy" is drawn.
+DATA_SETS: dict[str, DataSet] = {"cub2011": CUB2011, "cub2010": CUB2010, "folder": FOLDER}
 
 CORNERS = ("x0", "y0", "x1", "y1")  # columns of a box in the table, behind its prefix
 FINE = 4  # cells of a training map per grid cell and axis: a crop then moves it by quarter patches
@@ -138,7 +143,7 @@ class BirdDataset(Dataset):
         return maps, valid
 
     def _map(
-        self, source: Source | None, size: tuple[int, int] | None, fine: int
+        self, source: HumanSource | None, size: tuple[int, int] | None, fine: int
     ) -> tuple[Tensor, Tensor]:
         config = self.config
         if size is None and isinstance(source, Path):
@@ -292,6 +297,20 @@ def _drawn_from(seed: int) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
+def read_records(config: DataConfig, part: Part) -> tuple[list[Record], list[str]]:
+    """The records of one part of a data set, and the names of all classes by label.
+
+    Raises ValueError (a `SplitError` among them) and FileNotFoundError, one sentence with the
+    remedy each. Broken and missing pictures are not noticed here: reading them is.
+    """
+    if config.name == "toy":
+        return toy_records(config, part)
+    if config.name not in DATA_SETS:
+        known = ", ".join(("toy", *DATA_SETS))
+        raise ValueError(f"data set {config.name!r} is unknown; use one of {known}.")
+    return DATA_SETS[config.name].records(config, part)
+
+
 def make_dataset(
     config: DataConfig,
     split: Part,
@@ -306,7 +325,7 @@ def make_dataset(
     off to measure, on the training split too. Raises ValueError for a name or split that does not
     exist or is empty, FileNotFoundError with the remedy where the files are missing.
     """
-    if split not in ("train", "val", "test"):
+    if split not in PARTS:
         raise ValueError(f"split {split!r} is unknown; use train, val or test.")
     records, classes = read_records(config, split)
     return BirdDataset(records, classes, config, grid, mean, std, augment)

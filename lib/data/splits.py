@@ -17,12 +17,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from lib.files import make_folder, write_text
 
+Part = Literal["train", "val", "test"]
 PARTS = ("train", "val", "test")  # in this order, so that a leak runs from train to test
 REMAKE = "correct it, or make the file again with `python -m lib split`"
 

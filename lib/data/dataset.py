@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -181,7 +180,8 @@ class BirdDataset(Dataset):
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Tensor | int]:
         """The item at `index`; of `(index, seed)`, with the crop and flip that the seed draws."""
         if isinstance(index, tuple):
-            with _drawn_from(index[1]):
+            with torch.random.fork_rng(devices=()):  # what was drawn before goes on afterwards
+                torch.default_generator.manual_seed(index[1])
                 return self[index[0]]
         index = range(len(self))[index]  # negative ones too, and IndexError past the end
         if self.augment:
@@ -243,7 +243,7 @@ class BirdDataset(Dataset):
         return self.table.reindex(columns=columns).to_numpy(np.float64)
 
     def cover(self, prefix: str = "", grid: tuple[int, int] | None = None) -> Tensor | None:
-        """Share of each cell that a box of the table covers, float32 [N, gh, gw] in [0, 1].
+        """Share of each cell that a box of the table covers, float32 [N, P] in [0, 1].
 
         `prefix` names the box ("" the bird's, "d" the decoy's), `grid` is that of the model unless
         given. No box covers nothing; None where the table has no such boxes at all.
@@ -251,7 +251,7 @@ class BirdDataset(Dataset):
         if prefix + CORNERS[0] not in self.table:
             return None
         size, grid = tuple(self.config.image_size), grid or self.grid
-        maps = [box_map(box, size, grid) for box in self.corners(prefix)]
+        maps = [box_map(box, size, grid).ravel() for box in self.corners(prefix)]
         return torch.from_numpy(np.stack(maps))
 
     def parts(self, index: int) -> Tensor | None:
@@ -284,17 +284,6 @@ def _random_crop(
 ) -> v2.Transform:
     """A random crop, brought to the model's input size."""
     return v2.RandomResizedCrop(size, scale, ratio, antialias=True)
-
-
-@contextmanager
-def _drawn_from(seed: int) -> Iterator[None]:
-    """Random numbers of the CPU come from `seed`; what was drawn before goes on afterwards."""
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
 
 
 def read_records(config: DataConfig, part: Part) -> tuple[list[Record], list[str]]:
@@ -394,9 +383,5 @@ def conflicting_decoys(table: pd.DataFrame) -> pd.Series:
 
 
 def decoy_cover(dataset: BirdDataset) -> Tensor | None:
-    """Share of every cell that the decoy covers, `[n, P]` in [0, 1]; None without decoys."""
-    return flat_cover(dataset.cover("d"))
-
-
-def flat_cover(cover: Tensor | None) -> Tensor | None:
-    return None if cover is None else cover.flatten(1)
+    """Share of every cell that the decoy covers, `[N, P]` in [0, 1]; None without decoys."""
+    return dataset.cover("d")

@@ -64,17 +64,16 @@ def list_cub2010(root: Path) -> Listing:
 
 
 def _list_by_lists(home: Path) -> Listing:
-    lines = {}
-    for name in ("train", "test"):
-        text = read_text(home / "lists" / f"{name}.txt")
-        lines[name] = [line.strip() for line in text.splitlines() if line.strip()]
-    paths = sorted({*lines["train"], *lines["test"]})
-    names = tuple(sorted({PurePosixPath(path).parent.name for path in paths}))
-    row = {
-        p: Row(p, names.index(PurePosixPath(p).parent.name), PurePosixPath(p).stem) for p in paths
-    }
-    rows = [row[path] for path in (*lines["train"], *lines["test"])]
-    is_train = [True] * len(lines["train"]) + [False] * len(lines["test"])
+    train, test = (
+        [line.strip() for line in read_text(home / "lists" / name).splitlines() if line.strip()]
+        for name in ("train.txt", "test.txt")
+    )
+    class_of = {path: PurePosixPath(path).parent.name for path in (*train, *test)}
+    names = tuple(sorted(set(class_of.values())))
+    rows = [
+        Row(path, names.index(class_of[path]), PurePosixPath(path).stem) for path in (*train, *test)
+    ]
+    is_train = [True] * len(train) + [False] * len(test)
     return as_listing(home, home / "images", rows, names, by_flag(rows, names, is_train))
 
 

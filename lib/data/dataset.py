@@ -231,11 +231,8 @@ class BirdDataset(Dataset):
     def _counts(self, index: int) -> Tensor:
         """Fixations per cell and reader on the evaluation grid, float32 [R, P]."""
         gaze = self.records[index].gaze
-        counts = torch.zeros(len(gaze), self.grid[0] * self.grid[1])
-        for row, look in zip(counts, gaze, strict=True):
-            found = fixation_counts(look.fixations, (look.height, look.width), self.grid)
-            row.copy_(torch.from_numpy(found.ravel()))
-        return counts
+        counts = [fixation_counts(look.fixations, look.size, self.grid) for look in gaze]
+        return torch.from_numpy(np.reshape(counts, (-1, math.prod(self.grid))).astype(np.float32))
 
     def corners(self, prefix: str = "") -> np.ndarray:
         """x0, y0, x1, y1 of the boxes of the table, float64 [N, 4]; NaN where there is none."""
@@ -272,18 +269,13 @@ class BirdDataset(Dataset):
         who looked at this image, 0 where nobody did or the map is no gaze.
         """
         record = self.records[index]
-        maps = torch.zeros(len(record.gaze), self.grid[0] * self.grid[1])
+        maps = torch.zeros(len(record.gaze), math.prod(self.grid))
         for row, look in zip(maps, record.gaze, strict=True):
             row.copy_(self._map((look,), record.size, 1)[0].flatten())
         return maps, self._counts(index)
 
 
-@lru_cache(maxsize=256)  # made once, not for every picture
-def _random_crop(
-    size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]
-) -> v2.Transform:
-    """A random crop, brought to the model's input size."""
-    return v2.RandomResizedCrop(size, scale, ratio, antialias=True)
+_random_crop = lru_cache(maxsize=256)(v2.RandomResizedCrop)  # made once, not for every picture
 
 
 def read_records(config: DataConfig, part: Part) -> tuple[list[Record], list[str]]:

@@ -20,7 +20,7 @@ from lib.config import DataConfig, file_md5
 from lib.data.corrections import load_corrections
 from lib.data.maps import Box, HumanSource, Painted, Recording
 from lib.data.pictures import DATA_REMEDY, picture_size
-from lib.data.splits import Part, Row, Split, per_class, read_split, with_validation
+from lib.data.splits import PARTS, Part, Row, Split, per_class, read_split, with_validation
 
 MAP_EXTENSIONS = (".npy", ".png", ".jpg", ".jpeg")
 Corners = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of the picture
@@ -228,7 +228,7 @@ def list_by_folders(home: Path) -> Listing:
     """
     if not home.is_dir():
         raise FileNotFoundError(f"{home} is missing; {DATA_REMEDY}.")
-    parts = [name for name in ("train", "val", "test") if (home / name).is_dir()]
+    parts = [name for name in PARTS if (home / name).is_dir()]
     if "train" not in parts:
         rows, names = _class_folders(home, "", None)
         return as_listing(home, home, rows, names, None)
@@ -238,11 +238,9 @@ def list_by_folders(home: Path) -> Listing:
         found[part], _ = _class_folders(home, part, names)
     if not found["test"]:
         found["test"], found["val"] = found["val"], []
-    rows = [*found["train"], *found["val"], *found["test"]]
-    if not found["test"]:
-        return as_listing(home, home, rows, names, None)
-    split = Split(*(tuple(found[part]) for part in ("train", "test")), names, tuple(found["val"]))
-    return as_listing(home, home, rows, names, split)
+    train, val, test = (tuple(found[part]) for part in PARTS)
+    split = Split(train, test, names, val) if test else None
+    return as_listing(home, home, (*train, *val, *test), names, split)
 
 
 def _class_folders(

@@ -159,10 +159,16 @@ def _choose(
     return SPECIES[label].attributes, label, decoy
 
 
+# ---------------------------------------------------------------------------------------- records
+
 TOY_FIRST_ID = {"train": 0, "val": 100_000, "test": 200_000}  # an id names one drawn bird only
+
+# Drawn once a process: a comparison reads the same split for every run. Not to be changed.
+_drawn = lru_cache(maxsize=8)(make)
 
 
 def toy_records(config: DataConfig, part: Part) -> tuple[list[Record], list[str]]:
+    """As `lib.data.dataset.read_records`; the table gets the colour of each bird's decoy."""
     height, width = config.image_size
     if height != width:
         raise ValueError(
@@ -171,17 +177,14 @@ def toy_records(config: DataConfig, part: Part) -> tuple[list[Record], list[str]
         )
     count = {"train": config.toy_train, "val": config.toy_val, "test": config.toy_test}[part]
     birds = _drawn(part, count, config.seed, height, config.agreement)
-    first = TOY_FIRST_ID[part]
     painted = painted_maps(config.maps_dir) if config.maps == "corrections" else {}
     records = []
-    for i in range(count):
-        image_id, box = first + i, tuple(birds.boxes[i])
+    for i, image_id in enumerate(range(TOY_FIRST_ID[part], TOY_FIRST_ID[part] + count)):
+        box = tuple(birds.boxes[i])
         places = np.column_stack([birds.parts[i], np.ones(len(birds.parts[i]), np.float32)])
-        recordings = tuple(
-            Recording(image_id, width, height, looks) for looks in birds.gaze[i] if len(looks)
-        )
+        readers = (looks for looks in birds.gaze[i] if len(looks))
         sources = {
-            "gaze": recordings,
+            "gaze": tuple(Recording(image_id, width, height, looks) for looks in readers),
             "boxes": Box(box, width, height),
             "parts": (Recording(image_id, width, height, places),),
             "corrections": painted.get(image_id),
@@ -205,9 +208,3 @@ def toy_records(config: DataConfig, part: Part) -> tuple[list[Record], list[str]
             )
         )
     return records, [species.name for species in SPECIES]
-
-
-@lru_cache(maxsize=8)
-def _drawn(part: str, count: int, seed: int, size: int, agreement: float) -> ToyBirds:
-    """Drawn once a process: a comparison reads the same split for every run. Not to be changed."""
-    return make(part, count, seed, size=size, agreement=agreement)

@@ -29,12 +29,12 @@ from lib.data.cache import DecodedImages, decoded_images
 from lib.data.cub import CUB2010, CUB2011
 from lib.data.maps import HumanSource, box_map, fixation_counts, human_map, to_grid
 from lib.data.pictures import read_picture
-from lib.data.sources import FOLDER, DataSet, Record
+from lib.data.sources import CLASS_FOLDERS, DataSet, Record
 from lib.data.splits import PARTS, Part
 from lib.data.toy.birds import toy_records
 
 # The data sets on disk by name; "toy" is drawn.
-DATA_SETS: dict[str, DataSet] = {"cub2011": CUB2011, "cub2010": CUB2010, "folder": FOLDER}
+DATA_SETS: dict[str, DataSet] = {"cub2011": CUB2011, "cub2010": CUB2010, "folder": CLASS_FOLDERS}
 
 CORNERS = ("x0", "y0", "x1", "y1")  # columns of a box in the table, behind its prefix
 FINE = 4  # cells of a training map per grid cell and axis: a crop then moves it by quarter patches

@@ -11,12 +11,10 @@ import hashlib
 import http.client
 import posixpath
 import shutil
-import stat
 import tarfile
 import time
 import urllib.error
 import urllib.request
-import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,8 +29,7 @@ LONGEST_WAIT = 60.0  # seconds between two requests
 HEADERS = {"User-Agent": "sigmoid-attention-vit"}  # some servers refuse urllib's own name
 BAR = {"unit": "B", "unit_scale": True, "leave": False}
 AGAIN = "run the same command again"
-# What tarfile and zipfile raise on damaged, encrypted or foreign files
-DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError)
+DAMAGED = (tarfile.TarError, zlib.error, EOFError, ValueError)  # what tarfile raises on such files
 
 
 class DownloadError(OSError):
@@ -248,12 +245,12 @@ def _mismatch(path: Path, source: Published) -> str | None:
 
 
 def extract(archive: str | Path, folder: str | Path, top: str) -> Path:
-    """Extract the folder `top` of a .tgz, .tar or .zip to `folder / top`; returns that path.
+    """Extract the folder `top` of a .tgz or .tar to `folder / top`; returns that path.
 
     Everything is extracted to a temporary folder beside it first, which is gone afterwards in
     every case; what the archive holds beside `top` is not kept. Absolute names, names with "..",
-    devices, links that leave their top folder, and any link in a zip are refused. Damage is noticed
-    by the checksums of gzip and of the members of a zip; a bare .tar has none for what it holds.
+    devices and links that leave their top folder are refused. Damage is noticed by the checksums of
+    gzip; a bare .tar has none for what it holds.
 
     Raises DownloadError when `folder / top` is there already, the archive is refused, damaged or
     without `top`, or the disk is full.
@@ -265,8 +262,7 @@ def extract(archive: str | Path, folder: str | Path, top: str) -> Path:
             raise _FinalError(f"{target} is there already; move it away")
         shutil.rmtree(part, ignore_errors=True)  # left by a process that was killed
         part.mkdir(parents=True)
-        unpack = _unzip if archive.suffix == ".zip" else _untar
-        unpack(archive, part)
+        _untar(archive, part)
         if not (part / top).is_dir():
             raise _FinalError(f"it holds no folder {top}; use the published archive")
         move_into_place(part / top, target)
@@ -294,9 +290,7 @@ def _untar(archive: Path, folder: Path) -> None:
 
         def checked(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo:
             bar.update(raw.tell() - bar.n)
-            _check_name(member.name)
-            if member.issym() or member.islnk():
-                _check_link(member)
+            _refuse_unsafe(member)
             # Devices, and links that leave by way of other links
             return tarfile.data_filter(member, path)
 
@@ -305,33 +299,13 @@ def _untar(archive: Path, folder: Path) -> None:
             pass
 
 
-def _unzip(archive: Path, folder: Path) -> None:
-    with zipfile.ZipFile(archive) as file:
-        members = file.infolist()
-        for member in members:
-            _check_name(member.filename)
-            if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
-                raise _refused(member.filename, "is a link or a device")
-        total = sum(member.compress_size for member in members)
-        with tqdm(desc=archive.name, total=total, **BAR) as bar:
-            for member in members:
-                file.extract(member, folder)
-                bar.update(member.compress_size)
-
-
-def _check_name(name: str) -> None:
-    path = PureWindowsPath(name)  # takes / and \ as separators and knows drives: refused everywhere
-    if path.anchor or ".." in path.parts:
-        raise _refused(name, "leaves the folder")
-
-
-def _check_link(member: tarfile.TarInfo) -> None:
-    """Only the top folder is kept, so a link must stay in its own."""
-    start = posixpath.dirname(member.name) if member.issym() else ""
-    target = posixpath.normpath(posixpath.join(start, member.linkname))
-    if target.split("/")[0] != posixpath.normpath(member.name).split("/")[0]:
-        raise _refused(member.name, f"is a link to {member.linkname}, which leaves its folder")
-
-
-def _refused(name: str, what: str) -> _FinalError:
-    return _FinalError(f"its member {name!r} {what}; delete the archive")
+def _refuse_unsafe(member: tarfile.TarInfo) -> None:
+    name = PureWindowsPath(member.name)  # takes / and \ as separators and knows drives, everywhere
+    leaves = "leaves the folder" if name.anchor or ".." in name.parts else ""
+    if member.issym() or member.islnk():  # only the top folder is kept, so it must stay in its own
+        start = posixpath.dirname(member.name) if member.issym() else ""
+        target = posixpath.normpath(posixpath.join(start, member.linkname))
+        if target.split("/")[0] != posixpath.normpath(member.name).split("/")[0]:
+            leaves = f"is a link to {member.linkname}, which leaves its folder"
+    if leaves:
+        raise _FinalError(f"its member {member.name!r} {leaves}; delete the archive")

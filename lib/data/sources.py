@@ -273,4 +273,4 @@ def _class_folders(
     return rows, names
 
 
-FOLDER = DataSet(list_by_folders)
+CLASS_FOLDERS = DataSet(list_by_folders)

@@ -41,10 +41,10 @@ def simulate_gaze(
     """
     if readers < 1:
         raise ValueError(f"readers is {readers}; simulate at least one reader.")
-    return [_read(scene, rng, size) for _ in range(readers)]
+    return [_one_reader(scene, rng, size) for _ in range(readers)]
 
 
-def _read(scene: Scene, rng: np.random.Generator, size: int) -> np.ndarray:
+def _one_reader(scene: Scene, rng: np.random.Generator, size: int) -> np.ndarray:
     places = np.array([scene.parts[name] for name in _visited(rng)])  # [V, 2]
     places = places.repeat(rng.integers(2, 4, size=len(places)), axis=0)  # [F, 2], 2 or 3 each
     astray = np.flatnonzero(rng.random(len(places)) < _ELSEWHERE)

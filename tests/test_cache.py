@@ -20,6 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_files import disk_of
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as v2
 from tqdm.auto import tqdm
@@ -391,16 +392,10 @@ def test_too_little_room_is_said_before_the_work(tmp_path, monkeypatch, size, ne
 
 
 def test_a_disk_that_is_full_while_writing_is_said_in_the_same_way(tmp_path):
-    # A limit on file sizes stands for the full disk; the system reports both by the same write.
-    resource = pytest.importorskip("resource")
     paths = pictures(tmp_path / "jpg", [(100, 100)] * 40)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (700_000, limits[1]))
-    try:
-        with pytest.raises(OSError, match=r"need 1\.2 MB, but .*has room for 0\.7 MB; set CA"):
-            cached(paths, tmp_path / "cache", 100)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = r"need 1\.2 MB, but .*has room for 0\.7 MB; set CA"
+    with disk_of(700_000), pytest.raises(OSError, match=message):
+        cached(paths, tmp_path / "cache", 100)
     assert left_in(tmp_path / "cache") == []
 
 

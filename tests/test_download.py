@@ -7,7 +7,6 @@ import io
 import itertools
 import random
 import re
-import resource
 import signal
 import socket
 import stat
@@ -27,6 +26,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_files import disk_of
 
 from lib.data import download as module
 from lib.data.download import SOURCES, DownloadError, Published, download, extract, fetch_file
@@ -370,21 +370,10 @@ def test_ctrl_c_leaves_the_part(serve, tmp_path):
     assert kept and site.asked == [f"bytes={kept}-"]
 
 
-@contextmanager
-def largest_file(size: int):
-    """No file may grow beyond `size` bytes: what a full disk does, with a real error."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk_says_what_is_needed_and_keeps_the_part(serve, tmp_path):
     body = BODY * 40
     site = serve(body=body)
-    with largest_file(1_000_000), pytest.raises(DownloadError) as caught:
+    with disk_of(1_000_000), pytest.raises(DownloadError) as caught:
         fetch_file(source(site, body), tmp_path, wait=0)
     assert len(site.asked) == 1 and not (tmp_path / FILE).exists()
     kept = part_of(tmp_path)
@@ -581,7 +570,7 @@ def test_no_archive_at_all(tmp_path, out):
 @suffixes
 def test_a_full_disk_leaves_nothing(tmp_path, out, suffix):
     archive = tar_of(tmp_path / f"x.{suffix}", {**TREE, "top/big": BODY * 10})
-    with largest_file(400_000), pytest.raises(DownloadError, match="make room for more than"):
+    with disk_of(400_000), pytest.raises(DownloadError, match="make room for more than"):
         extract(archive, out, "top")
     assert list(out.iterdir()) == []
 

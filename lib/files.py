@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 
 class StorageError(OSError):
     """A file could not be written; what stood there before is intact."""
+
+
+def disk_is_full(error: OSError) -> bool:
+    """Whether a write failed for lack of room: on the disk, in the quota, or in one file."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def move_into_place(finished: Path, path: Path) -> None:
+    """Gives a finished file or folder its name, in one step; an old file is replaced."""
+    os.replace(finished, path)
+
+
+@contextmanager
+def replacing(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
+    """An open file that becomes `path` when the block ends; after any error nothing of it is left.
+
+    `temporary` is its name meanwhile, in the same folder. Left out, it is a name of its own: two
+    processes may write the same file at the same time. OSErrors pass as they are.
+    """
+    temporary = temporary or path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # before the rename: else a power cut leaves a name only
+        move_into_place(temporary, path)
+    finally:
+        with suppress(OSError):  # in a read-only folder nothing was made
+            temporary.unlink(missing_ok=True)  # still there only after an error
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -19,23 +51,15 @@ def write_bytes(path: Path, content: bytes) -> None:
         StorageError: full disk, read-only folder and the like; names the file and the remedy.
     """
     path = Path(path)
-    # A name of its own: two processes may write the same file at the same time.
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path) as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # before the rename: else a power cut leaves a name only
-        temporary.replace(path)
     except OSError as error:
         kept = "the file that was there is intact" if path.is_file() else "nothing was there before"
         raise StorageError(
             f"{path} could not be written ({error.strerror}; {len(content) / 1e6:.0f} MB); {kept}. "
             "Free space, or name a folder that can be written"
         ) from error
-    finally:
-        with suppress(OSError):  # in a read-only folder nothing was made
-            temporary.unlink(missing_ok=True)  # still there only after an error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -20,6 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_files import disk_of
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as v2
 from tqdm.auto import tqdm
@@ -160,19 +161,7 @@ def test_the_second_run_reads_and_decodes_nothing(tmp_path):
         second[len(paths)]
 
 
-def test_order_is_kept_when_threads_finish_out_of_order(tmp_path):
-    paths = pictures(tmp_path / "jpg", [(8, 8)])
-    count = 3 * AHEAD
-
-    def slow_at_first(index):
-        time.sleep(0.02 if index % 8 == 0 else 0)
-        return torch.full((3, 2, 2), index, dtype=torch.uint8)
-
-    images = decoded_images(paths * count, tmp_path / "cache", (2, 2), slow_at_first)
-    assert [int(image.float().mean()) for image in images] == list(range(count))
-
-
-def test_only_a_few_dozen_pictures_wait_for_being_written(tmp_path, monkeypatch):
+def test_order_is_kept_and_only_a_few_dozen_pictures_wait_for_being_written(tmp_path, monkeypatch):
     paths = pictures(tmp_path / "jpg", [(8, 8)]) * 200
     started, written, waiting = [], [], []
 
@@ -183,12 +172,14 @@ def test_only_a_few_dozen_pictures_wait_for_being_written(tmp_path, monkeypatch)
             time.sleep(0.001)  # a slow disk
             yield item
 
-    def note(index):
+    def slow_at_first(index):
         started.append(index)
-        return torch.zeros(3, 4, 4, dtype=torch.uint8)
+        time.sleep(0.02 if index % 8 == 0 else 0)  # threads finish out of order
+        return torch.full((3, 2, 2), index, dtype=torch.uint8)
 
     monkeypatch.setattr("lib.data.cache.tqdm", watched)
-    decoded_images(paths, tmp_path / "cache", (4, 4), note)
+    images = decoded_images(paths, tmp_path / "cache", (2, 2), slow_at_first)
+    assert [int(image.float().mean()) for image in images] == list(range(200))
     assert len(started) == len(written) == 200 and max(waiting) <= AHEAD
 
 
@@ -342,7 +333,7 @@ def test_a_damaged_entry_is_noticed_and_built_again(tmp_path, damage):
     whole = entry.read_bytes()
     entry.write_bytes(damage(whole))
     with pytest.raises(ValueError, match="is damaged; delete it"):
-        DecodedImages.open(entry, len(paths))
+        DecodedImages(entry, len(paths))
     assert cached(paths, tmp_path / "cache", 12).path == entry
     assert entry.read_bytes() == whole
 
@@ -401,16 +392,10 @@ def test_too_little_room_is_said_before_the_work(tmp_path, monkeypatch, size, ne
 
 
 def test_a_disk_that_is_full_while_writing_is_said_in_the_same_way(tmp_path):
-    # A limit on file sizes stands for the full disk; the system reports both by the same write.
-    resource = pytest.importorskip("resource")
     paths = pictures(tmp_path / "jpg", [(100, 100)] * 40)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (700_000, limits[1]))
-    try:
-        with pytest.raises(OSError, match=r"need 1\.2 MB, but .*has room for 0\.7 MB; set CA"):
-            cached(paths, tmp_path / "cache", 100)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = r"need 1\.2 MB, but .*has room for 0\.7 MB; set CA"
+    with disk_of(700_000), pytest.raises(OSError, match=message):
+        cached(paths, tmp_path / "cache", 100)
     assert left_in(tmp_path / "cache") == []
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from lib.config import DataConfig
 from lib.data.dataset import BirdDataset, make_dataset
 from lib.data.maps import Recording, fixation_map
-from lib.data.records import Record
+from lib.data.sources import Record
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

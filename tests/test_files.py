@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lib import files
-from lib.files import StorageError, make_folder, write_bytes, write_text
+from lib.files import StorageError, make_folder, move_into_place, replacing, write_bytes, write_text
 from lib.model.weights import write_state
 
 
@@ -59,3 +59,26 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, "fsync", another_writes_meanwhile)
     write_bytes(path, b"longer content")
     assert path.read_bytes() == b"longer content" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.txt"
+    write_bytes(path, b"old")
+    with pytest.raises(KeyError), replacing(path, tmp_path / "a.building") as file:
+        file.write(b"half")
+        raise KeyError
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    with replacing(path, tmp_path / "a.building") as file:
+        file.write(b"new")
+        file.flush()
+        assert path.read_bytes() == b"old" and (tmp_path / "a.building").read_bytes() == b"new"
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_finished_file_or_folder_gets_its_name(tmp_path):
+    (tmp_path / "part").mkdir()
+    write_text(tmp_path / "part" / "a.txt", "a")
+    move_into_place(tmp_path / "part", tmp_path / "whole")
+    move_into_place(tmp_path / "whole" / "a.txt", tmp_path / "b.txt")
+    assert (tmp_path / "b.txt").read_text() == "a"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.txt", "whole"]

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lib.config import DataConfig
 from lib.data.corrections import Edit
 from lib.data.dataset import BirdDataset, make_dataset
-from lib.data.records import Record
+from lib.data.sources import Record
 from lib.edit import AttentionEdit, edit_logits, resolve_blocks, sigmoid_attention
 from lib.model.live import LiveImage
 from lib.model.vit import SigmoidViT

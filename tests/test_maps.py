@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from lib.data.cub import read_fixations
 from lib.data.maps import (
     Box,
     MapError,
@@ -20,7 +21,6 @@ from lib.data.maps import (
     fixation_counts,
     fixation_map,
     human_map,
-    read_fixations,
     to_grid,
 )
 

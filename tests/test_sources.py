@@ -16,11 +16,11 @@ from scipy.io import savemat
 from lib.config import DataConfig
 from lib.data import splits
 from lib.data.corrections import Correction, Edit, save_correction
-from lib.data.cub import gaze_files
-from lib.data.dataset import make_dataset
+from lib.data.cub import CUB2011, gaze_files
+from lib.data.dataset import make_dataset, read_records
 from lib.data.maps import box_map, fixation_map
 from lib.data.pictures import picture_size, read_picture
-from lib.data.sources import choose_split, list_pictures, read_records
+from lib.data.sources import choose_split
 
 GRID = (3, 4)
 PLAIN = (0.0,) * 3, (1.0,) * 3
@@ -195,7 +195,7 @@ def test_cub2010_that_is_not_there_names_both_layouts(tmp_path):
 
 
 def test_a_split_file_decides_and_validation_is_carved_from_train(cub):
-    listing = list_pictures(cub)
+    listing = CUB2011.pictures(cub.root)
     made = splits.per_class(listing.rows, listing.label_list, 0.7, shuffle=True, seed=3)
     path = cub.root / "split.json"
     splits.write_split(made, path)
@@ -220,7 +220,7 @@ def test_a_split_file_decides_and_validation_is_carved_from_train(cub):
 
 
 def test_a_split_file_that_names_a_stranger_is_refused(cub):
-    listing = list_pictures(cub)
+    listing = CUB2011.pictures(cub.root)
     path = cub.root / "split.json"
     splits.write_split(listing.published, path)
     path.write_text(path.read_text().replace("bird_3.jpg", "bird_33.jpg"))
@@ -229,7 +229,7 @@ def test_a_split_file_that_names_a_stranger_is_refused(cub):
 
 
 def test_the_published_split_is_that_of_the_lists(cub):
-    split = choose_split(cub, list_pictures(cub))
+    split = choose_split(cub, CUB2011.pictures(cub.root))
     assert len(split.test) == 8 and len(split.train) + len(split.val) == 12
 
 

@@ -13,9 +13,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib.data.toy.birds import SPLITS, ToyBirds, make, simulate_gaze
-from lib.data.toy.draw import draw
-from lib.data.toy.scene import ATTRIBUTES, DECOY_COLOURS, SPECIES, Scene, sample_scene
+from lib.data.toy.birds import TOY_SPLITS, ToyBirds, make, simulate_gaze
+from lib.data.toy.draw import _PAINTED, draw
+from lib.data.toy.scene import (
+    ATTRIBUTES,
+    DECOY_COLOURS,
+    HABITATS,
+    SPECIES,
+    Scene,
+    sample_scene,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,7 +35,7 @@ def birds() -> ToyBirds:
 @pytest.fixture(scope="module")
 def small() -> dict[str, ToyBirds]:
     """Many images at the smallest size: enough to count labels and decoys."""
-    return {split: make(split, 160, size=16) for split in SPLITS}
+    return {split: make(split, 160, size=16) for split in TOY_SPLITS}
 
 
 def checksum(birds: ToyBirds) -> int:
@@ -56,6 +63,10 @@ def test_neither_one_mark_nor_two_identify_the_species() -> None:
 def test_decoy_colours_are_far_apart() -> None:
     for a, b in itertools.combinations(DECOY_COLOURS.values(), 2):
         assert np.linalg.norm(np.subtract(a, b)) > 95
+
+
+def test_every_habitat_is_painted_and_no_other() -> None:
+    assert tuple(_PAINTED) == HABITATS
 
 
 # ------------------------------------------------------------------------------ the data set

@@ -8,21 +8,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lib.config import (
-    PRESETS,
-    ROOT,
-    preset,
-)
+from lib.config import PRESETS, ROOT, preset
 
 # Each command imports what it needs itself: help and downloads do not wait for PyTorch.
 
-# Each command imports what it needs itself: help and downloads do not wait for PyTorch.
-
-SPLIT_NAMES = {
-    "cub2011": "cub200_2011_dataset.json",
-    "cub2010": "cub200_2010_dataset.json",
-    "folder": "folder_dataset.json",
-}
+# As the original tool names them; others are <data set>_dataset.json.
+SPLIT_FILES = {"cub2011": "cub200_2011_dataset.json", "cub2010": "cub200_2010_dataset.json"}
 
 
 def weights(
@@ -64,13 +55,13 @@ def split(
         out: the file; <data folder>/cub200_2011_dataset.json by default.
     """
     from lib.data import splits
-    from lib.data.sources import list_pictures
+    from lib.data.dataset import DATA_SETS
 
     name = os.environ.get("PRESET") or "cub2011"
     if name == "toy":
         raise ValueError("toy birds are drawn in parts and need no split; set PRESET to another")
     config = preset(name).data
-    listing = list_pictures(config)
+    listing = DATA_SETS[config.name].pictures(config.root)
     if not official:
         made = splits.per_class(listing.rows, listing.label_list, N, shuffle, seed)
     elif listing.published:
@@ -79,7 +70,7 @@ def split(
         raise ValueError(f"{listing.home} comes without a split of its own; leave out --official")
     if val_share:
         made = splits.with_validation(made, val_share, seed)
-    out = out or config.root / SPLIT_NAMES[name]
+    out = out or config.root / SPLIT_FILES.get(name, f"{name}_dataset.json")
     splits.write_split(made, out)
     parts = [f"{len(getattr(made, part))} {part}" for part in ("train", "val", "test")]
     print(f"{out}: {', '.join(parts)} images of {len(made.label_list)} classes")

@@ -19,19 +19,17 @@ is kept as it is.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, suppress
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -40,11 +38,12 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as v2
 from tqdm.auto import tqdm
 
+from lib.files import disk_is_full, replacing
+
 FORMAT = 1  # of an entry; part of the key
 THREADS = min(16, os.cpu_count() or 1)
 AHEAD = 32  # pictures that wait for being written: bounds the memory
 SAMPLE = 16  # pictures that the size of the whole is estimated from
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota or largest file of the file system
 REMEDY = "set CACHE to another folder, or to 0 to decode every time"
 
 
@@ -59,16 +58,19 @@ class DecodedImages(Sequence[Tensor]):
         path: the file.
     """
 
-    def __init__(self, path: Path, sizes: np.ndarray) -> None:
-        """`sizes` is the table of the entry, int32 [N, 2]: height and width of each picture."""
-        self.path = path
-        self._sizes = sizes
-        self._starts = _starts(sizes)
-
-    @classmethod
-    def open(cls, path: Path, count: int) -> DecodedImages:
+    def __init__(self, path: Path, count: int) -> None:
         """Open the entry of `count` pictures; OSError or ValueError if it is missing or damaged."""
-        return cls(path, _read_sizes(path, count))
+        self.path = path
+        with path.open("rb") as file:
+            table, check = file.read(8 * count), file.read(4)
+            length = os.fstat(file.fileno()).st_size
+        intact = _crc32(table) == check
+        if intact:
+            self._sizes = np.frombuffer(table, "<i4").reshape(-1, 2)  # height, width
+            # Where each picture starts in the file, and where the last one ends.
+            self._starts = np.cumsum([len(table) + len(check), *_lengths(self._sizes)])
+        if not intact or self._starts[-1] != length:
+            raise ValueError(f"{path} is damaged; delete it, and the next run builds it again.")
 
     @property
     def bytes_on_disk(self) -> int:
@@ -90,7 +92,7 @@ class DecodedImages(Sequence[Tensor]):
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
     def __reduce__(self) -> tuple:
-        return DecodedImages.open, (self.path, len(self))
+        return DecodedImages, (self.path, len(self))
 
 
 def decoded_images(
@@ -119,16 +121,27 @@ def decoded_images(
         raise ValueError("There are no pictures to decode; give at least one path.")
     sides = [size] if isinstance(size, int) else list(size)  # as torchvision's resize takes it
     path = Path(folder).absolute() / f"decoded-{_key(paths, sides)}.pixels"
-    images = _finished(path, len(paths))
-    if images is None:
-        with _sole_builder(path) as temporary:
-            images = _finished(path, len(paths))  # another process may have built it by now
-            if images is None:
-                path.unlink(missing_ok=True)  # damaged: gives its room back
-                _build(temporary, paths, sides, decode)
-                temporary.replace(path)
-                images = DecodedImages.open(path, len(paths))
-    return images
+    with suppress(OSError, ValueError):  # missing or damaged
+        return DecodedImages(path, len(paths))
+    temporary = path.with_suffix(".building")
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # One lock for all entries of the folder: whoever holds it knows that every other
+            # unfinished file is what a killed process left.
+            stack.enter_context(FileLock(path.with_name("decoded.lock")))
+            for left in path.parent.glob("decoded-*.building"):
+                left.unlink()
+            temporary.touch()
+            stack.callback(temporary.unlink, missing_ok=True)
+        except OSError as error:
+            reason = error.strerror or error
+            raise OSError(f"{path.parent} cannot be written ({reason}); {REMEDY}.") from error
+        with suppress(OSError, ValueError):  # another process may have built it by now
+            return DecodedImages(path, len(paths))
+        path.unlink(missing_ok=True)  # damaged: gives its room back
+        _decode_all(path, temporary, paths, sides, decode)
+    return DecodedImages(path, len(paths))
 
 
 def _key(paths: Sequence[Path], sides: list[int]) -> str:
@@ -148,85 +161,58 @@ def _key(paths: Sequence[Path], sides: list[int]) -> str:
     return key.hexdigest()[:16]
 
 
-def _finished(path: Path, count: int) -> DecodedImages | None:
-    """The entry, or None where it is missing or damaged."""
-    try:
-        return DecodedImages.open(path, count)
-    except (OSError, ValueError):
-        return None
+def _crc32(table: bytes) -> bytes:
+    return zlib.crc32(table).to_bytes(4, "little")
 
 
-def _header(count: int) -> int:
-    """Bytes before the first pixel: the table of sizes and its CRC-32."""
-    return 8 * count + 4
+def _lengths(sizes: np.ndarray) -> np.ndarray:
+    """Bytes of pictures of these sizes, int64 [N]."""
+    return 3 * sizes.astype(np.int64).prod(axis=1)
 
 
-def _starts(sizes: np.ndarray) -> np.ndarray:
-    """Where each picture starts in the file, and where the last one ends: int64 [N + 1]."""
-    lengths = 3 * sizes.astype(np.int64).prod(axis=1)
-    return np.cumsum(np.concatenate([[_header(len(sizes))], lengths]))
-
-
-def _read_sizes(path: Path, count: int) -> np.ndarray:
-    """The table of an entry, int32 [N, 2], checked by its CRC-32 and against the file's length."""
-    with path.open("rb") as file:
-        table, check = file.read(8 * count), file.read(4)
-        length = os.fstat(file.fileno()).st_size
-    if zlib.crc32(table).to_bytes(4, "little") == check:
-        sizes = np.frombuffer(table, "<i4").reshape(-1, 2)
-        if _starts(sizes)[-1] == length:
-            return sizes
-    raise ValueError(f"{path} is damaged; delete it, and the next run builds it again.")
-
-
-@contextmanager
-def _sole_builder(path: Path) -> Iterator[Path]:
-    """Hold the folder's lock and give a new empty file to build `path` in, removed at the end.
-
-    One lock for all entries of the folder: whoever holds it knows that every other unfinished file
-    is what a killed process left.
-    """
-    folder, temporary = path.parent, path.with_suffix(".building")
-    with ExitStack() as stack:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(folder / "decoded.lock"))
-            for left in folder.glob("decoded-*.building"):
-                left.unlink()
-            temporary.touch()
-        except OSError as error:
-            reason = error.strerror or error
-            raise OSError(f"{folder} cannot be written ({reason}); {REMEDY}.") from error
-        try:
-            yield temporary
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def _build(
-    temporary: Path, paths: Sequence[Path], sides: list[int], decode: Callable[[int], Tensor]
+def _decode_all(
+    path: Path,
+    temporary: Path,
+    paths: Sequence[Path],
+    sides: list[int],
+    decode: Callable[[int], Tensor],
 ) -> None:
-    """Decode, resize and write all pictures to `temporary`, to the disk itself."""
+    """Decode, resize and write all pictures to the entry `path`; the table comes last."""
 
     def picture(index: int) -> np.ndarray:
         return _resized(decode(index), sides, paths[index])
 
-    room = shutil.disk_usage(temporary.parent).free
-    with closing(_in_order(picture, len(paths))) as pictures:
+    def no_room(room: float) -> OSError:
+        return OSError(
+            f"The decoded pictures need {needed / 1e6:,.1f} MB, but {path.parent} has room for "
+            f"{room / 1e6:,.1f} MB; {REMEDY}."
+        )
+
+    sizes = np.zeros((len(paths), 2), "<i4")
+    header = sizes.nbytes + 4
+    room = shutil.disk_usage(path.parent).free
+    with closing(_ahead(picture, len(paths))) as pictures:
         first: list[np.ndarray] = []
         pixels = 3 * np.prod(sides)
         if len(sides) == 1:  # proportions differ: known only from the pictures
             first = list(islice(pictures, SAMPLE))
             pixels = np.mean([array.nbytes for array in first])
-        needed = _header(len(paths)) + len(paths) * pixels
+        needed = header + len(paths) * pixels
         if needed > room:
-            raise _no_room(temporary.parent, needed, room)
+            raise no_room(room)
+        how = {"total": len(paths), "delay": 1.0, "leave": False}
         try:
-            with temporary.open("wb") as file:
-                _write(file, chain(first, pictures), len(paths))
+            with replacing(path, temporary) as file:
+                file.seek(header)
+                every = tqdm(chain(first, pictures), "decoded pictures", **how)
+                for index, array in enumerate(every):
+                    file.write(array)
+                    sizes[index] = array.shape[:2]
+                file.seek(0)
+                file.write(sizes.tobytes() + _crc32(sizes.tobytes()))
         except OSError as error:  # of the pictures too: those pass
-            if error.errno in FULL:
-                raise _no_room(temporary.parent, needed, temporary.stat().st_size) from error
+            if disk_is_full(error):
+                raise no_room(header + _lengths(sizes).sum()) from error
             raise
 
 
@@ -242,38 +228,11 @@ def _resized(pixels: Tensor, sides: list[int], path: Path) -> np.ndarray:
     return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
 
 
-def _in_order(picture: Callable[[int], np.ndarray], count: int) -> Iterator[np.ndarray]:
-    """`picture` of 0 to count - 1, made in threads: Pillow and torch release the GIL."""
-    pool = ThreadPoolExecutor(THREADS)
-    try:
-        waiting: deque[Future[np.ndarray]] = deque()
-        for index in range(count):
-            waiting.append(pool.submit(picture, index))
-            if len(waiting) == AHEAD:
-                yield waiting.popleft().result()
+def _ahead(picture: Callable[[int], np.ndarray], count: int) -> Iterator[np.ndarray]:
+    """`picture` of 0 to count - 1 in order, made in threads: Pillow and torch release the GIL."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        made = (pool.submit(picture, index) for index in range(count))
+        waiting = deque(islice(made, AHEAD))
         while waiting:
             yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _write(file: BinaryIO, pictures: Iterable[np.ndarray], count: int) -> None:
-    """Write an entry; the table comes last, because it is known last."""
-    sizes = np.zeros((count, 2), "<i4")
-    file.seek(_header(count))
-    progress = tqdm(pictures, "decoded pictures", total=count, delay=1.0, leave=False)
-    for index, picture in enumerate(progress):
-        sizes[index] = picture.shape[:2]
-        file.write(picture)
-    table = sizes.tobytes()
-    file.seek(0)
-    file.write(table + zlib.crc32(table).to_bytes(4, "little"))
-    file.flush()
-    os.fsync(file.fileno())  # before the rename: a power cut must not leave the name without bytes
-
-
-def _no_room(folder: Path, needed: float, room: float) -> OSError:
-    return OSError(
-        f"The decoded pictures need {needed / 1e6:,.1f} MB, but {folder} has room for "
-        f"{room / 1e6:,.1f} MB; {REMEDY}."
-    )
+            waiting.extend(islice(made, 1))

@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 from tqdm.auto import tqdm
 
 from lib.config import DataConfig
+from lib.data.dataset import read_records
 from lib.data.maps import Box, human_map
-from lib.data.pictures import read_picture
-from lib.data.records import Record
-from lib.data.sources import read_records
-
-PARTS = ("train", "val", "test")
+from lib.data.pictures import is_in_colours, read_picture
+from lib.data.sources import Record
+from lib.data.splits import PARTS
 
 # Every problem that is looked for, and whether training stops at it.
 PROBLEMS: dict[str, bool] = {
@@ -138,7 +137,7 @@ def _examine(
     part: str, record: Record, config: DataConfig, grid: tuple[int, int]
 ) -> tuple[list[Finding], str]:
     """What is wrong with one picture and its map, and a digest of its file."""
-    where = _name(record)
+    say = partial(Finding, part=part, where=_name(record))
     digest = ""
     found: list[Finding] = []
     if isinstance(record.image, Path):
@@ -146,72 +145,50 @@ def _examine(
             picture = read_picture(record.image)
             digest = hashlib.md5(record.image.read_bytes()).hexdigest()
         except FileNotFoundError:
-            return [Finding("picture: missing", part, where)], ""
+            return [say("picture: missing")], ""
         except OSError:
-            return [Finding("picture: unreadable", part, where)], ""
-        found += _sizes(part, record, picture.size, config.image_size)
-    found += _outside(part, record)
-    if config.maps != "none":
-        found += _map(part, record, config, grid)
-    return found, digest
-
-
-def _sizes(
-    part: str, record: Record, size: tuple[int, int], wanted: tuple[int, int]
-) -> Iterator[Finding]:
-    where, words = _name(record), "{} x {} pixels".format(*size)
-    if record.gaze and size != (record.gaze[0].width, record.gaze[0].height):
-        look = record.gaze[0]
-        detail = f"{words}, its gaze {look.width} x {look.height}"
-        yield Finding("picture: of another size than its gaze", part, where, detail)
-    if size[0] < wanted[1] and size[1] < wanted[0]:
-        yield Finding("picture: smaller than the model's input", part, where, words)
-
-
-def _outside(part: str, record: Record) -> Iterator[Finding]:
-    """Boxes and fixations that leave the picture."""
+            return [say("picture: unreadable")], ""
+        words = f"{picture.width} x {picture.height} pixels"
+        if record.gaze and (picture.height, picture.width) != record.gaze[0].size:
+            detail = f"{words}, its gaze {record.gaze[0].width} x {record.gaze[0].height}"
+            found.append(say("picture: of another size than its gaze", detail=detail))
+        if picture.height < config.image_size[0] and picture.width < config.image_size[1]:
+            found.append(say("picture: smaller than the model's input", detail=words))
     height, width = record.size or (np.inf, np.inf)
-    boxes = [box for name, box in record.boxes.items() if name == ""]
-    if isinstance(record.human, Box):
-        boxes.append(record.human.corners)
-    for x0, y0, x1, y1 in boxes[:1]:
-        if min(x0, y0) < 0 or x1 > width + 1 or y1 > height + 1:  # a pixel of rounding is allowed
-            detail = f"{x0:g}, {y0:g} to {x1:g}, {y1:g} in {width} x {height}"
-            yield Finding("box: reaches out of the picture", part, _name(record), detail)
+    box = record.boxes.get("") or (record.human.corners if isinstance(record.human, Box) else None)
+    # A pixel of rounding is allowed.
+    if box and (min(box[:2]) < 0 or box[2] > width + 1 or box[3] > height + 1):
+        detail = "{:g}, {:g} to {:g}, {:g}".format(*box) + f" in {width} x {height}"
+        found.append(say("box: reaches out of the picture", detail=detail))
     outside = 0
     for look in record.gaze:
         x, y, _ = look.fixations.T
         outside += int(((x < 0) | (y < 0) | (x >= look.width) | (y >= look.height)).sum())
     if outside:
-        yield Finding("gaze: fixations out of the picture", part, _name(record), str(outside))
+        found.append(say("gaze: fixations out of the picture", detail=str(outside)))
+    if config.maps != "none":
+        found += _about_map(say, record, config, grid)
+    return found, digest
 
 
-def _map(part: str, record: Record, config: DataConfig, grid: tuple[int, int]) -> Iterator[Finding]:
-    where, source = _name(record), record.human
+def _about_map(
+    say: Callable[..., Finding], record: Record, config: DataConfig, grid: tuple[int, int]
+) -> Iterator[Finding]:
+    source = record.human
     if not source:
-        yield Finding("map: none", part, where)
+        yield say("map: none")
         return
     style = (config.sigma, config.sigma_unit, config.weight)
     try:
         _, known = human_map(source, record.size, grid, *style, shown=tuple(config.image_size))
     except (OSError, ValueError) as error:
-        yield Finding("map: unreadable or of another size", part, where, str(error))
+        yield say("map: unreadable or of another size", detail=str(error))
         return
     if not known.any():
-        yield Finding("map: zeros only", part, where)
-    if isinstance(source, Path) and _in_colours(source):
-        yield Finding("map: in colours, read as brightness", part, str(source))
-
-
-def _in_colours(path: Path) -> bool:
-    """Whether the channels of an RGB map differ by more than JPEG does to grey ones."""
-    if path.suffix.lower() == ".npy":
-        return False
-    with Image.open(path) as picture:
-        if picture.mode not in ("RGB", "RGBA", "P"):
-            return False
-        channels = np.asarray(picture.convert("RGB")).astype(int)
-    return int(np.ptp(channels, axis=2).max()) > 24
+        yield say("map: zeros only")
+    is_picture = isinstance(source, Path) and source.suffix.lower() != ".npy"
+    if is_picture and is_in_colours(source):
+        yield say("map: in colours, read as brightness", where=str(source))
 
 
 def _same_files(

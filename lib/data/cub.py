@@ -1,8 +1,14 @@
-"""CUB-200-2011 and CUB-200 of 2010: the pictures, boxes and parts, and people's gaze (CUB-GHA)."""
+"""CUB-200-2011 and CUB-200 of 2010: the pictures, boxes and parts, and people's gaze (CUB-GHA).
+
+CUB-GHA is Rong et al., "Human Attention in Fine-grained Classification", BMVC 2021,
+https://github.com/yaorong0921/CUB-GHA.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -11,45 +17,41 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from lib.config import DataConfig
-from lib.data.folders import list_by_folders
-from lib.data.maps import Box, Recording, Source, read_fixations
-from lib.data.pictures import picture_size
-from lib.data.records import (
-    DATA_REMEDY,
-    Listing,
-    as_listing,
-    id_lines,
-    id_table,
-    look_up,
-    read_text,
-)
+from lib.data.maps import HumanSource, Recording
+from lib.data.pictures import DATA_REMEDY, picture_size
+from lib.data.sources import Corners, DataSet, Listing, as_boxes, as_listing, list_by_folders
 from lib.data.splits import Row, by_flag
 
-PARTS = Path("parts", "part_locs.txt")  # of CUB-200-2011, below its home
+PART_LOCATIONS = Path("parts", "part_locs.txt")  # of CUB-200-2011, below its home
+RESTORE = "restore the file from the published archive"
+
+# Values before the first fixation. A fixation adds three, so a line's length modulo 3 tells which.
+SHORT_HEADER = 3  # image_id, width, height: fixations in pixels of the original picture
+LONG_HEADER = 7  # ... and shown_width, shown_height, shown_x, shown_y: fixations in screen pixels
 
 
-def list_cub2011(config: DataConfig) -> Listing:
+# --------------------------------------------------------------------------------------- pictures
+
+
+def list_cub2011(root: Path) -> Listing:
     """CUB-200-2011 (Wah et al., 2011), whole or cut to some classes; labels as in classes.txt."""
-    home = Path(config.root) / "CUB_200_2011"
-    files = id_table(home / "images.txt", str)
-    classes = id_table(home / "classes.txt", str)
-    labels = id_table(home / "image_class_labels.txt", int)
-    official = id_table(home / "train_test_split.txt", int)
-    position = {class_id: i for i, class_id in enumerate(classes)}
-    rows = []
-    for image, (path,) in files.items():
-        class_id = look_up(labels, image, "image_class_labels.txt")[0]
-        rows.append(Row(path, look_up(position, class_id, "classes.txt"), str(image)))
-    is_train = [look_up(official, image, "train_test_split.txt")[0] == 1 for image in files]
-    names = tuple(name for (name,) in classes.values())
-    ids = {path: image for image, (path,) in files.items()}
-    split = by_flag(rows, names, is_train)
+    home = root / "CUB_200_2011"
+    files = IdTable(home / "images.txt", str)
+    classes = IdTable(home / "classes.txt", str)
+    class_of = IdTable(home / "image_class_labels.txt", int)
+    official = IdTable(home / "train_test_split.txt", int)
+    names = tuple(classes.values())
+    rows = [
+        Row(path, names.index(classes[class_of[image]]), str(image))
+        for image, path in files.items()
+    ]
+    split = by_flag(rows, names, [official[image] == 1 for image in files])
+    ids = {path: image for image, path in files.items()}
     return Listing(home, home / "images", tuple(rows), names, split, ids)
 
 
-def list_cub2010(config: DataConfig) -> Listing:
+def list_cub2010(root: Path) -> Listing:
     """CUB-200 of 2010 (Welinder et al.): as published (images, lists), or sorted into folders."""
-    root = Path(config.root)
     for home in (root / "CUB_200_2010", root / "cub200", root):
         if (home / "lists").is_dir():
             return _list_by_lists(home)
@@ -62,21 +64,127 @@ def list_cub2010(config: DataConfig) -> Listing:
 
 
 def _list_by_lists(home: Path) -> Listing:
-    lines = {}
-    for name in ("train", "test"):
-        text = read_text(home / "lists" / f"{name}.txt")
-        lines[name] = [line.strip() for line in text.splitlines() if line.strip()]
-    paths = sorted({*lines["train"], *lines["test"]})
-    names = tuple(sorted({PurePosixPath(path).parent.name for path in paths}))
-    row = {
-        p: Row(p, names.index(PurePosixPath(p).parent.name), PurePosixPath(p).stem) for p in paths
-    }
-    rows = [row[path] for path in (*lines["train"], *lines["test"])]
-    is_train = [True] * len(lines["train"]) + [False] * len(lines["test"])
+    train, test = (
+        [line.strip() for line in read_text(home / "lists" / name).splitlines() if line.strip()]
+        for name in ("train.txt", "test.txt")
+    )
+    class_of = {path: PurePosixPath(path).parent.name for path in (*train, *test)}
+    names = tuple(sorted(set(class_of.values())))
+    rows = [
+        Row(path, names.index(class_of[path]), PurePosixPath(path).stem) for path in (*train, *test)
+    ]
+    is_train = [True] * len(train) + [False] * len(test)
     return as_listing(home, home / "images", rows, names, by_flag(rows, names, is_train))
 
 
-def gaze_of(config: DataConfig, listing: Listing) -> Callable[[Row], Source | None]:
+# -------------------------------------------------------------------------------- official lists
+
+
+def read_text(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; {DATA_REMEDY}.")
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def id_lines(path: Path, kind: type, columns: int) -> list[tuple[int, tuple]]:
+    """Lines `id value...` of an official file, in its order; values of the type `kind`."""
+    found = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        words = line.split()
+        if not words:
+            continue
+        try:
+            if len(words) != columns + 1:
+                raise ValueError
+            found.append((int(words[0]), tuple(kind(word) for word in words[1:])))
+        except ValueError:
+            raise ValueError(
+                f"{path}, line {number} is {line[:60]!r} where an id and {columns} value(s) are "
+                f"expected; {RESTORE}."
+            ) from None
+    return found
+
+
+class IdTable(dict):
+    """An official file by id: a value, or a tuple of several; an id without a line is refused."""
+
+    def __init__(self, path: Path, kind: type, columns: int = 1) -> None:
+        self.path = path
+        for key, values in id_lines(path, kind, columns):
+            if key in self:
+                raise ValueError(f"{path} has the id {key} twice; {RESTORE}.")
+            self[key] = values[0] if columns == 1 else values
+
+    def __missing__(self, key: int) -> None:
+        raise ValueError(f"{self.path.name} has no line for id {key}; {RESTORE}.")
+
+
+# -------------------------------------------------------------------------------- boxes and parts
+
+
+def box_corners(listing: Listing) -> Callable[[Row], Corners]:
+    boxes = IdTable(listing.home / "bounding_boxes.txt", float, columns=4)
+
+    def corners(row: Row) -> Corners:
+        x, y, w, h = boxes[listing.ids[row.path]]
+        return x, y, x + w, y + h
+
+    return corners
+
+
+def visible_parts(listing: Listing) -> Callable[[Row], np.ndarray | None]:
+    """Of the 15 parts of a bird, see `Record.parts`; none where the file is not there."""
+    path = listing.home / PART_LOCATIONS
+    parts = _parts_in(path, path.stat().st_mtime_ns) if path.is_file() else {}
+    return lambda row: parts.get(listing.ids[row.path])
+
+
+@lru_cache(maxsize=2)  # 177,000 lines that every split of every run would read again
+def _parts_in(path: Path, changed: int) -> dict[int, np.ndarray]:
+    """The parts of a file; `changed`, its time, makes a changed file another one."""
+    parts: dict[int, list[tuple[float, float, float]]] = {}
+    for image, (_, x, y, visible) in id_lines(path, float, columns=4):
+        if visible:
+            parts.setdefault(image, []).append((x, y, 1.0))
+    return {image: np.array(places, dtype=np.float32) for image, places in parts.items()}
+
+
+def parts_as_looks(config: DataConfig, listing: Listing) -> Callable[[Row], tuple[Recording, ...]]:
+    """The visible parts as looks of equal length."""
+    if not (listing.home / PART_LOCATIONS).is_file():
+        raise FileNotFoundError(f"{listing.home / PART_LOCATIONS} is missing; {DATA_REMEDY}.")
+    parts = visible_parts(listing)
+
+    def source(row: Row) -> tuple[Recording, ...]:
+        size, places = picture_size(listing.images / row.path), parts(row)
+        if size is None or places is None:
+            return ()
+        return (Recording(listing.ids[row.path], size[1], size[0], places),)
+
+    return source
+
+
+def box_corners_2010(listing: Listing) -> Callable[[Row], Corners | None]:
+    """annotations-mat/<class>/<picture>.mat of the published set: bbox.left, top, right, bottom."""
+    from scipy.io import loadmat  # takes long to import
+
+    def corners(row: Row) -> Corners | None:
+        path = (listing.home / "annotations-mat" / row.path).with_suffix(".mat")
+        if not path.is_file():
+            return None
+        try:
+            box = loadmat(path, simplify_cells=True)["bbox"]
+            return tuple(float(box[side]) for side in ("left", "top", "right", "bottom"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no bbox; restore it from the archive.") from error
+
+    return corners
+
+
+# ------------------------------------------------------------------------------------------- gaze
+
+
+def gaze_of(config: DataConfig, listing: Listing) -> Callable[[Row], HumanSource | None]:
     paths = gaze_files(Path(config.root) / "CUB_GHA", config.gaze_runs)
     gaze = _read_gaze(tuple((path, path.stat().st_mtime_ns) for path in paths))
     return lambda row: gaze.get(listing.ids[row.path])
@@ -116,7 +224,7 @@ def _read_gaze(files: tuple[tuple[Path, int], ...]) -> dict[int, tuple[Recording
             if not len(look.fixations):
                 continue
             known = gaze.get(image, ())
-            if known and frame_of(known) != (look.height, look.width):
+            if known and known[0].size != look.size:
                 raise ValueError(
                     f"{path} gives image {image} the size {look.width} x {look.height}, another "
                     f"run {known[0].width} x {known[0].height}; restore the gaze files."
@@ -125,76 +233,101 @@ def _read_gaze(files: tuple[tuple[Path, int], ...]) -> dict[int, tuple[Recording
     return gaze
 
 
-def frame_of(gaze: Sequence[Recording]) -> tuple[int, int]:
-    """Height and width that the fixations are measured in."""
-    return gaze[0].height, gaze[0].width
+def read_fixations(path: str | Path) -> dict[int, Recording]:
+    """Read one gaze file of CUB-GHA, a line a picture, and return its recordings by image id.
 
+    Two layouts are read, both in whole or decimal numbers without a title line:
+    `image_id,width,height,(x,y,ms)*` (the files in data_5runs, original pixels) and
+    `image_id,width,height,shown_width,shown_height,shown_x,shown_y,(x,y,ms)*` (the layout that the
+    data set's README gives for Fixation.txt, in pixels of the screen that showed the picture
+    scaled and shifted; converted here to original pixels). All lines of a file have one layout.
+    Lines of one image id are joined: run 1 has up to four lines for some pictures.
 
-def boxes_by_id(home: Path) -> dict[int, tuple[float, ...]]:
-    """x0, y0, x1, y1 by image id."""
-    table = id_table(home / "bounding_boxes.txt", float, columns=4)
-    return {image: (x, y, x + w, y + h) for image, (x, y, w, h) in table.items()}
-
-
-def box_of(config: DataConfig, listing: Listing) -> Callable[[Row], Source | None]:
-    boxes = boxes_by_id(listing.home)
-
-    def source(row: Row) -> Box | None:
-        size = picture_size(listing.images / row.path)
-        box = look_up(boxes, listing.ids[row.path], "bounding_boxes.txt")
-        return None if size is None else Box(box, size[1], size[0])
-
-    return source
-
-
-def parts_of(config: DataConfig, listing: Listing) -> Callable[[Row], Source | None]:
-    """The visible ones of the 15 parts as looks of equal length."""
-    parts = parts_by_id(listing.home)
-    if not parts:
-        raise FileNotFoundError(f"{listing.home / PARTS} is missing; {DATA_REMEDY}.")
-
-    def source(row: Row) -> tuple[Recording, ...]:
-        image, size = listing.ids[row.path], picture_size(listing.images / row.path)
-        if size is None or image not in parts:
-            return ()
-        return (Recording(image, size[1], size[0], parts[image]),)
-
-    return source
-
-
-def parts_by_id(home: Path) -> dict[int, np.ndarray]:
-    """Visible parts by image id, see `Record.parts`; none where the file is not there."""
-    path = home / PARTS
-    return _parts_in(path, path.stat().st_mtime_ns) if path.is_file() else {}
-
-
-@lru_cache(maxsize=2)  # 177,000 lines that every split of every run would read again
-def _parts_in(path: Path, changed: int) -> dict[int, np.ndarray]:
-    """The parts of a file; `changed`, its time, makes a changed file another one."""
-    parts: dict[int, list[tuple[float, float, float]]] = {}
-    for image, (_, x, y, visible) in id_lines(path, float, columns=4):
-        if visible:
-            parts.setdefault(image, []).append((x, y, 1.0))
-    return {image: np.array(places, dtype=np.float32) for image, places in parts.items()}
-
-
-def box_of_2010(config: DataConfig, listing: Listing) -> Callable[[Row], Source | None]:
-    """annotations-mat/<class>/<picture>.mat of the published set: bbox.left, top, right, bottom."""
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise ValueError("boxes of CUB-200-2010 are .mat files; `pip install scipy`.") from error
-
-    def source(row: Row) -> Box | None:
-        path = (listing.home / "annotations-mat" / row.path).with_suffix(".mat")
-        size = picture_size(listing.images / row.path)
-        if size is None or not path.is_file():
-            return None
+    Raises ValueError with file, line number, value and remedy for a line that is neither, and
+    FileNotFoundError where there is no file.
+    """
+    recordings: dict[int, Recording] = {}
+    first = header = 0  # number of the first line that is not blank, and length of its header
+    # errors="replace": a binary file then fails in _numbers_in with file and line
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
         try:
-            box = loadmat(path, simplify_cells=True)["bbox"]
-            corners = tuple(float(box[side]) for side in ("left", "top", "right", "bottom"))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} holds no bbox; restore it from the archive.") from error
-        return Box(corners, size[1], size[0])
+            values = _numbers_in(line)
+            if not header:
+                header, first = _header_length(values), number
+            if len(values) < header or (len(values) - header) % 3:
+                raise ValueError(
+                    f"has {len(values)} values, but {header} and 3 more for each fixation are "
+                    f"expected as in line {first}"
+                )
+            recording = _recording(values, header)
+            known = recordings.get(recording.image_id)
+            recordings[recording.image_id] = _join(known, recording) if known else recording
+        except ValueError as error:
+            remedy = "restore the line from the published file"
+            raise ValueError(f"{path}, line {number} {error}; {remedy}.") from None
+    return recordings
 
-    return source
+
+def _numbers_in(line: str) -> np.ndarray:
+    """The comma-separated numbers of a line, float64."""
+    values = []
+    for text in line.split(","):
+        try:
+            values.append(float(text))
+        except ValueError:
+            values.append(math.nan)
+        if not math.isfinite(values[-1]):
+            raise ValueError(f"has {text.strip()[:40]!r} where a number is expected")
+    return np.array(values)
+
+
+def _header_length(values: np.ndarray) -> int:
+    for header in (SHORT_HEADER, LONG_HEADER):
+        if len(values) >= header and (len(values) - header) % 3 == 0:
+            return header
+    raise ValueError(
+        f"has {len(values)} values, but 3 or 7 and 3 more for each fixation are expected"
+    )
+
+
+def _recording(values: np.ndarray, header: int) -> Recording:
+    fixations = values[header:].reshape(-1, 3).copy()
+    for name, value in zip(("image_id", "width", "height"), values, strict=False):
+        if value < 1 or value != int(value):
+            raise ValueError(f"has {name} {value:g}, which is no whole number above 0")
+    if (fixations[:, 2] < 0).any():
+        raise ValueError(f"has the duration {fixations[:, 2].min():g} ms, which is below 0")
+    if header == LONG_HEADER:
+        shown, start = values[3:5], values[5:7]
+        if (shown <= 0).any():
+            raise ValueError(f"has the size on screen {shown[0]:g} x {shown[1]:g}, which is empty")
+        fixations[:, :2] = (fixations[:, :2] - start) * values[1:3] / shown
+    image_id, width, height = (int(value) for value in values[:3])
+    return Recording(image_id, width, height, fixations.astype(np.float32))
+
+
+def _join(known: Recording, more: Recording) -> Recording:
+    if known.size != more.size:
+        raise ValueError(
+            f"gives image {more.image_id} the size {more.width} x {more.height}, an earlier line "
+            f"{known.width} x {known.height}"
+        )
+    return replace(known, fixations=np.concatenate([known.fixations, more.fixations]))
+
+
+CUB2011 = DataSet(
+    list_cub2011,
+    maps={
+        "gaze": gaze_of,
+        "boxes": lambda _, listing: as_boxes(listing, box_corners(listing)),
+        "parts": parts_as_looks,
+    },
+    boxes=box_corners,
+    parts=visible_parts,
+)
+CUB2010 = DataSet(
+    list_cub2010, maps={"boxes": lambda _, listing: as_boxes(listing, box_corners_2010(listing))}
+)

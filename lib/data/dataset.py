@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,10 +26,15 @@ from tqdm.auto import tqdm
 
 from lib.config import DataConfig
 from lib.data.cache import DecodedImages, decoded_images
-from lib.data.maps import Source, box_map, fixation_counts, human_map, to_grid
+from lib.data.cub import CUB2010, CUB2011
+from lib.data.maps import HumanSource, box_map, fixation_counts, human_map, to_grid
 from lib.data.pictures import read_picture
-from lib.data.records import Part, Record
-from lib.data.sources import read_records
+from lib.data.sources import CLASS_FOLDERS, DataSet, Record
+from lib.data.splits import PARTS, Part
+from lib.data.toy.birds import toy_records
+
+# The data sets on disk by name; "toy" is drawn.
+DATA_SETS: dict[str, DataSet] = {"cub2011": CUB2011, "cub2010": CUB2010, "folder": CLASS_FOLDERS}
 
 CORNERS = ("x0", "y0", "x1", "y1")  # columns of a box in the table, behind its prefix
 FINE = 4  # cells of a training map per grid cell and axis: a crop then moves it by quarter patches
@@ -138,7 +142,7 @@ class BirdDataset(Dataset):
         return maps, valid
 
     def _map(
-        self, source: Source | None, size: tuple[int, int] | None, fine: int
+        self, source: HumanSource | None, size: tuple[int, int] | None, fine: int
     ) -> tuple[Tensor, Tensor]:
         config = self.config
         if size is None and isinstance(source, Path):
@@ -176,7 +180,8 @@ class BirdDataset(Dataset):
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Tensor | int]:
         """The item at `index`; of `(index, seed)`, with the crop and flip that the seed draws."""
         if isinstance(index, tuple):
-            with _drawn_from(index[1]):
+            with torch.random.fork_rng(devices=()):  # what was drawn before goes on afterwards
+                torch.default_generator.manual_seed(index[1])
                 return self[index[0]]
         index = range(len(self))[index]  # negative ones too, and IndexError past the end
         if self.augment:
@@ -226,11 +231,8 @@ class BirdDataset(Dataset):
     def _counts(self, index: int) -> Tensor:
         """Fixations per cell and reader on the evaluation grid, float32 [R, P]."""
         gaze = self.records[index].gaze
-        counts = torch.zeros(len(gaze), self.grid[0] * self.grid[1])
-        for row, look in zip(counts, gaze, strict=True):
-            found = fixation_counts(look.fixations, (look.height, look.width), self.grid)
-            row.copy_(torch.from_numpy(found.ravel()))
-        return counts
+        counts = [fixation_counts(look.fixations, look.size, self.grid) for look in gaze]
+        return torch.from_numpy(np.reshape(counts, (-1, math.prod(self.grid))).astype(np.float32))
 
     def corners(self, prefix: str = "") -> np.ndarray:
         """x0, y0, x1, y1 of the boxes of the table, float64 [N, 4]; NaN where there is none."""
@@ -238,7 +240,7 @@ class BirdDataset(Dataset):
         return self.table.reindex(columns=columns).to_numpy(np.float64)
 
     def cover(self, prefix: str = "", grid: tuple[int, int] | None = None) -> Tensor | None:
-        """Share of each cell that a box of the table covers, float32 [N, gh, gw] in [0, 1].
+        """Share of each cell that a box of the table covers, float32 [N, P] in [0, 1].
 
         `prefix` names the box ("" the bird's, "d" the decoy's), `grid` is that of the model unless
         given. No box covers nothing; None where the table has no such boxes at all.
@@ -246,7 +248,7 @@ class BirdDataset(Dataset):
         if prefix + CORNERS[0] not in self.table:
             return None
         size, grid = tuple(self.config.image_size), grid or self.grid
-        maps = [box_map(box, size, grid) for box in self.corners(prefix)]
+        maps = [box_map(box, size, grid).ravel() for box in self.corners(prefix)]
         return torch.from_numpy(np.stack(maps))
 
     def parts(self, index: int) -> Tensor | None:
@@ -267,29 +269,27 @@ class BirdDataset(Dataset):
         who looked at this image, 0 where nobody did or the map is no gaze.
         """
         record = self.records[index]
-        maps = torch.zeros(len(record.gaze), self.grid[0] * self.grid[1])
+        maps = torch.zeros(len(record.gaze), math.prod(self.grid))
         for row, look in zip(maps, record.gaze, strict=True):
             row.copy_(self._map((look,), record.size, 1)[0].flatten())
         return maps, self._counts(index)
 
 
-@lru_cache(maxsize=256)  # made once, not for every picture
-def _random_crop(
-    size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]
-) -> v2.Transform:
-    """A random crop, brought to the model's input size."""
-    return v2.RandomResizedCrop(size, scale, ratio, antialias=True)
+_random_crop = lru_cache(maxsize=256)(v2.RandomResizedCrop)  # made once, not for every picture
 
 
-@contextmanager
-def _drawn_from(seed: int) -> Iterator[None]:
-    """Random numbers of the CPU come from `seed`; what was drawn before goes on afterwards."""
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
+def read_records(config: DataConfig, part: Part) -> tuple[list[Record], list[str]]:
+    """The records of one part of a data set, and the names of all classes by label.
+
+    Raises ValueError (a `SplitError` among them) and FileNotFoundError, one sentence with the
+    remedy each. Broken and missing pictures are not noticed here: reading them is.
+    """
+    if config.name == "toy":
+        return toy_records(config, part)
+    if config.name not in DATA_SETS:
+        known = ", ".join(("toy", *DATA_SETS))
+        raise ValueError(f"data set {config.name!r} is unknown; use one of {known}.")
+    return DATA_SETS[config.name].records(config, part)
 
 
 def make_dataset(
@@ -306,7 +306,7 @@ def make_dataset(
     off to measure, on the training split too. Raises ValueError for a name or split that does not
     exist or is empty, FileNotFoundError with the remedy where the files are missing.
     """
-    if split not in ("train", "val", "test"):
+    if split not in PARTS:
         raise ValueError(f"split {split!r} is unknown; use train, val or test.")
     records, classes = read_records(config, split)
     return BirdDataset(records, classes, config, grid, mean, std, augment)
@@ -375,9 +375,5 @@ def conflicting_decoys(table: pd.DataFrame) -> pd.Series:
 
 
 def decoy_cover(dataset: BirdDataset) -> Tensor | None:
-    """Share of every cell that the decoy covers, `[n, P]` in [0, 1]; None without decoys."""
-    return flat_cover(dataset.cover("d"))
-
-
-def flat_cover(cover: Tensor | None) -> Tensor | None:
-    return None if cover is None else cover.flatten(1)
+    """Share of every cell that the decoy covers, `[N, P]` in [0, 1]; None without decoys."""
+    return dataset.cover("d")

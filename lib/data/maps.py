@@ -6,8 +6,7 @@ model, cell (0, 0) top left; with it goes a bool array of the cells whose value 
 is always an argument: 14 x 14 is only one of many.
 
 A fixation is a row (x, y, duration): a position in pixels of the picture, measured from its top
-left corner, and milliseconds. The gaze files are those of CUB-GHA (Rong et al., "Human Attention
-in Fine-grained Classification", BMVC 2021, https://github.com/yaorong0921/CUB-GHA).
+left corner, and milliseconds.
 """
 
 from __future__ import annotations
@@ -19,14 +18,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
+
+from lib.data.pictures import read_brightness
 
 Weight = Literal["count", "duration"]
 Unit = Literal["patch", "pixel"]
-
-# Values before the first fixation. A fixation adds three, so a line's length modulo 3 tells which.
-SHORT_HEADER = 3  # image_id, width, height: fixations in pixels of the original picture
-LONG_HEADER = 7  # ... and shown_width, shown_height, shown_x, shown_y: fixations in screen pixels
 
 
 @dataclass(frozen=True)
@@ -37,6 +33,11 @@ class Recording:
     width: int  # of the picture, pixels
     height: int  # of the picture, pixels
     fixations: np.ndarray  # float32 [F, 3]: x, y in pixels of the picture, duration in ms
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width that the fixations are measured in."""
+        return self.height, self.width
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Painted:
 
 
 # What a person gave for one picture. Part locations are a Recording whose durations are all 1.
-Source = tuple[Recording, ...] | Box | Painted | Path
+HumanSource = tuple[Recording, ...] | Box | Painted | Path
 
 
 class MapError(ValueError):
@@ -65,7 +66,7 @@ class MapError(ValueError):
 
 
 def human_map(
-    source: Source | None,
+    source: HumanSource | None,
     size: tuple[int, int] | None,
     grid: tuple[int, int],
     sigma: float = 1.0,
@@ -117,7 +118,7 @@ def human_map(
         _refuse_other_geometry(source, dense.shape, size, (shown, grid))
         found, known = to_grid(dense, known, cells)
     else:
-        frame = (source[0].height, source[0].width)
+        frame = source[0].size
         looks = np.concatenate([recording.fixations for recording in source])
         # On both axes in cells; a pixel is another share of the height than of the width.
         per_cell = fine if unit == "patch" else np.divide(cells, frame)
@@ -138,26 +139,16 @@ def read_map(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     FileNotFoundError where there is no file.
     """
     try:
-        values, opaque = _decoded(path)
+        if path.suffix.lower() == ".npy":
+            values, opaque = np.load(path, allow_pickle=False), True
+        else:
+            values, opaque = read_brightness(path)
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, EOFError, ValueError) as error:  # Pillow and NumPy, broken files
         raise MapError(f"{path} cannot be read as a map: {error}; make it again.") from error
     values, known = _unit_values(path, values)
     return torch.from_numpy(values), torch.from_numpy(known & opaque)
-
-
-def _decoded(path: Path) -> tuple[np.ndarray, np.ndarray | bool]:
-    """The numbers of a map file as they are, and where it is not transparent."""
-    if path.suffix.lower() == ".npy":
-        return np.load(path, allow_pickle=False), True
-    with Image.open(path) as picture:
-        if picture.mode.startswith("I"):  # 16 bit; older versions of Pillow say 32
-            return np.asarray(picture).astype(np.uint16), True
-        if picture.has_transparency_data:
-            grey, alpha = picture.convert("RGBA").convert("LA").split()
-            return np.asarray(grey), np.asarray(alpha) >= 128
-        return np.asarray(picture.convert("L")), True
 
 
 def _unit_values(path: Path, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -200,112 +191,6 @@ def _refuse_other_geometry(
             f"{path} is {found[1]} x {found[0]}, but its picture is {size[1]} x {size[0]} pixels; "
             "give a map of the whole picture in the same proportions."
         )
-
-
-def read_fixations(path: str | Path) -> dict[int, Recording]:
-    """Read one gaze file of CUB-GHA, a line a picture, and return its recordings by image id.
-
-    Two layouts are read, both in whole or decimal numbers without a title line:
-    `image_id,width,height,(x,y,ms)*` (the files in data_5runs, original pixels) and
-    `image_id,width,height,shown_width,shown_height,shown_x,shown_y,(x,y,ms)*` (the layout that the
-    data set's README gives for Fixation.txt, in pixels of the screen that showed the picture
-    scaled and shifted; converted here to original pixels). All lines of a file have one layout.
-    Lines of one image id are joined: run 1 has up to four lines for some pictures.
-
-    Raises ValueError with file, line number, value and remedy for a line that is neither, and
-    FileNotFoundError where there is no file.
-    """
-    recordings: dict[int, Recording] = {}
-    first = 0  # number of the first line that is not blank
-    header = 0
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        values = _numbers(line, where)
-        if not header:
-            header, first = _header(values, where), number
-        if len(values) < header or (len(values) - header) % 3:
-            raise ValueError(
-                f"{where} has {len(values)} values, but {header} and 3 more for each fixation are "
-                f"expected as in line {first}; restore the line from the published file."
-            )
-        recording = _recording(values, header, where)
-        known = recordings.get(recording.image_id)
-        recordings[recording.image_id] = _join(known, recording, where) if known else recording
-    return recordings
-
-
-def _lines(path: str | Path) -> list[str]:
-    # errors="replace": a binary file then fails in _numbers with file and line
-    return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-
-
-def _numbers(line: str, where: str) -> np.ndarray:
-    """The comma-separated numbers of a line, float64."""
-    try:
-        values = np.array(line.split(","), dtype=np.float64)
-    except ValueError:
-        values = np.array([np.nan])
-    if np.isfinite(values).all():
-        return values
-    wrong = next(text for text in line.split(",") if not _is_number(text))
-    raise ValueError(
-        f"{where} has {wrong.strip()[:40]!r} where a number is expected; "
-        "restore the line from the published file."
-    )
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return bool(np.isfinite(float(text)))
-    except ValueError:
-        return False
-
-
-def _header(values: np.ndarray, where: str) -> int:
-    for header in (SHORT_HEADER, LONG_HEADER):
-        if len(values) >= header and (len(values) - header) % 3 == 0:
-            return header
-    raise ValueError(
-        f"{where} has {len(values)} values, but 3 or 7 and 3 more for each fixation are expected; "
-        "restore the line from the published file."
-    )
-
-
-def _recording(values: np.ndarray, header: int, where: str) -> Recording:
-    fixations = values[header:].reshape(-1, 3).copy()
-    for name, value in zip(("image_id", "width", "height"), values, strict=False):
-        if value < 1 or value != int(value):
-            raise ValueError(
-                f"{where} has {name} {value:g}, which is no whole number above 0; "
-                "restore the line from the published file."
-            )
-    if (fixations[:, 2] < 0).any():
-        raise ValueError(
-            f"{where} has the duration {fixations[:, 2].min():g} ms, which is below 0; "
-            "restore the line from the published file."
-        )
-    if header == LONG_HEADER:
-        shown, start = values[3:5], values[5:7]
-        if (shown <= 0).any():
-            raise ValueError(
-                f"{where} has the size on screen {shown[0]:g} x {shown[1]:g}, which is empty; "
-                "restore the line from the published file."
-            )
-        fixations[:, :2] = (fixations[:, :2] - start) * values[1:3] / shown
-    image_id, width, height = (int(value) for value in values[:3])
-    return Recording(image_id, width, height, fixations.astype(np.float32))
-
-
-def _join(known: Recording, more: Recording, where: str) -> Recording:
-    if (known.width, known.height) != (more.width, more.height):
-        raise ValueError(
-            f"{where} gives image {more.image_id} the size {more.width} x {more.height}, an earlier"
-            f" line {known.width} x {known.height}; restore the line from the published file."
-        )
-    fixations = np.concatenate([known.fixations, more.fixations])
-    return Recording(known.image_id, known.width, known.height, fixations)
 
 
 def fixation_counts(
@@ -364,7 +249,8 @@ def fixation_map(
     # Outer products over the windows, [F, K, L]
     distance = row_distance[:, :, None] ** 2 + column_distance[:, None, :] ** 2  # squared
     values = weights[:, None, None] * np.exp(-0.5 * distance)
-    inside = _on_line(row, grid[0])[:, :, None] & _on_line(column, grid[1])[:, None, :]
+    rows, columns = (row >= 0) & (row < grid[0]), (column >= 0) & (column < grid[1])
+    inside = rows[:, :, None] & columns[:, None, :]
     keep = inside & (distance <= truncate**2 + 1e-9)
     flat = row[:, :, None] * grid[1] + column[:, None, :]
     total = np.bincount(flat[keep], weights=values[keep], minlength=grid[0] * grid[1])
@@ -395,10 +281,6 @@ def _window(position: np.ndarray, radius: float, cells: int) -> tuple[np.ndarray
     return index.astype(np.int64), index + 0.5 - position[:, None]
 
 
-def _on_line(index: np.ndarray, cells: int) -> np.ndarray:
-    return (index >= 0) & (index < cells)
-
-
 def box_map(
     box: np.ndarray | tuple[float, float, float, float],
     size: tuple[int, int],
@@ -420,8 +302,8 @@ def box_map(
     return np.outer(rows, columns).astype(np.float32)
 
 
-def _covered(start: float, end: float, cells: int) -> np.ndarray:
-    """Share of each of `cells` unit intervals that lies between start and end, [cells]."""
+def _covered(start: float | np.ndarray, end: float | np.ndarray, cells: int) -> np.ndarray:
+    """Share of each of `cells` unit intervals that lies between start and end, [..., cells]."""
     left = np.arange(cells)
     return np.clip(np.minimum(end, left + 1) - np.maximum(start, left), 0, 1)
 
@@ -449,9 +331,6 @@ def to_grid(
 @lru_cache(maxsize=64)
 def _overlap(pixels: int, cells: int) -> torch.Tensor:
     """Share of each cell that each pixel of a line covers, float32 [cells, pixels], rows sum 1."""
-    edges = np.linspace(0, pixels, cells + 1)
-    pixel = np.arange(pixels)
-    end = np.minimum(edges[1:, None], pixel + 1)
-    start = np.maximum(edges[:-1, None], pixel)
-    share = np.clip(end - start, 0, None) * (cells / pixels)
+    edges = np.linspace(0, pixels, cells + 1)[:, None]
+    share = _covered(edges[:-1], edges[1:], pixels) * (cells / pixels)
     return torch.from_numpy(share.astype(np.float32))

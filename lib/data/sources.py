@@ -1,78 +1,148 @@
 """From the files of a data set to `Record`s: where the picture is, its label, who looked where.
 
-Two steps for pictures on disk. A lister finds all pictures of a data set and the split that was
-published with it (`LISTERS`); `read_records` then chooses the split and attaches human maps. A new
-data set is a new lister.
+A `DataSet` says what is particular to one data set on disk. What all have in common is here: the
+choice of the split, maps as files, corrections, and anybody's pictures in class folders.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 
 import numpy as np
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm.auto import tqdm
 
 from lib.config import DataConfig, file_md5
-from lib.data.cub import (
-    box_of,
-    box_of_2010,
-    boxes_by_id,
-    frame_of,
-    gaze_of,
-    list_cub2010,
-    list_cub2011,
-    parts_by_id,
-    parts_of,
-)
-from lib.data.folders import list_folder, map_files, painted_maps
-from lib.data.maps import Box, Recording, Source
-from lib.data.pictures import picture_size
-from lib.data.records import Listing, Part, Record, look_up
-from lib.data.splits import Row, Split, per_class, read_split, with_validation
-from lib.data.toy.birds import ToyBirds, make
-from lib.data.toy.scene import SPECIES
+from lib.data.corrections import load_corrections
+from lib.data.maps import Box, HumanSource, Painted, Recording
+from lib.data.pictures import DATA_REMEDY, picture_size
+from lib.data.splits import PARTS, Part, Row, Split, per_class, read_split, with_validation
 
-TOY_FIRST_ID = {"train": 0, "val": 100_000, "test": 200_000}  # an id names one drawn bird only
+MAP_EXTENSIONS = (".npy", ".png", ".jpg", ".jpeg")
+Corners = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of the picture
 
 
-def read_records(config: DataConfig, part: Part) -> tuple[list[Record], list[str]]:
-    """The records of one part of a data set, and the names of all classes by label.
+@dataclass(frozen=True)
+class Record:
+    """One picture before any tensor is made of it."""
 
-    Raises ValueError (a `SplitError` among them) and FileNotFoundError, one sentence with the
-    remedy each. Broken and missing pictures are not noticed here: reading them is.
+    image_id: int
+    label: int
+    image: Path | np.ndarray  # a file, or uint8 [h, w, 3]
+    human: HumanSource | None = None  # recordings: one per reader with a fixation, one size for all
+    boxes: dict[str, tuple[float, ...]] = field(default_factory=dict)  # prefix -> x0, y0, x1, y1
+    size: tuple[int, int] | None = None  # height, width of the picture; None: cannot be read
+    columns: dict[str, int] = field(default_factory=dict)  # further columns of the table
+    parts: np.ndarray | None = None  # float32 [K, 3]: x, y in pixels, 1; None: parts are not known
+
+    @property
+    def gaze(self) -> tuple[Recording, ...]:
+        """The recordings; () where the human map is no gaze."""
+        return self.human if isinstance(self.human, tuple) else ()
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All pictures of a data set on disk."""
+
+    home: Path  # folder of the data set
+    images: Path  # folder that the paths of the rows start from
+    rows: tuple[Row, ...]
+    label_list: tuple[str, ...]  # names of the class folders, by label
+    published: Split | None  # None: the data set comes without a split
+    ids: dict[str, int]  # path of a row -> image id
+
+
+def as_listing(
+    home: Path, images: Path, rows: Sequence[Row], names: tuple[str, ...], split: Split | None
+) -> Listing:
+    """A listing whose image ids count the pictures from 1 in the order of their paths."""
+    ids = {path: i for i, path in enumerate(sorted(row.path for row in rows), start=1)}
+    return Listing(home, images, tuple(rows), names, split, ids)
+
+
+# Makes a function from a row to what people gave for its picture.
+MapsOf = Callable[[DataConfig, Listing], Callable[[Row], HumanSource | None]]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What is particular to one data set on disk: functions of it, or of its listing.
+
+    A new data set is a file that makes one of these, and a line in `lib.data.dataset.DATA_SETS`.
     """
-    if config.name == "toy":
-        return _toy_records(config, part)
-    listing = list_pictures(config)
-    split = choose_split(config, listing)
-    rows = getattr(split, part)
-    if not rows:
-        raise ValueError(
-            f"the {part} split is empty (val_share {config.val_share:g}); "
-            "choose another val_share or more images."
-        )
-    human = _human_sources(config, listing, (*split.train, *split.val, *split.test))
-    boxes = boxes_by_id(listing.home) if config.name == "cub2011" else {}
-    parts = parts_by_id(listing.home) if config.name == "cub2011" else {}
-    records = []
-    for row in tqdm(rows, desc=f"{part} records", delay=1.0, leave=False):
-        path, image_id = listing.images / row.path, listing.ids[row.path]
-        source = human(row)
-        size = frame_of(source) if isinstance(source, tuple) and source else picture_size(path)
-        box = {"": look_up(boxes, image_id, "bounding_boxes.txt")} if boxes else {}
-        found = parts.get(image_id)
-        records.append(Record(image_id, row.label, path, source, box, size, parts=found))
-    return records, [_words(name) for name in listing.label_list]
+
+    pictures: Callable[[Path], Listing]  # what the folder DATA_DIR holds of it
+    maps: dict[str, MapsOf] = field(default_factory=dict)  # by the name of DataConfig.maps
+    # For every row its box, and its Record.parts; None: the data set has none.
+    boxes: Callable[[Listing], Callable[[Row], Corners]] | None = None
+    parts: Callable[[Listing], Callable[[Row], np.ndarray | None]] | None = None
+
+    def records(self, config: DataConfig, part: Part) -> tuple[list[Record], list[str]]:
+        """As `lib.data.dataset.read_records`."""
+        listing = self.pictures(Path(config.root))
+        split = choose_split(config, listing)
+        rows = getattr(split, part)
+        if not rows:
+            raise ValueError(
+                f"the {part} split is empty (val_share {config.val_share:g}); "
+                "choose another val_share or more images."
+            )
+        human = self._human(config, listing, (*split.train, *split.val, *split.test))
+        corners = self.boxes and self.boxes(listing)
+        parts = self.parts and self.parts(listing)
+        records = []
+        for row in tqdm(rows, desc=f"{part} records", delay=1.0, leave=False):
+            path, source = listing.images / row.path, human(row)
+            is_gaze = isinstance(source, tuple) and source
+            records.append(
+                Record(
+                    image_id=listing.ids[row.path],
+                    label=row.label,
+                    image=path,
+                    human=source,
+                    boxes={"": corners(row)} if corners else {},
+                    size=source[0].size if is_gaze else picture_size(path),
+                    parts=parts(row) if parts else None,
+                )
+            )
+        # "001.Black_footed_Albatross" -> "Black footed Albatross"
+        words = [re.sub(r"^\d+\.", "", name).replace("_", " ") for name in listing.label_list]
+        return records, words
+
+    def _human(
+        self, config: DataConfig, listing: Listing, rows: Sequence[Row]
+    ) -> Callable[[Row], HumanSource | None]:
+        """A function from a row of the split to what people gave for it."""
+        if config.maps == "none":
+            return lambda row: None
+        if config.maps == "files":
+            return map_files(config.maps_dir, rows).get
+        if config.maps == "corrections":
+            painted = painted_maps(config.maps_dir)
+            return lambda row: painted.get(listing.ids[row.path])
+        if config.maps not in self.maps:
+            raise ValueError(
+                f"{config.name} comes without {config.maps}; set MAPS to one of "
+                f"{', '.join((*self.maps, 'none'))}, or to a folder of map files."
+            )
+        return self.maps[config.maps](config, listing)
 
 
-def list_pictures(config: DataConfig) -> Listing:
-    """All pictures of the data set that `config.name` names; ValueError for an unknown name."""
-    if config.name not in LISTERS:
-        known = ", ".join(("toy", *LISTERS))
-        raise ValueError(f"data set {config.name!r} is unknown; use one of {known}.")
-    return LISTERS[config.name](config)
+def as_boxes(
+    listing: Listing, corners: Callable[[Row], Corners | None]
+) -> Callable[[Row], Box | None]:
+    """Bounding boxes as human maps."""
+
+    def source(row: Row) -> Box | None:
+        size, box = picture_size(listing.images / row.path), corners(row)
+        return None if size is None or box is None else Box(box, size[1], size[0])
+
+    return source
 
 
 def choose_split(config: DataConfig, listing: Listing) -> Split:
@@ -104,90 +174,103 @@ def _split_from_file(config: DataConfig, listing: Listing) -> Split:
     return split
 
 
-def _words(class_folder: str) -> str:
-    """The name for readers: "001.Black_footed_Albatross" -> "Black footed Albatross"."""
-    return re.sub(r"^\d+\.", "", class_folder).replace("_", " ")
+def map_files(folder: Path, rows: Iterable[Row]) -> dict[Row, Path]:
+    """The map file of every row that has one.
 
-
-LISTERS: dict[str, Callable[[DataConfig], Listing]] = {
-    "cub2011": list_cub2011,
-    "cub2010": list_cub2010,
-    "folder": list_folder,
-}
-
-
-def _human_sources(
-    config: DataConfig, listing: Listing, rows: Sequence[Row]
-) -> Callable[[Row], Source | None]:
-    """A function from a row of the split to what people gave for it."""
-    if config.maps == "none":
-        return lambda row: None
-    if config.maps == "files":
-        return map_files(config.maps_dir, rows).get
-    if config.maps == "corrections":
-        painted = painted_maps(config.maps_dir)
-        return lambda row: painted.get(listing.ids[row.path])
-    makers = {
-        ("cub2011", "gaze"): gaze_of,
-        ("cub2011", "boxes"): box_of,
-        ("cub2011", "parts"): parts_of,
-        ("cub2010", "boxes"): box_of_2010,
-    }
-    if (config.name, config.maps) not in makers:
-        have = [maps for name, maps in makers if name == config.name]
-        raise ValueError(
-            f"{config.name} comes without {config.maps}; set MAPS to one of "
-            f"{', '.join((*have, 'none'))}, or to a folder of map files."
-        )
-    return makers[config.name, config.maps](config, listing)
-
-
-def _toy_records(config: DataConfig, part: Part) -> tuple[list[Record], list[str]]:
-    height, width = config.image_size
-    if height != width:
-        raise ValueError(
-            f"image_size is {height} x {width}, but toy birds are drawn on a square; "
-            "give both sides the same length."
-        )
-    count = {"train": config.toy_train, "val": config.toy_val, "test": config.toy_test}[part]
-    birds = _drawn(part, count, config.seed, height, config.agreement)
-    first = TOY_FIRST_ID[part]
-    painted = painted_maps(config.maps_dir) if config.maps == "corrections" else {}
-    records = []
-    for i in range(count):
-        image_id, box = first + i, tuple(birds.boxes[i])
-        places = np.column_stack([birds.parts[i], np.ones(len(birds.parts[i]), np.float32)])
-        recordings = tuple(
-            Recording(image_id, width, height, looks) for looks in birds.gaze[i] if len(looks)
-        )
-        sources = {
-            "gaze": recordings,
-            "boxes": Box(box, width, height),
-            "parts": (Recording(image_id, width, height, places),),
-            "corrections": painted.get(image_id),
-            "none": None,
-        }
-        if config.maps not in sources:
+    A map has the path of its picture below `folder` (train/ and val/ may be left out), or the map
+    name of the split file, `<image id>` for CUB-200-2011; its extension is its own.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is missing; set MAPS to the folder of the map files.")
+    there: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in MAP_EXTENSIONS:
+            key = path.relative_to(folder).with_suffix("").as_posix()
+            if key in there:
+                raise ValueError(f"{there[key]} and {path} are maps of one picture; keep one.")
+            there[key] = path
+    found: dict[Row, Path] = {}
+    taken: dict[Path, Row] = {}
+    for row in rows:
+        picture = PurePosixPath(row.path).with_suffix("")
+        name = re.sub(r"\.(npy|png|jpe?g)$", "", row.map_name, flags=re.IGNORECASE)
+        keys = (picture.as_posix(), "/".join(picture.parts[-2:]), name)
+        path = next((there[key] for key in keys if key in there), None)
+        if path is None:
+            continue
+        if path in taken:
             raise ValueError(
-                f"toy birds come without {config.maps}; set MAPS to gaze, boxes, parts, none, or "
-                "to a folder of corrections."
+                f"{path} would be the map of {taken[path].path} and of {row.path}; sort the maps "
+                "into class folders like the pictures."
             )
-        records.append(
-            Record(
-                image_id=image_id,
-                label=int(birds.labels[i]),
-                image=birds.images[i],
-                human=sources[config.maps],
-                boxes={"": box, "d": tuple(birds.decoy_boxes[i])},
-                size=(height, width),
-                columns={"decoy": int(birds.decoys[i])},
-                parts=places,
-            )
+        found[row], taken[path] = path, row
+    return found
+
+
+def painted_maps(folder: Path) -> dict[int, Painted]:
+    """What was painted in the editor, by image id; says which files were skipped, and why."""
+    corrections, skipped = load_corrections(folder)
+    for file in skipped:
+        warnings.warn(f"{file.path} is skipped: {file.reason}", stacklevel=2)
+    return {
+        int(one.image_id): Painted(one.edit.values, one.edit.mask)
+        for one in corrections
+        if one.image_id.isdigit()
+    }
+
+
+def list_by_folders(home: Path) -> Listing:
+    """Anybody's pictures in class folders.
+
+    They are `train/<class>/*`, `val/<class>/*` and perhaps `test/<class>/*`, or `<class>/*` alone.
+    With train and val only, val is what results are reported on, hence the test part. A folder
+    named maps holds human maps, no class.
+    """
+    if not home.is_dir():
+        raise FileNotFoundError(f"{home} is missing; {DATA_REMEDY}.")
+    parts = [name for name in PARTS if (home / name).is_dir()]
+    if "train" not in parts:
+        rows, names = _class_folders(home, "", None)
+        return as_listing(home, home, rows, names, None)
+    rows, names = _class_folders(home, "train", None)
+    found = {"train": rows, "val": [], "test": []}
+    for part in parts[1:]:
+        found[part], _ = _class_folders(home, part, names)
+    if not found["test"]:
+        found["test"], found["val"] = found["val"], []
+    train, val, test = (tuple(found[part]) for part in PARTS)
+    split = Split(train, test, names, val) if test else None
+    return as_listing(home, home, (*train, *val, *test), names, split)
+
+
+def _class_folders(
+    home: Path, part: str, names: tuple[str, ...] | None
+) -> tuple[list[Row], tuple[str, ...]]:
+    """The pictures below the class folders of `home/part`; classes must be among `names`."""
+    found = {}
+    for folder in sorted((home / part).iterdir()):
+        if folder.is_dir() and folder.name != "maps" and not folder.name.startswith("."):
+            files = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMG_EXTENSIONS)
+            if files:
+                found[folder.name] = files
+    if not found:
+        raise FileNotFoundError(
+            f"{home / part} has no class folders with pictures in them "
+            f"({', '.join(IMG_EXTENSIONS)}); {DATA_REMEDY}."
         )
-    return records, [species.name for species in SPECIES]
+    strangers = [name for name in found if names is not None and name not in names]
+    if strangers:
+        raise ValueError(
+            f"{home / part / strangers[0]} is a class that {home / 'train'} does not have; "
+            "add training pictures of it, or move it away."
+        )
+    names = names or tuple(found)
+    rows = [
+        Row(path.relative_to(home).as_posix(), names.index(name), path.stem)
+        for name, files in found.items()
+        for path in files
+    ]
+    return rows, names
 
 
-@lru_cache(maxsize=8)
-def _drawn(part: str, count: int, seed: int, size: int, agreement: float) -> ToyBirds:
-    """Drawn once a process: a comparison reads the same split for every run. Not to be changed."""
-    return make(part, count, seed, size=size, agreement=agreement)
+CLASS_FOLDERS = DataSet(list_by_folders)

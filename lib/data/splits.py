@@ -13,16 +13,17 @@ import json
 import math
 import re
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from lib.files import make_folder, write_text
 
+Part = Literal["train", "val", "test"]
 PARTS = ("train", "val", "test")  # in this order, so that a leak runs from train to test
 REMAKE = "correct it, or make the file again with `python -m lib split`"
 
@@ -75,10 +76,10 @@ def per_class(
     if not rows:
         raise SplitError("there are no images to split; check the folder they are read from.")
     _check(rows, label_list)
-    by_label = _positions(rows)
+    by_label = _by_label(rows)
     train: set[int] = set()
     for label, name in enumerate(label_list):
-        images = by_label.get(label, [])
+        images = by_label[label]
         if len(images) < 2:
             raise SplitError(
                 f"class {name!r} has {len(images)} image(s), but train and test need one each; "
@@ -89,7 +90,8 @@ def per_class(
         # 50 * 0.58 is 28.999999999999996 in floating point and means 29
         count = math.floor(len(images) * share + 1e-9)
         train.update(images[: min(max(count, 1), len(images) - 1)])
-    return _split(rows, label_list, train)
+    kept, others = _divide(rows, train)
+    return Split(tuple(kept), tuple(others), tuple(label_list))
 
 
 def by_flag(rows: Sequence[Row], label_list: Sequence[str], is_train: Sequence[bool]) -> Split:
@@ -104,14 +106,13 @@ def by_flag(rows: Sequence[Row], label_list: Sequence[str], is_train: Sequence[b
             "give one flag for each image."
         )
     _check(rows, label_list)
-    split = _split(rows, label_list, {i for i, flag in enumerate(is_train) if flag})
-    for part in ("train", "test"):
-        if not getattr(split, part):
-            raise SplitError(
-                f"the flags leave {part} without images ({len(rows)} images in all); "
-                "flag some images as train and some not."
-            )
-    return split
+    train, test = _divide(rows, {i for i, flag in enumerate(is_train) if flag})
+    if not train or not test:
+        raise SplitError(
+            f"the flags leave {'test' if train else 'train'} without images ({len(rows)} images in "
+            "all); flag some images as train and some not."
+        )
+    return Split(tuple(train), tuple(test), tuple(label_list))
 
 
 def carve(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -129,7 +130,7 @@ def carve(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list
             "training images below 1."
         )
     held: set[int] = set()
-    for images in _positions(rows).values():
+    for images in _by_label(rows).values():
         count = min(round(share * len(images)), len(images) - 1)
         held.update(_shuffled(rows, images, seed)[:count])
     val, train = _divide(rows, held)
@@ -150,11 +151,11 @@ def with_validation(split: Split, share: float, seed: int) -> Split:
     return replace(split, train=tuple(train), val=tuple(val))
 
 
-def _positions(rows: Sequence[Row]) -> dict[int, list[int]]:
+def _by_label(rows: Sequence[Row]) -> dict[int, list[int]]:
     """Positions of the rows of each label, in their order."""
-    found: dict[int, list[int]] = {}
+    found: dict[int, list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
-        found.setdefault(row.label, []).append(i)
+        found[row.label].append(i)
     return found
 
 
@@ -177,11 +178,6 @@ def _divide(rows: Sequence[Row], chosen: set[int]) -> tuple[list[Row], list[Row]
     )
 
 
-def _split(rows: Sequence[Row], label_list: Sequence[str], train: set[int]) -> Split:
-    kept, others = _divide(rows, train)
-    return Split(train=tuple(kept), test=tuple(others), label_list=tuple(label_list))
-
-
 # -------------------------------------------------------------------------------------- the file
 
 
@@ -190,15 +186,14 @@ def write_split(split: Split, path: str | Path) -> None:
 
     `path` holds the old file or the new one, never half: the text goes to a temporary name first.
     """
-    path = Path(path)
-    parts = {part: getattr(split, part) for part in PARTS if part != "val" or split.val}
     content: dict[str, Any] = {
-        part: [[row.path, row.label, row.map_name] for row in rows] for part, rows in parts.items()
+        part: [[row.path, row.label, row.map_name] for row in getattr(split, part)]
+        for part in PARTS
+        if part != "val" or split.val
     }
     content["label_list"] = split.label_list
-    text = json.dumps(content, ensure_ascii=False, indent=4)
-    make_folder(path.parent)
-    write_text(path, text)
+    make_folder(Path(path).parent)
+    write_text(Path(path), json.dumps(content, ensure_ascii=False, indent=4))
 
 
 def read_split(path: str | Path) -> Split:
@@ -232,88 +227,67 @@ def _parse(content: Any) -> Split:
     for key in ("train", "test", "label_list"):
         if key not in keys:
             raise SplitError(f"the key {key!r} is missing; {REMAKE}.")
-    label_list = _class_names(content["label_list"])
-    parts = {part: _rows(content[part], part, label_list) for part in PARTS if part in content}
-    for part in ("train", "test"):
-        if not parts[part]:
+    names = _class_names(content["label_list"])
+    parts: dict[str, tuple[Row, ...]] = {}
+    for part in PARTS:
+        rows = content.get(part, ())
+        if not isinstance(rows, list) and part in content:
+            raise _not_expected(f"{part} is", rows, "a list of rows is")
+        if not rows and part != "val":
             raise SplitError(f"{part} has no rows; {REMAKE}.")
+        numbered = enumerate(rows, start=1)
+        parts[part] = tuple(_row(row, f"row {n} of {part}", names) for n, row in numbered)
     _refuse_repeats(parts)
-    return Split(label_list=tuple(label_list), **parts)
+    return Split(label_list=tuple(names), **parts)
+
+
+def _not_expected(place: str, value: Any, wanted: str) -> SplitError:
+    return SplitError(f"{place} {value!r:.200} where {wanted} expected; {REMAKE}.")
 
 
 def _class_names(value: Any) -> list[str]:
-    names = _in_order(value) if isinstance(value, dict) else value
+    """Class names by label, from a list, {"0": name} or {name: 0}."""
+    names = value
+    if isinstance(value, dict):
+        by_name = all(type(number) is int for number in value.values())
+        pairs = [(number, name) for name, number in value.items()] if by_name else value.items()
+        numbered = {str(number): name for number, name in pairs}
+        wanted = [str(number) for number in range(len(value))]
+        if numbered.keys() != set(wanted):
+            all_numbers = f"the numbers 0 to {len(value) - 1}, each once, are"
+            raise _not_expected("label_list is", value, all_numbers)
+        names = [numbered[number] for number in wanted]
     is_list = isinstance(names, list) and len(names) > 0
     if not is_list or not all(isinstance(name, str) and name for name in names):
-        raise SplitError(
-            f"label_list is {value!r:.80} where a list of class names is expected; {REMAKE}."
-        )
+        raise _not_expected("label_list is", value, "a list of class names is")
     _refuse_same_names(names)
     return names
 
 
-def _in_order(numbered: dict[str, Any]) -> list[Any]:
-    """Class names by number, from {"0": name} or {name: 0}."""
-    by_name = all(type(number) is int for number in numbered.values())
-    pairs = [(number, name) for name, number in numbered.items()] if by_name else numbered.items()
-    names = {str(number): name for number, name in pairs}
-    wanted = [str(number) for number in range(len(numbered))]
-    if names.keys() != set(wanted):
-        raise SplitError(
-            f"label_list is {numbered!r:.80} where the numbers 0 to {len(numbered) - 1}, each "
-            f"once, are expected; {REMAKE}."
-        )
-    return [names[number] for number in wanted]
-
-
-def _rows(values: Any, part: str, label_list: Sequence[str]) -> tuple[Row, ...]:
-    if not isinstance(values, list):
-        raise SplitError(f"{part} is {values!r:.80} where a list of rows is expected; {REMAKE}.")
-    return tuple(
-        _row(value, f"row {number} of {part}", label_list)
-        for number, value in enumerate(values, start=1)
-    )
-
-
 def _row(value: Any, where: str, label_list: Sequence[str]) -> Row:
     if not isinstance(value, list) or len(value) != 3:
-        raise SplitError(
-            f"{where} is {value!r:.80} where [path, label, map name] is expected; {REMAKE}."
-        )
+        raise _not_expected(f"{where} is", value, "[path, label, map name] is")
     path, label, map_name = value
-    return Row(
-        _image_path(path, where, label_list),
-        _label(label, where, label_list),
-        _map_name(map_name, where),
-    )
+    inside = _inside_images(path, label_list) if isinstance(path, str) else ""
+    if not inside:
+        raise _not_expected(f"{where} has the image", path, "a path inside the images folder is")
+    name = str(map_name).removesuffix(".jpg") if type(map_name) in (int, str) else ""
+    if not name or ".." in name or re.search(r"[/\\:]", name):
+        wanted = "a file name without folders, such as '1', is"
+        raise _not_expected(f"{where} has the map name", map_name, wanted)
+    return Row(inside, _label(label, where, label_list), name)
 
 
-def _image_path(value: Any, where: str, label_list: Sequence[str]) -> str:
-    """The path relative to the images folder, with "/" between folders."""
-    text = value.replace("\\", "/") if isinstance(value, str) else ""
-    parts = PurePosixPath(text).parts
+def _inside_images(text: str, label_list: Sequence[str]) -> str:
+    """The path relative to the images folder, with "/" between folders; "" where it leaves it."""
+    parts = PurePosixPath(text.replace("\\", "/")).parts
     inside = parts
     if "images" in parts and parts[0] not in label_list:
         inside = parts[len(parts) - parts[::-1].index("images") :]  # after the last one
     path = PurePosixPath(*inside)
     # The drive letter of a file made on Windows may be cut off with the prefix, but not be left
     leaves = ".." in parts or path.is_absolute() or PureWindowsPath(str(path)).drive
-    if leaves or not inside:
-        raise SplitError(
-            f"{where} has the image {value!r:.200} where a path inside the images folder is "
-            f"expected; {REMAKE}."
-        )
-    return str(path)
-
-
-def _map_name(value: Any, where: str) -> str:
-    name = str(value).removesuffix(".jpg") if type(value) in (int, str) else ""
-    if not name or ".." in name or re.search(r"[/\\:]", name):
-        raise SplitError(
-            f"{where} has the map name {value!r:.200} where a file name without folders is "
-            f"expected, such as '1'; {REMAKE}."
-        )
-    return name
+    return "" if leaves or not inside else str(path)
 
 
 # ----------------------------------------------------------------------------------------- checks

@@ -78,7 +78,7 @@ def read_tokens(
     arrays = {name: torch.cat(parts).numpy() for name, parts in found.items()}
     has_box = np.isfinite(dataset.corners()[arrays["index"]]).all(axis=1)
     cover = dataset.cover()
-    free = has_box[:, None] if cover is None else (cover.flatten(1) == 0).numpy()[arrays["index"]]
+    free = has_box[:, None] if cover is None else (cover == 0).numpy()[arrays["index"]]
     return Tokens(**arrays, background=free & has_box[:, None], has_box=has_box)
 
 

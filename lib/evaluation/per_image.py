@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from lib.data.dataset import BirdDataset, conflicting_decoys, decoy_cover, flat_cover
+from lib.data.dataset import BirdDataset, conflicting_decoys, decoy_cover
 from lib.edit import resolve_blocks, sigmoid_attention
 from lib.evaluation import metrics
 from lib.evaluation.metrics import ALIGNMENT
@@ -49,7 +49,7 @@ class Targets:
             human=torch.stack([item["human"] for item in found]),
             fixations=fixations,
             elsewhere=fixations.sum(0) - fixations,
-            box=flat_cover(dataset.cover()),
+            box=dataset.cover(),
             parts=None if known is None else (torch.stack(parts) > 0).float(),
         )
 

@@ -29,8 +29,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from lib.config import Config, DataConfig, HumanConfig, RunConfig, TrainConfig
-from lib.data.dataset import BirdDataset, make_dataset
-from lib.data.sources import read_records
+from lib.data.dataset import BirdDataset, make_dataset, read_records
 from lib.edit import LADDER, AttentionEdit
 from lib.experiments.jobs import environment
 from lib.model.live import LiveImage

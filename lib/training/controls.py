@@ -113,9 +113,11 @@ def _half_of_the_readers(dataset: BirdDataset) -> tuple[Tensor, Tensor]:
 
 def _boxes(dataset: BirdDataset) -> tuple[Tensor, Tensor]:
     """The bird's bounding box in place of each map."""
-    found = dataset.cover(grid=tuple(dataset.maps[0].shape[1:]))
+    maps, _ = dataset.maps
+    found = dataset.cover(grid=tuple(maps.shape[1:]))
     if found is None:
         raise ValueError('maps is "box", but this data set has no bounding boxes; use another')
+    found = found.view(maps.shape)
     has_map = torch.tensor(dataset.has_map)
     valid = has_map[:, None, None].expand(found.shape).clone()
     return torch.where(valid, found, 0.0), valid

@@ -27,11 +27,10 @@ NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "06_attention_edi
 MODEL = """
 import ipywidgets, timm, torch
 from lib.config import DataConfig
-from lib.data.dataset import BirdDataset
+from lib.data.dataset import BirdDataset, read_records
 from lib.widgets.editor import attention_editor
 from lib.widgets.session import LiveSession
 from lib.model.vit import SigmoidViT
-from lib.data.sources import read_records
 
 torch.manual_seed(0)
 sizes = dict(img_size=64, patch_size=8, depth=3, embed_dim=32, num_heads=4, num_classes=8)

@@ -9,13 +9,18 @@ a model that looks at the tag is right for the wrong reason, and the test split 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
+from lib.config import DataConfig
+from lib.data.maps import Box, Recording
+from lib.data.sources import Record, painted_maps
+from lib.data.splits import Part
 from lib.data.toy.draw import draw
 from lib.data.toy.scene import ATTRIBUTES, DECOY_COLOURS, SPECIES, Scene, sample_scene
 
-SPLITS = ("train", "val", "test", "pretrain")
+TOY_SPLITS = ("train", "val", "test", "pretrain")
 
 
 # How readily a reader looks at each mark: the head draws nearly every eye, the tail the fewest.
@@ -36,10 +41,10 @@ def simulate_gaze(
     """
     if readers < 1:
         raise ValueError(f"readers is {readers}; simulate at least one reader.")
-    return [_read(scene, rng, size) for _ in range(readers)]
+    return [_one_reader(scene, rng, size) for _ in range(readers)]
 
 
-def _read(scene: Scene, rng: np.random.Generator, size: int) -> np.ndarray:
+def _one_reader(scene: Scene, rng: np.random.Generator, size: int) -> np.ndarray:
     places = np.array([scene.parts[name] for name in _visited(rng)])  # [V, 2]
     places = places.repeat(rng.integers(2, 4, size=len(places)), axis=0)  # [F, 2], 2 or 3 each
     astray = np.flatnonzero(rng.random(len(places)) < _ELSEWHERE)
@@ -114,8 +119,8 @@ def make(split: str, n: int, seed: int = 0, size: int = 64, agreement: float = 0
 
 
 def _check_request(split: str, n: int, seed: int, agreement: float) -> None:
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}; choose one of {', '.join(SPLITS)}.")
+    if split not in TOY_SPLITS:
+        raise ValueError(f"split is {split!r}; choose one of {', '.join(TOY_SPLITS)}.")
     if n < 1:
         raise ValueError(f"n is {n}; ask for at least one image.")
     if seed < 0:
@@ -127,7 +132,7 @@ def _check_request(split: str, n: int, seed: int, agreement: float) -> None:
 def _generator(seed: int, split: str, *key: int) -> np.random.Generator:
     """A stream of its own for every split and image, whatever else was drawn before."""
     return np.random.default_rng(
-        np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split), *key))
+        np.random.SeedSequence(seed, spawn_key=(TOY_SPLITS.index(split), *key))
     )
 
 
@@ -152,3 +157,54 @@ def _choose(
     else:
         decoy = (label + int(rng.integers(1, colours))) % colours
     return SPECIES[label].attributes, label, decoy
+
+
+# ---------------------------------------------------------------------------------------- records
+
+TOY_FIRST_ID = {"train": 0, "val": 100_000, "test": 200_000}  # an id names one drawn bird only
+
+# Drawn once a process: a comparison reads the same split for every run. Not to be changed.
+_drawn = lru_cache(maxsize=8)(make)
+
+
+def toy_records(config: DataConfig, part: Part) -> tuple[list[Record], list[str]]:
+    """As `lib.data.dataset.read_records`; the table gets the colour of each bird's decoy."""
+    height, width = config.image_size
+    if height != width:
+        raise ValueError(
+            f"image_size is {height} x {width}, but toy birds are drawn on a square; "
+            "give both sides the same length."
+        )
+    count = {"train": config.toy_train, "val": config.toy_val, "test": config.toy_test}[part]
+    birds = _drawn(part, count, config.seed, height, config.agreement)
+    painted = painted_maps(config.maps_dir) if config.maps == "corrections" else {}
+    records = []
+    for i, image_id in enumerate(range(TOY_FIRST_ID[part], TOY_FIRST_ID[part] + count)):
+        box = tuple(birds.boxes[i])
+        places = np.column_stack([birds.parts[i], np.ones(len(birds.parts[i]), np.float32)])
+        readers = (looks for looks in birds.gaze[i] if len(looks))
+        sources = {
+            "gaze": tuple(Recording(image_id, width, height, looks) for looks in readers),
+            "boxes": Box(box, width, height),
+            "parts": (Recording(image_id, width, height, places),),
+            "corrections": painted.get(image_id),
+            "none": None,
+        }
+        if config.maps not in sources:
+            raise ValueError(
+                f"toy birds come without {config.maps}; set MAPS to gaze, boxes, parts, none, or "
+                "to a folder of corrections."
+            )
+        records.append(
+            Record(
+                image_id=image_id,
+                label=int(birds.labels[i]),
+                image=birds.images[i],
+                human=sources[config.maps],
+                boxes={"": box, "d": tuple(birds.decoy_boxes[i])},
+                size=(height, width),
+                columns={"decoy": int(birds.decoys[i])},
+                parts=places,
+            )
+        )
+    return records, [species.name for species in SPECIES]

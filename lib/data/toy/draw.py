@@ -199,18 +199,11 @@ _PAINTED: dict[str, _Habitat] = {  # every one of HABITATS
     "pond": _Habitat(((206, 228, 238), (226, 238, 232)), _pond, _pond_near, "stone"),
 }
 
-
-_STONE = spline(
-    [
-        (-0.98, 0.75),
-        (-0.86, -0.2),
-        (-0.4, -0.88),
-        (0.2, -0.98),
-        (0.72, -0.6),
-        (1.0, 0.6),
-        (0.3, 1.0),
-    ]
-)
+# fmt: off
+_STONE = spline([
+    (-0.98, 0.75), (-0.86, -0.2), (-0.4, -0.88), (0.2, -0.98), (0.72, -0.6), (1.0, 0.6), (0.3, 1.0),
+])
+# fmt: on
 
 
 def _perch(canvas: _Canvas, scene: Scene, kind: str) -> None:

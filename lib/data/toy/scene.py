@@ -181,7 +181,7 @@ OUTLINED = ("tail0", "fork0", "fork1", "body", "neck", "head", "crest", "bill")
 _OUTERMOST = (*OUTLINED, "wing", "shade", "leg0", "leg1", "toes0", "toes1")
 
 
-def _frame(angle: float) -> np.ndarray:
+def _rotation(angle: float) -> np.ndarray:
     """Row vectors times this matrix are turned by `angle` radians, head end upwards."""
     c, s = np.cos(angle), np.sin(angle)
     return np.array([[c, -s], [s, c]])
@@ -255,7 +255,7 @@ def _bird_shapes(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Polygons and marks around the middle of the body, in body lengths."""
     crown, wing, breast, tail = attributes
-    turn, nod = _frame(tilt), _frame(head_pitch)
+    turn, nod = _rotation(tilt), _rotation(head_pitch)
     neck_at = np.array([(0.37, -0.31)]) @ turn + (0.03, -head_raise)
 
     body = {**(_TAIL_FORKED if tail else _TAIL_SHORT), "body": _BODY}

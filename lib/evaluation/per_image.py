@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from lib.data.dataset import BirdDataset, conflicting_decoys, decoy_cover, flat_cover
-from lib.edit import resolve_blocks, sigmoid_attention
+from lib.edit import sigmoid_attention
 from lib.evaluation import metrics
 from lib.evaluation.metrics import ALIGNMENT
 from lib.model.predict import predict
@@ -63,37 +63,33 @@ def per_image(
     model: SigmoidViT,
     dataset: BirdDataset,
     items: Dataset | None = None,
-    block: int = -1,
     batch_size: int = 64,
     workers: int = 0,
-    offset: str = "none",
 ) -> pd.DataFrame:
-    """Prediction and alignment of every image of a data set.
+    """Prediction of every image of a data set, and how the last block's class row agrees.
 
     Args:
         model: any SigmoidViT on the data set's grid.
         dataset: without augmentation.
         items: the same images with cached tokens, where the model's trunk has been run already.
-        block: whose class row is compared with people's gaze; the last by default.
-        offset: constant of the sigmoid map, see `lib.edit.row_offset`.
 
     Returns:
         the data set's own table plus: predicted (label), top1 to top5 (bool), p_true and confidence
         (probability of the true and of the predicted class), the columns of `metrics.alignment` of
-        the softmax attention, mean of heads, and of the mean sigmoid map ("sigmoid_cc", ...),
+        the softmax attention, mean of heads, and of the mean sigmoid map without an offset, so that
+        one table has one definition ("sigmoid_cc", ...),
         class_token (softmax mass the class token keeps), sigmoid (mean raw sigmoid attention), and
         where a decoy is drawn: conflicting (bool, the decoy is another class's) and on_decoy (share
         of the patches' attention on it).
     """
-    index = resolve_blocks((block,), model.depth)[0]
     decoys, targets = decoy_cover(dataset), Targets.of(dataset)
     found: list[pd.DataFrame] = []
-    batches = predict(model, items or dataset, batch_size, workers, rows=(index,))
+    batches = predict(model, items or dataset, batch_size, workers)
     total = -(-len(dataset) // batch_size)
     for batch, scores, rows in tqdm(batches, total=total, desc="evaluating", leave=False):
-        row = rows[index].float()
+        row = rows[model.depth - 1].float()
         attention = metrics.patch_attention(row, model.num_prefix)
-        sigmoid = sigmoid_attention(row, offset, model.num_prefix).mean(1)
+        sigmoid = sigmoid_attention(row, "none", model.num_prefix).mean(1)
         labels, probabilities = batch["label"], scores.softmax(-1)
         held = targets.at(batch["index"], attention)
         on_sigmoid = metrics.alignment(sigmoid, **held)
@@ -105,7 +101,7 @@ def per_image(
             **metrics.alignment(attention, **held),
             **{f"sigmoid_{name}": value for name, value in on_sigmoid.items()},
             "class_token": metrics.class_token_mass(row),
-            "sigmoid": torch.sigmoid(row[..., model.num_prefix :]).mean((1, 2)),
+            "sigmoid": sigmoid.mean(1),
         }
         if decoys is not None:
             cover = decoys[batch["index"].cpu()].to(attention)
@@ -119,26 +115,18 @@ def per_image(
     return frame
 
 
-def per_head(
-    model: SigmoidViT,
-    dataset: BirdDataset,
-    items: Dataset | None = None,
-    block: int = -1,
-    offset: str = "none",
-    batch_size: int = 64,
-) -> pd.DataFrame:
-    """Alignment of each head of a block by itself, arguments as `per_image`.
+def per_head(model: SigmoidViT, dataset: BirdDataset, batch_size: int = 64) -> pd.DataFrame:
+    """Alignment of each head of the last block by itself, arguments as `per_image`.
 
     Returns:
         one row an image, head and map ("softmax" or "sigmoid"): image_id, head, map, the columns of
         `metrics.alignment`, and class_token (softmax mass that the head leaves on it).
     """
-    index = resolve_blocks((block,), model.depth)[0]
     targets, found = Targets.of(dataset), []
-    batches = predict(model, items or dataset, batch_size, rows=(index,))
+    batches = predict(model, dataset, batch_size)
     total = -(-len(dataset) // batch_size)
     for batch, _, rows in tqdm(batches, total=total, desc="heads", leave=False):
-        row = rows[index].float()
+        row = rows[model.depth - 1].float()
         softmax = row.softmax(-1)
         held = targets.at(batch["index"], row)
         held = {name: None if v is None else v[:, None] for name, v in held.items()}  # [B, 1, P]
@@ -146,7 +134,7 @@ def per_head(
         places = dataset.table["image_id"].to_numpy()[batch["index"].cpu().numpy()]
         for name, maps in (
             ("softmax", softmax[..., model.num_prefix :]),
-            ("sigmoid", sigmoid_attention(row, offset, model.num_prefix)),
+            ("sigmoid", sigmoid_attention(row, "none", model.num_prefix)),
         ):
             values = metrics.alignment(maps, **held) | {"class_token": softmax[..., 0]}
             columns = {"image_id": places[images].ravel(), "head": heads.ravel(), "map": name}
@@ -203,7 +191,7 @@ def human_baselines(dataset: BirdDataset, by_image: pd.DataFrame | None = None) 
         one row a map: perfect (CC alone, see `perfect_cc`; where images have several readers),
         then those of `baselines_by_image`. NaN where a metric is not defined: the CC of a constant
         map, NSS of maps without fixations. KL punishes the map of a single reader for its zeros,
-        see `metrics.kl`.
+        see `metrics.kl_divergence`.
     """
     images = baselines_by_image(dataset) if by_image is None else by_image
     images = images.drop(columns="image_id")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-import torch
-from torchmetrics.functional.classification import binary_calibration_error
 
+from lib.data.dataset import BirdDataset
 from lib.evaluation.metrics import ALIGNMENT
+from lib.evaluation.per_image import baselines_by_image, human_baselines
+from lib.evaluation.statistics import intervals, paired_tests
 
 # What the tables show, in this order, with the words of the reader.
 COLUMNS: dict[str, str] = {
@@ -18,12 +19,49 @@ COLUMNS: dict[str, str] = {
     "class_token": "class-token mass",
     "sigmoid": "mean sigmoid",
 }
+BINS = 15  # of confidence, as Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017)
+
+
+def report_tables(
+    images: pd.DataFrame, dataset: BirdDataset, against: str
+) -> dict[str, pd.DataFrame]:
+    """All tables that are made of the images of an evaluation, by name.
+
+    Args:
+        images: a row an image, variant and seed: `per_image` with these two columns.
+        dataset: what was measured. against: the variant that the others are held against.
+
+    Returns:
+        table (`result_table`), seeds (`by_seed`), images, misclassified (of the images), baselines
+        (`human_baselines`), calibration, and of two variants or more tests (`paired_tests`).
+    """
+    values, names = values_by_image(images)
+    seeds, spans = by_seed(images), intervals(values, names)
+    by_image = baselines_by_image(dataset)
+    baselines = human_baselines(dataset, by_image)
+    if len(baselines):
+        aligned = [name for name in ALIGNMENT if name in by_image]
+        found = intervals(by_image.rename(columns={"map": "variant"}), aligned)
+        spans = pd.concat([spans, found])
+    tested = [n for n in (*COLUMNS, "p_true") if n in names and values[n].notna().any()]
+    tests = paired_tests(values, against, tested)
+    tables = {
+        "table": result_table(seeds, spans, baselines),
+        "seeds": seeds,
+        "images": images,
+        "baselines": baselines,
+        "misclassified": images[~images["top1"].astype(bool)],
+        "calibration": calibration(images),
+    }
+    return tables | {"tests": tests} if len(tests) else tables
 
 
 def summarise(frame: pd.DataFrame) -> dict[str, float]:
     """Means over the images of `per_image`, p_true_min, p_true_max, and ece.
 
-    Where a decoy is drawn also accuracy on conflicting and on agreeing images, and on_decoy.
+    ece is the expected calibration error in [0, 1], 0 is best: the mean distance of confidence and
+    accuracy over the `BINS`, weighted by their images. Where a decoy is drawn also accuracy on
+    conflicting and on agreeing images, and on_decoy.
     """
     numbers = [f"top{k}" for k in range(1, 6)] + ["p_true", "confidence"]
     numbers += [p + name for p in ("", "sigmoid_") for name in ALIGNMENT if name in frame]
@@ -38,25 +76,24 @@ def summarise(frame: pd.DataFrame) -> dict[str, float]:
     return summary
 
 
-def expected_calibration_error(frame: pd.DataFrame, bins: int = 15) -> float:
-    """ECE of the images of `per_image` (Guo et al., ICML 2017), in [0, 1]; 0 is best.
-
-    The mean distance of confidence and accuracy over `bins` equal bins of confidence, weighted by
-    their images. TorchMetrics' error of two classes is that of any number of classes when it is
-    given confidence, and right or wrong.
-    """
-    confidence = torch.from_numpy(below_one(frame["confidence"]))
-    right = torch.from_numpy(frame["top1"].to_numpy(np.int64))
-    return binary_calibration_error(confidence, right, n_bins=bins, norm="l1").item()
+def expected_calibration_error(frame: pd.DataFrame, bins: int = BINS) -> float:
+    """ECE of the images of `per_image`, see `summarise`."""
+    found = _by_confidence(frame, bins)
+    gaps = (found["confidence"] - found["accuracy"]).abs() * found["images"]
+    return float(gaps.sum() / len(frame))
 
 
-def below_one(confidence: pd.Series) -> np.ndarray:
-    """Confidences in [0, 1): one of exactly 1 would get a bin of its own."""
-    return np.minimum(confidence.to_numpy(np.float32), np.nextafter(np.float32(1), np.float32(0)))
+def _by_confidence(frame: pd.DataFrame, bins: int) -> pd.DataFrame:
+    """A row a bin: low, high, images, confidence, accuracy, see `calibration`."""
+    edges = np.linspace(0, 1, bins + 1)
+    groups = frame.groupby(np.digitize(frame["confidence"], edges[1:-1]))  # 1 is in the last bin
+    table = pd.DataFrame({"low": edges[:-1], "high": edges[1:]})
+    table["images"] = groups.size().reindex(table.index, fill_value=0)
+    return table.assign(confidence=groups["confidence"].mean(), accuracy=groups["top1"].mean())
 
 
 def by_seed(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row a variant and seed: the summaries of `evaluate_trials`' images."""
+    """One row a variant and seed: `summarise` of its images."""
     rows = [
         {"variant": variant, "seed": seed, **summarise(part)}
         for (variant, seed), part in frame.groupby(["variant", "seed"], sort=False)
@@ -77,10 +114,6 @@ def comparison_table(seeds: pd.DataFrame) -> pd.DataFrame:
 def _mean_and_std(values: pd.Series) -> str:
     spread = f" ± {values.std():.3f}" if len(values) > 1 else ""
     return f"{values.mean():.3f}{spread}"
-
-
-BINS = 15  # of confidence, as Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017)
-ECE = {"ece": "calibration error"}
 
 
 def values_by_image(images: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -107,16 +140,12 @@ def calibration(images: pd.DataFrame, bins: int = BINS) -> pd.DataFrame:
         variant, seed; low, high: bounds of the bin, in [0, 1]; images in it; their mean confidence
         and accuracy, NaN for an empty bin.
     """
-    edges = np.linspace(0, 1, bins + 1)
-    rows = []
-    for (variant, seed), part in images.groupby(["variant", "seed"], sort=False):
-        place = np.digitize(below_one(part["confidence"]), edges) - 1
-        for index in range(bins):
-            inside = part[place == index]
-            row = {"variant": variant, "seed": seed, "low": edges[index], "high": edges[index + 1]}
-            row |= {"images": len(inside), "confidence": inside["confidence"].mean()}
-            rows.append(row | {"accuracy": inside["top1"].mean()})
-    return pd.DataFrame(rows)
+    found = [
+        _by_confidence(part, bins).assign(variant=variant, seed=seed)
+        for (variant, seed), part in images.groupby(["variant", "seed"], sort=False)
+    ]
+    table = pd.concat(found, ignore_index=True)
+    return table[["variant", "seed", *table.columns.drop(["variant", "seed"])]]
 
 
 def result_table(seeds: pd.DataFrame, spans: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
@@ -127,8 +156,8 @@ def result_table(seeds: pd.DataFrame, spans: pd.DataFrame, baselines: pd.DataFra
         baselines: `human_baselines`.
 
     Returns:
-        a row a model or map, a column a number: its mean; with _std behind its name the standard
-        deviation over seeds, with _low and _high the interval over images.
+        a row a model or map (the column model), a column a number: its mean; with _std behind its
+        name the standard deviation over seeds, with _low and _high the interval over images.
     """
     numbers = [name for name in seeds if name not in ("variant", "seed")]
     bounds = spans.set_index(["variant", "metric"])
@@ -142,12 +171,12 @@ def result_table(seeds: pd.DataFrame, spans: pd.DataFrame, baselines: pd.DataFra
         for name in [name for name in numbers if (model, name) in bounds.index]:
             span = bounds.loc[(model, name)]
             row |= {f"{name}_low": span["low"], f"{name}_high": span["high"]}
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model").reset_index()
 
 
 def in_words(table: pd.DataFrame) -> pd.DataFrame:
-    """`result_table` for readers: "mean ± std [low, high]" of the columns that are shown."""
-    words = COLUMNS | ALIGNMENT | ECE
+    """`result_table` for readers: "mean ± std [low, high]", a row a number, a column a model."""
+    words = COLUMNS | ALIGNMENT | {"ece": "calibration error"}
     shown = {k: w for k, w in words.items() if k in table and table[k].notna().any()}
 
     def cell(row: pd.Series, name: str) -> str:
@@ -158,8 +187,10 @@ def in_words(table: pd.DataFrame) -> pd.DataFrame:
             text += f" [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"
         return text
 
-    rows = {model: {w: cell(row, k) for k, w in shown.items()} for model, row in table.iterrows()}
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
+    columns = {
+        row["model"]: {w: cell(row, k) for k, w in shown.items()} for _, row in table.iterrows()
+    }
+    return pd.DataFrame(columns).rename_axis(columns="model")
 
 
 def tests_in_words(tests: pd.DataFrame) -> pd.DataFrame:

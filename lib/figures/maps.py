@@ -14,7 +14,7 @@ from PIL import Image
 PALETTE = ["#0072B2", "#999999", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]
 MAP_COLOURS = "viridis"
 LONGEST = 24  # letters of a model's name that fit below a bar, or above a map
-SPLITS = {"train": "training", "val": "validation", "test": "test"}  # in the words of titles
+IMAGES_OF = {"train": "training images", "val": "validation images", "test": "test images"}
 
 
 def overlay(axis: plt.Axes, image: np.ndarray, grid_map: np.ndarray, strength: float = 0.8) -> None:
@@ -73,7 +73,7 @@ def picture(
     return np.asarray(above.convert("RGB"))
 
 
-def gallery(
+def rows_of_maps(
     images: Sequence[np.ndarray],
     human: Sequence[np.ndarray],
     columns: Mapping[str, Sequence[tuple[np.ndarray, bool]]],
@@ -99,20 +99,16 @@ def gallery(
         axes[row, 0].set_axis_off()
         overlay(axes[row, 1], image, human[row])
         for column, maps in enumerate(columns.values(), start=2):
-            map_, right = maps[row]
-            overlay(axes[row, column], image, map_)
-            _frame(axes[row, column], "#009E73" if right else "#D55E00")
+            axis, (map_, right) = axes[row, column], maps[row]
+            overlay(axis, image, map_)
+            axis.set_axis_on()
+            axis.set(xticks=[], yticks=[])
+            for spine in axis.spines.values():
+                spine.set(edgecolor="#009E73" if right else "#D55E00", linewidth=3)
     for axis, name in zip(axes[0], names, strict=True):
         axis.set_title(wrapped(name), fontsize=9)
     figure.suptitle(f"{title}\ngreen frame: right, red frame: wrong", fontsize=10)
     return figure
-
-
-def _frame(axis: plt.Axes, colour: str) -> None:
-    axis.set_axis_on()
-    axis.set(xticks=[], yticks=[])
-    for spine in axis.spines.values():
-        spine.set(edgecolor=colour, linewidth=3)
 
 
 def maps_in_a_row(
@@ -140,7 +136,7 @@ def wrapped(name: str) -> str:
     return textwrap.fill(name, LONGEST)
 
 
-def token_gallery(
+def rows_of_tokens(
     images: Sequence[np.ndarray],
     boxes: np.ndarray,
     norms: Mapping[str, np.ndarray],

@@ -131,9 +131,7 @@ def pareto(
     lines: Mapping[str, float],
     title: str,
     xlabel: str = "CC with people",
-    ylabel: str = "accuracy",
     x: str = "cc",
-    y: str = "top1",
 ) -> Figure:
     """Accuracy against alignment: a point a setting, a colour a loss, the front drawn through.
 
@@ -145,27 +143,29 @@ def pareto(
     """
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     best = settings[np.asarray(front)].sort_values(x)
-    axis.step(best[x], best[y], where="post", color="0.6", linewidth=6, alpha=0.35, zorder=1)
+    axis.step(best[x], best["top1"], where="post", color="0.6", linewidth=6, alpha=0.35, zorder=1)
     for (loss, heads), part in settings.groupby(["loss", "heads"], sort=False):
         part = part.sort_values("lam")
         colour = LOSS_COLOURS[loss]
         if len(part) > 1:
-            axis.plot(part[x], part[y], color=colour, linewidth=0.8, alpha=0.6, zorder=2)
+            axis.plot(part[x], part["top1"], color=colour, linewidth=0.8, alpha=0.6, zorder=2)
         axis.errorbar(
-            part[x], part[y], xerr=part[f"{x}_std"], yerr=part[f"{y}_std"], fmt="none",
+            part[x], part["top1"], xerr=part[f"{x}_std"], yerr=part["top1_std"], fmt="none",
             ecolor=colour, elinewidth=0.6, alpha=0.35, zorder=2,
         )  # fmt: skip
         mark = HEAD_MARKS.get(heads, "s")
         size = 140 if loss == "control" else 32
         name = loss if heads in ("", "all") else f"{loss}, {heads} of heads"
-        axis.scatter(part[x], part[y], s=size, color=colour, marker=mark, label=name, zorder=3)
+        axis.scatter(part[x], part["top1"], s=size, color=colour, marker=mark, label=name, zorder=3)
         for _, row in part[part["lam"] > 0].iterrows():
             place = {"xytext": (4, 4), "textcoords": "offset points"}
-            axis.annotate(f"{row['lam']:g}", (row[x], row[y]), fontsize=6, color=colour, **place)
-    for control in settings.loc[settings["loss"] == "control", y]:
+            axis.annotate(
+                f"{row['lam']:g}", (row[x], row["top1"]), fontsize=6, color=colour, **place
+            )
+    for control in settings.loc[settings["loss"] == "control", "top1"]:
         axis.axhline(control, color="black", linewidth=0.7, linestyle=":")
     mark_lines(axis, lines)
-    axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axis.set(title=title, xlabel=xlabel, ylabel="accuracy")
     axis.title.set_fontsize(10)
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
     return figure

@@ -23,7 +23,7 @@ def evaluate_runs(
     """
     from lib.experiments.evaluate import evaluate
 
-    folder = evaluate(runs, options, preset().runs, called())
+    folder = evaluate(runs, options, command=called())
     print((folder / "result.txt").read_text(encoding="utf-8"))
     print(f"figures and tables: {folder}")
 

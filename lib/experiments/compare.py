@@ -55,20 +55,24 @@ def run_name(variant: str, seed: int) -> str:
     return f"{variant.lower().replace(' ', '-')}-s{seed}"
 
 
-def load_trials(names: Sequence[str], runs: Path, which: Which = "last") -> list[Trial]:
-    """Finished runs, found before anything is computed.
+def load_trials(names: Sequence[str | Trial], runs: Path, which: Which = "last") -> list[Trial]:
+    """Finished runs that can be compared, found before anything is computed.
 
     Args:
         names: each a folder below `runs`, such as ft-s0 or sweep/NAME, or the path of a run. What
-            stands before -s<seed> is the variant.
+            stands before -s<seed> is the variant. Trials stay as they are.
         which: weights that will be read.
 
     Raises:
         FileNotFoundError: a run is missing, unfinished, or has no weights.
-        ValueError: see `refuse_mixture`.
+        ValueError: runs have other classes, data, patch grid or normalisation, or are one variant
+            but differ in more than the seed.
     """
     trials = []
     for name in names:
+        if isinstance(name, Trial):
+            trials.append(name)
+            continue
         folder = next((path for path in (runs / name, Path(name)) if path.is_dir()), None)
         if folder is None:
             there = sorted(file.parent.name for file in runs.glob("*/config.json"))
@@ -79,18 +83,14 @@ def load_trials(names: Sequence[str], runs: Path, which: Which = "last") -> list
             )
         run = Run.load(folder, which)
         trials.append(Trial(re.sub(r"-s\d+$", "", run.name), run.config.train.seed, run))
-    refuse_mixture(trials)
+    if not trials:
+        raise ValueError("no run is named; name one or more, such as ft-s0")
+    _refuse_mixture(trials)
     return trials
 
 
-def refuse_mixture(trials: Sequence[Trial]) -> None:
-    """ValueError where runs cannot stand in one table; names two of them.
-
-    They cannot with other classes, data, patch grid or normalisation, or where they are one variant
-    but differ in more than the seed; nor can none at all.
-    """
-    if not trials:
-        raise ValueError("no run is named; name one or more, such as ft-s0")
+def _refuse_mixture(trials: Sequence[Trial]) -> None:
+    """ValueError where runs cannot stand in one table; names two of them."""
     first = trials[0].run
     ours = _measured_on(first)
     named: dict[tuple[str, int], Run] = {}

@@ -29,14 +29,7 @@ from lib.evaluation.tables import (
     report_tables,
     tests_in_words,
 )
-from lib.experiments.compare import (
-    Trial,
-    Which,
-    load_trials,
-    refuse_mixture,
-    run_name,
-    yardstick_variant,
-)
+from lib.experiments.compare import Trial, Which, load_trials, run_name, yardstick_variant
 from lib.experiments.gallery import attention_rows, changed_predictions, write_gallery
 from lib.files import make_folder, write_bytes, write_text
 from lib.model.predict import processes
@@ -46,7 +39,7 @@ from lib.training.tokens import with_cached_tokens
 
 
 def evaluate(
-    runs: Sequence[str] | Sequence[Trial],
+    runs: Sequence[str | Trial],
     options: Evaluation | None = None,
     below: Path | None = None,
     command: str = "",
@@ -56,9 +49,9 @@ def evaluate(
     What is wrong, or cannot be written, is found before anything is computed.
 
     Args:
-        runs: names for `load_trials`, or trials of one comparison.
+        runs: names or trials, see `load_trials`.
         below: the runs folder, where named runs and cached tokens are; by default that of the
-            preset for names, that of the first for trials.
+            first trial, or of the preset for names.
         command: what was called, for result.txt.
 
     Returns:
@@ -77,17 +70,14 @@ def evaluate(
         and the tables and figures of the questions that `options` ask, see `ask`.
 
     Raises:
-        FileNotFoundError, ValueError: see `load_trials`, `refuse_mixture`, `yardstick_variant`.
+        FileNotFoundError, ValueError: see `load_trials` and `yardstick_variant`.
         StorageError: the folder cannot be written.
     """
     options = options or Evaluation()
-    if all(isinstance(run, Trial) for run in runs):
-        trials = list(runs)
-        refuse_mixture(trials)
-        below = below or trials[0].run.folder.parent
-    else:
-        below = below or cfg.preset().runs
-        trials = load_trials(runs, below, options.which)
+    if below is None:
+        is_trial = runs and isinstance(runs[0], Trial)
+        below = runs[0].run.folder.parent if is_trial else cfg.preset().runs
+    trials = load_trials(runs, below, options.which)
     options = replace(options, against=yardstick_variant(trials, options.against))
     make_folder(options.out or cfg.ROOT / "result")
 
@@ -98,19 +88,24 @@ def evaluate(
 
     folder = options.out or _new_folder(cfg.ROOT / "result")
     make_folder(folder / "config")
-    made = {
+    head = {
         "date": datetime.now().isoformat(timespec="seconds"),
-        "result": folder.name,
+        "command": command,
         "data": dataset.config.name,
-        "split": options.split,
-        "which": options.which,
-        "images": len(dataset),
+        "split": f"{options.split}, {len(dataset)} images, {len(dataset.classes)} classes",
+        "human maps": dataset.config.maps,
+        "weights": options.which,
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": timm.__version__,
     }
     seeds, run_of = tables["seeds"], {(t.variant, t.seed): t.run.name for t in trials}
-    run_names = [run_of[key] for key in zip(seeds["variant"], seeds["seed"], strict=True)]
-    tables["seeds"] = seeds.assign(run=run_names, **made)
+    tables["seeds"] = seeds.assign(
+        run=[run_of[key] for key in zip(seeds["variant"], seeds["seed"], strict=True)],
+        **{name: head[name] for name in ("date", "data", "torch", "timm")},
+        **{"result": folder.name, "split": options.split, "which": options.which},
+        images=len(dataset),
+    )
     for name, table in (tables | answers).items():
         write_text(folder / f"{name}.csv", table.to_csv(index=False))
     words = in_words(tables["table"])
@@ -124,17 +119,6 @@ def evaluate(
     if options.gallery and "tests" in tables:
         changes = changed_predictions(images, options.against)
         write_gallery(folder, trials, dataset, changes, options)
-    head = {
-        "date": made["date"],
-        "command": command,
-        "data": dataset.config.name,
-        "split": f"{options.split}, {len(dataset)} images, {len(dataset.classes)} classes",
-        "human maps": dataset.config.maps,
-        "weights": options.which,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-    }
     parts = [
         "\n".join(f"{name + ':':<12}{value}" for name, value in head.items() if value),
         *_in_words(tables, options.against),

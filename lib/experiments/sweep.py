@@ -285,13 +285,9 @@ def run_sweep(
     write_table(config, out)  # a folder that cannot be written is found out now
     for seed in sweep.seeds:
         train_run(f"ft-s{seed}", fine_tuning(config, seed), config.runs)
-    results = [read_result(config.runs, cell) for cell in chosen]
-    failed = {
-        cell.name: result["failure"]
-        for cell, result in zip(chosen, results, strict=True)
-        if result and result["failure"]
-    }
-    left = [cell for cell, result in zip(chosen, results, strict=True) if result is None]
+    results = {cell.name: read_result(config.runs, cell) for cell in chosen}
+    failed = {name: r["failure"] for name, r in results.items() if r and r["failure"]}
+    left = [cell for cell in chosen if results[cell.name] is None]
     tasks = [(config.runs, cell, keep_weights) for cell in left]
     threads = max(1, torch.get_num_threads() // jobs)
     if jobs > 1:

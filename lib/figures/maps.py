@@ -17,6 +17,14 @@ LONGEST = 24  # letters of a model's name that fit below a bar, or above a map
 IMAGES_OF = {"train": "training images", "val": "validation images", "test": "test images"}
 
 
+def axes_grid(
+    rows: int, columns: int, width: float, height: float, **how: object
+) -> tuple[Figure, np.ndarray]:
+    """A figure of `width` x `height` inches and its axes `[rows, columns]`."""
+    size = (width, height)
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **how)
+
+
 def overlay(axis: plt.Axes, image: np.ndarray, grid_map: np.ndarray, strength: float = 0.8) -> None:
     """Draws an image and, over it, a map of its patch grid.
 
@@ -87,13 +95,8 @@ def rows_of_maps(
             tells a right from a wrong prediction.
     """
     names = ["image", "people", *columns]
-    figure, axes = plt.subplots(
-        len(images),
-        len(names),
-        figsize=(1.7 * len(names), 1.7 * len(images) + 0.6),
-        squeeze=False,
-        layout="constrained",
-    )
+    rows, wide = len(images), len(names)
+    figure, axes = axes_grid(rows, wide, 1.7 * wide, 1.7 * rows + 0.6)
     for row, image in enumerate(images):
         axes[row, 0].imshow(image)
         axes[row, 0].set_axis_off()
@@ -117,9 +120,7 @@ def maps_in_a_row(
     """One image under several maps of its grid, each scaled to its own maximum and named."""
     rows = -(-(len(maps) + 1) // columns)
     wide = min(columns, len(maps) + 1)
-    figure, axes = plt.subplots(
-        rows, wide, figsize=(1.8 * wide, 2.0 * rows + 0.4), squeeze=False, layout="constrained"
-    )
+    figure, axes = axes_grid(rows, wide, 1.8 * wide, 2.0 * rows + 0.4)
     for axis in axes.flat:
         axis.set_axis_off()
     axes.flat[0].imshow(image)
@@ -151,14 +152,8 @@ def rows_of_tokens(
             for attention, each map scaled to its own maximum. outliers: bool `[n, gh, gw]`; a cross
             marks them.
     """
-    wide = 1 + 2 * len(norms)
-    figure, axes = plt.subplots(
-        len(images),
-        wide,
-        figsize=(1.7 * wide + 0.8, 1.7 * len(images) + 0.7),
-        squeeze=False,
-        layout="constrained",
-    )
+    rows, wide = len(images), 1 + 2 * len(norms)
+    figure, axes = axes_grid(rows, wide, 1.7 * wide + 0.8, 1.7 * rows + 0.7)
     lowest, highest = (f([f(maps) for maps in norms.values()]) for f in (np.min, np.max))
     for row, (image, box) in enumerate(zip(images, boxes, strict=True)):
         height, width = image.shape[:2]

@@ -11,7 +11,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from scipy.integrate import trapezoid
 
-from lib.figures.maps import IMAGES_OF, LONGEST, PALETTE
+from lib.figures.maps import IMAGES_OF, LONGEST, PALETTE, axes_grid
 
 
 def comparison(
@@ -27,13 +27,7 @@ def comparison(
     models = list(dict.fromkeys(seeds["variant"]))
     fit = max(map(len, models)) <= LONGEST
     rows, across = -(-len(shown) // wide), min(wide, len(shown))
-    figure, axes = plt.subplots(
-        rows,
-        across,
-        figsize=(2.3 * across, 3.6 * rows),
-        squeeze=False,
-        layout="constrained",
-    )
+    figure, axes = axes_grid(rows, across, 2.3 * across, 3.6 * rows)
     for axis in axes.flat[len(shown) :]:
         axis.remove()
     for axis, (key, words) in zip(axes.flat, shown.items(), strict=False):
@@ -163,15 +157,8 @@ def erasing(table: pd.DataFrame) -> Figure:
         "p_true_change": "change of the true\nclass's probability",
         "flipped": "share of predictions\nthat change",
     }
-    figure, axes = plt.subplots(
-        2,
-        len(models),
-        figsize=(3.6 * len(models) + 2.2, 5.2),
-        squeeze=False,
-        sharex=True,
-        sharey="row",
-        layout="constrained",
-    )
+    wide = len(models)
+    figure, axes = axes_grid(2, wide, 3.6 * wide + 2.2, 5.2, sharex=True, sharey="row")
     for column, model in enumerate(models):
         part = table[table["variant"] == model]
         for axis, (key, words) in zip(axes[:, column], panels.items(), strict=True):
@@ -185,10 +172,8 @@ def erasing(table: pd.DataFrame) -> Figure:
             axis.legend_.remove()
         axes[0, column].set_title(model, fontsize=9)
         axes[1, column].tick_params(axis="x", labelsize=7)
-    figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False,
-        title="erased",
-    )  # fmt: skip
+    lines = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside right center", frameon=False, title="erased")
     figure.supxlabel("where in the model the patches are erased", fontsize=10)
     count = table["index"].nunique()
     figure.suptitle(f"What erasing patches from the attention costs ({count} images)", fontsize=11)
@@ -209,16 +194,14 @@ def curves(table: pd.DataFrame, hue: str | None = None) -> Figure:
         "deletion": ("patches leave the picture: a small area is good", "patches taken out"),
         "insertion": ("patches enter a blurred picture: a large area is good", "patches put in"),
     }
-    figure, grid = plt.subplots(
-        len(models), 2, figsize=(9, 2.9 * len(models) + 0.7), squeeze=False, sharex=True,
-        sharey=True, layout="constrained",
-    )  # fmt: skip
+    rows = len(models)
+    figure, grid = axes_grid(rows, 2, 9, 2.9 * rows + 0.7, sharex=True, sharey=True)
     colours = dict(zip(dict.fromkeys(table["hue"]), PALETTE, strict=False))
     for axes, model in zip(grid, models, strict=True):
         for axis, (curve, (words, what)) in zip(axes, panels.items(), strict=True):
             part = table[(table["curve"] == curve) & (table["variant"] == model)]
-            for name, rows in part.groupby("hue", sort=False):
-                mean = rows.groupby("fraction")["p_true"].mean()
+            for name, line in part.groupby("hue", sort=False):
+                mean = line.groupby("fraction")["p_true"].mean()
                 area = trapezoid(mean, mean.index)
                 label = f"{name}: area {area:.2f}" if hue else f"area {area:.2f}"
                 axis.plot(mean.index, mean, "o-", ms=3, color=colours[name], label=label)

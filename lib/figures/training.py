@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from lib.figures.maps import PALETTE
+from lib.figures.maps import PALETTE, axes_grid
 from lib.figures.results import mark_lines
 
 
@@ -53,8 +53,7 @@ def histories(runs: Mapping[str, pd.DataFrame]) -> Figure:
     }
     if not any(history["human_loss"].any() for history in runs.values()):
         del panels["human_loss"]
-    wide = len(panels)
-    figure, axes = plt.subplots(1, wide, figsize=(3 * wide, 3), layout="constrained")
+    figure, (axes,) = axes_grid(1, len(panels), 3 * len(panels), 3)
     for axis, (key, words) in zip(axes, panels.items(), strict=True):
         for colour, (name, history) in zip(cycle(PALETTE), runs.items(), strict=False):
             axis.plot(history["epoch"], history[key], marker="o", ms=3, color=colour, label=name)
@@ -177,10 +176,7 @@ def by_lambda(table: pd.DataFrame, panels: Mapping[str, str], title: str) -> Fig
     Args:
         table: rows of a sweep: a row a training, of one split; bands are standard deviations.
     """
-    figure, grid = plt.subplots(
-        1, len(panels), figsize=(3.2 * len(panels), 3.3), squeeze=False, layout="constrained"
-    )
-    axes = grid[0]
+    figure, (axes,) = axes_grid(1, len(panels), 3.2 * len(panels), 3.3)
     trained = table[table["loss"] != "control"]
     control = table[table["loss"] == "control"]
     losses = [loss for loss in LOSS_COLOURS if loss in set(trained["loss"])]
@@ -208,11 +204,9 @@ def choices(table: pd.DataFrame, by: str, panels: Mapping[str, str], title: str)
         table: a row a training; `by` is the column of the choice, in the order of the rows.
     """
     names = list(dict.fromkeys(table[by]))
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(2.6 * len(panels) + 1.2, 0.36 * len(names) + 1.3), sharey=True,
-        layout="constrained",
-    )  # fmt: skip
-    for axis, (column, words) in zip(np.atleast_1d(axes), panels.items(), strict=True):
+    width, height = 2.6 * len(panels) + 1.2, 0.36 * len(names) + 1.3
+    figure, (axes,) = axes_grid(1, len(panels), width, height, sharey=True)
+    for axis, (column, words) in zip(axes, panels.items(), strict=True):
         sns.pointplot(table, x=column, y=by, order=names, color=PALETTE[0], errorbar=None,
                       linestyle="none", marker="|", markersize=18, ax=axis)  # fmt: skip
         sns.stripplot(table, x=column, y=by, order=names, color="black", size=3.5, jitter=False,

@@ -86,8 +86,11 @@ def edit_ladder(
         before, rows = model.forward_tokens(entering[start], start, rows="last", grid=dataset.grid)
         before = before.float().cpu()
         attention = metrics.patch_attention(rows[model.depth - 1], model.num_prefix).cpu()
-        given = masks if callable(masks) else lambda b, _: {"given cells": masks[b["index"]]}
-        for what, mask in given(batch, attention).items():
+        if callable(masks):
+            cells = masks(batch, attention)
+        else:
+            cells = {"given cells": masks[batch["index"]]}
+        for what, mask in cells.items():
             erased = {"patches": mask.sum(-1), "mass": (attention * mask).sum(-1)}
             some = mask.any(-1)
             none = {name: torch.zeros_like(number) for name, number in erased.items()}

@@ -5,8 +5,6 @@ Every table is a mean over such rows, so that a reader can ask their own questio
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-
 import numpy as np
 import pandas as pd
 import torch
@@ -26,37 +24,26 @@ PERFECT = "perfect (estimate)"
 BASELINES = ("one reader", "mean map", "another image", "uniform")
 
 
-@dataclass(frozen=True)
-class Targets:
-    """What the attention on each image of a data set is held against, `[n, P]` each."""
+def targets_of(dataset: BirdDataset) -> dict[str, Tensor]:
+    """What the attention on each image of a data set (without augmentation) is held against.
 
-    human: Tensor  # in [0, 1]
-    fixations: Tensor  # counts
-    elsewhere: Tensor  # fixation counts of all other images
-    box: Tensor | None  # share of each cell that the bounding box covers; None without boxes
-    parts: Tensor | None  # 1 where a part of the bird lies in the cell; None without parts
-
-    @classmethod
-    def of(cls, dataset: BirdDataset) -> Targets:
-        """Those of a data set without augmentation."""
-        found = [dataset.annotations(i) for i in range(len(dataset))]
-        fixations = torch.stack([item["fixations"] for item in found])
-        parts = [dataset.parts(i) for i in range(len(dataset))]
-        known = next((part for part in parts if part is not None), None)
-        if known is not None:
-            parts = [torch.zeros_like(known) if part is None else part for part in parts]
-        return cls(
-            human=torch.stack([item["human"] for item in found]),
-            fixations=fixations,
-            elsewhere=fixations.sum(0) - fixations,
-            box=flat_cover(dataset.cover()),
-            parts=None if known is None else (torch.stack(parts) > 0).float(),
-        )
-
-    def at(self, index: Tensor, like: Tensor) -> dict[str, Tensor | None]:
-        """Those of some images, on the device of `like`: arguments of `metrics.alignment`."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: None if v is None else v[index.cpu()].to(like) for name, v in found.items()}
+    Returns:
+        `[n, P]` each, by the arguments of `metrics.alignment`: human in [0, 1], fixations (counts),
+        elsewhere (fixation counts of all other images); box, where images have boxes, and parts (1
+        where one lies in the cell), where they have parts.
+    """
+    items = [dataset.annotations(i) for i in range(len(dataset))]
+    found = {name: torch.stack([item[name] for item in items]) for name in ("human", "fixations")}
+    found["elsewhere"] = found["fixations"].sum(0) - found["fixations"]
+    box = flat_cover(dataset.cover())
+    parts = [dataset.parts(i) for i in range(len(dataset))]
+    known = next((part for part in parts if part is not None), None)
+    if box is not None:
+        found["box"] = box
+    if known is not None:
+        parts = [torch.zeros_like(known) if part is None else part for part in parts]
+        found["parts"] = (torch.stack(parts) > 0).float()
+    return found
 
 
 def per_image(
@@ -82,7 +69,7 @@ def per_image(
         where a decoy is drawn: conflicting (bool, the decoy is another class's) and on_decoy (share
         of the patches' attention on it).
     """
-    decoys, targets = decoy_cover(dataset), Targets.of(dataset)
+    decoys, targets = decoy_cover(dataset), targets_of(dataset)
     found: list[pd.DataFrame] = []
     batches = predict(model, items or dataset, batch_size, workers)
     total = -(-len(dataset) // batch_size)
@@ -91,7 +78,7 @@ def per_image(
         attention = metrics.patch_attention(row, model.num_prefix)
         sigmoid = sigmoid_attention(row, "none", model.num_prefix).mean(1)
         labels, probabilities = batch["label"], scores.softmax(-1)
-        held = targets.at(batch["index"], attention)
+        held = {k: v[batch["index"].cpu()].to(attention) for k, v in targets.items()}
         on_sigmoid = metrics.alignment(sigmoid, **held)
         columns = {
             "predicted": scores.argmax(-1),
@@ -122,16 +109,16 @@ def per_head(model: SigmoidViT, dataset: BirdDataset, batch_size: int = 64) -> p
         one row an image, head and map ("softmax" or "sigmoid"): image_id, head, map, the columns of
         `metrics.alignment`, and class_token (softmax mass that the head leaves on it).
     """
-    targets, found = Targets.of(dataset), []
+    targets, found = targets_of(dataset), []
     batches = predict(model, dataset, batch_size)
     total = -(-len(dataset) // batch_size)
     for batch, _, rows in tqdm(batches, total=total, desc="heads", leave=False):
         row = rows[model.depth - 1].float()
         softmax = row.softmax(-1)
-        held = targets.at(batch["index"], row)
-        held = {name: None if v is None else v[:, None] for name, v in held.items()}  # [B, 1, P]
+        index = batch["index"].cpu()
+        held = {name: v[index, None].to(row) for name, v in targets.items()}  # [B, 1, P]
         images, heads = np.indices(row.shape[:2])
-        places = dataset.table["image_id"].to_numpy()[batch["index"].cpu().numpy()]
+        places = dataset.table["image_id"].to_numpy()[index.numpy()]
         for name, maps in (
             ("softmax", softmax[..., model.num_prefix :]),
             ("sigmoid", sigmoid_attention(row, "none", model.num_prefix)),
@@ -155,14 +142,14 @@ def baselines_by_image(dataset: BirdDataset) -> pd.DataFrame:
         (the mean over readers; not where a map has no readers), mean map (of all other images),
         another image (its map, from the other half of the set), uniform.
     """
-    whole = Targets.of(dataset)
+    whole = targets_of(dataset)
     chosen = np.flatnonzero(dataset.has_map)
     if len(chosen) < 2:
         return pd.DataFrame(columns=["image_id", "map", *ALIGNMENT])
-    total = whole.human[chosen].sum(0)
+    total = whole["human"][chosen].sum(0)
     rows = []
     for place, i in enumerate(chosen.tolist()):
-        held = whole.at(torch.tensor([i]), whole.human)  # [1, P]
+        held = {name: values[i : i + 1] for name, values in whole.items()}  # [1, P]
         other = chosen[(place + len(chosen) // 2) % len(chosen)]
         found = {}
         maps, counts = dataset.readers(i)  # [R, P]
@@ -170,9 +157,9 @@ def baselines_by_image(dataset: BirdDataset) -> pd.DataFrame:
             others = {"human": maps.sum(0) - maps, "fixations": counts.sum(0) - counts}
             found["one reader"] = metrics.alignment(maps, **(held | others))
         candidates = {
-            "mean map": (total - whole.human[i])[None],
-            "another image": whole.human[other][None],
-            "uniform": torch.ones_like(whole.human[:1]),
+            "mean map": (total - whole["human"][i])[None],
+            "another image": whole["human"][other][None],
+            "uniform": torch.ones_like(whole["human"][:1]),
         }
         found |= {name: metrics.alignment(one, **held) for name, one in candidates.items()}
         for name, values in found.items():

@@ -56,6 +56,26 @@ def report_tables(
     return tables | {"tests": tests} if len(tests) else tables
 
 
+def values_by_image(images: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The numbers whose means over images are the summary's, as columns of floats.
+
+    Returns:
+        the table, and the names of the numbers. conflicting and agreeing are the accuracy on
+        images with such a decoy, and NaN on others.
+    """
+    values = images.copy()
+    names = [f"top{k}" for k in range(1, 6)] + ["p_true", "confidence"]
+    names += [p + name for p in ("", "sigmoid_") for name in ALIGNMENT if name in images]
+    names += ["class_token", "sigmoid"]
+    if "conflicting" in images:
+        right, conflicting = images["top1"].astype(float), images["conflicting"].astype(bool)
+        values["conflicting"] = right.where(conflicting)
+        values["agreeing"] = right.where(~conflicting)
+        names += ["conflicting", "agreeing", "on_decoy"]
+    values[names] = values[names].astype(float)
+    return values, names
+
+
 def summarise(frame: pd.DataFrame) -> dict[str, float]:
     """Means over the images of `per_image`, p_true_min, p_true_max, and ece.
 
@@ -63,17 +83,10 @@ def summarise(frame: pd.DataFrame) -> dict[str, float]:
     accuracy over the `BINS`, weighted by their images. Where a decoy is drawn also accuracy on
     conflicting and on agreeing images, and on_decoy.
     """
-    numbers = [f"top{k}" for k in range(1, 6)] + ["p_true", "confidence"]
-    numbers += [p + name for p in ("", "sigmoid_") for name in ALIGNMENT if name in frame]
-    numbers += ["class_token", "sigmoid"]
-    summary = {name: float(frame[name].mean()) for name in numbers}
+    values, names = values_by_image(frame)
+    summary = values[names].mean().to_dict()
     summary |= {"p_true_min": frame["p_true"].min(), "p_true_max": frame["p_true"].max()}
-    summary["ece"] = expected_calibration_error(frame)
-    if "conflicting" in frame:
-        summary["conflicting"] = float(frame.loc[frame["conflicting"], "top1"].mean())
-        summary["agreeing"] = float(frame.loc[~frame["conflicting"], "top1"].mean())
-        summary["on_decoy"] = float(frame["on_decoy"].mean())
-    return summary
+    return summary | {"ece": expected_calibration_error(frame)}
 
 
 def expected_calibration_error(frame: pd.DataFrame, bins: int = BINS) -> float:
@@ -107,30 +120,17 @@ def comparison_table(seeds: pd.DataFrame) -> pd.DataFrame:
     columns = {k: words for k, words in COLUMNS.items() if k in seeds and seeds[k].notna().any()}
     rows = {}
     for variant, part in seeds.groupby("variant", sort=False):
-        rows[variant] = {words: _mean_and_std(part[key]) for key, words in columns.items()}
-    return pd.DataFrame(rows).T.rename_axis("model")
+        rows[variant] = {w: _number(part[k].mean(), part[k].std()) for k, w in columns.items()}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
 
 
-def _mean_and_std(values: pd.Series) -> str:
-    spread = f" ± {values.std():.3f}" if len(values) > 1 else ""
-    return f"{values.mean():.3f}{spread}"
-
-
-def values_by_image(images: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """The numbers whose means over images are the summary's, as columns of floats.
-
-    Returns:
-        the table, and the names of the numbers. conflicting and agreeing are the accuracy on
-        images with such a decoy, and NaN on others.
-    """
-    values = images.copy()
-    if "conflicting" in images:
-        right, conflicting = images["top1"].astype(float), images["conflicting"].astype(bool)
-        values["conflicting"] = right.where(conflicting)
-        values["agreeing"] = right.where(~conflicting)
-    names = [name for name in summarise(images) if name in values]
-    values[names] = values[names].astype(float)
-    return values, names
+def _number(
+    mean: float, std: float, low: float = np.nan, high: float = np.nan, sign: str = ""
+) -> str:
+    """ "mean ± std [low, high]" with what is known of it."""
+    text = f"{mean:{sign}.3f}" if pd.notna(mean) else "–"
+    text += f" ± {std:.3f}" if pd.notna(std) else ""
+    return text + (f" [{low:{sign}.3f}, {high:{sign}.3f}]" if pd.notna(low) else "")
 
 
 def calibration(images: pd.DataFrame, bins: int = BINS) -> pd.DataFrame:
@@ -179,16 +179,13 @@ def in_words(table: pd.DataFrame) -> pd.DataFrame:
     words = COLUMNS | ALIGNMENT | {"ece": "calibration error"}
     shown = {k: w for k, w in words.items() if k in table and table[k].notna().any()}
 
-    def cell(row: pd.Series, name: str) -> str:
-        text = f"{row[name]:.3f}" if pd.notna(row[name]) else "–"
-        if pd.notna(row.get(f"{name}_std")):
-            text += f" ± {row[f'{name}_std']:.3f}"
-        if pd.notna(row.get(f"{name}_low")):
-            text += f" [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"
-        return text
-
+    ends = ("", "_std", "_low", "_high")
     columns = {
-        row["model"]: {w: cell(row, k) for k, w in shown.items()} for _, row in table.iterrows()
+        row["model"]: {
+            words: _number(*(row.get(name + end, np.nan) for end in ends))
+            for name, words in shown.items()
+        }
+        for row in table.to_dict("records")
     }
     return pd.DataFrame(columns).rename_axis(columns="model")
 
@@ -199,10 +196,8 @@ def tests_in_words(tests: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for row in tests.to_dict("records"):
         told = {"model": row["variant"], "metric": words.get(row["metric"], row["metric"])}
-        spread = f" ± {row['difference_std']:.3f}" if pd.notna(row["difference_std"]) else ""
-        told["difference"] = (
-            f"{row['difference']:+.3f}{spread} [{row['low']:+.3f}, {row['high']:+.3f}]"
-        )
+        numbers = (row[name] for name in ("difference", "difference_std", "low", "high"))
+        told["difference"] = _number(*numbers, sign="+")
         told["seeds up"] = f"{row['seeds_up']} of {row['seeds']}"
         told |= {"p": _p_value(row["p"]), "p (Holm)": _p_value(row["p_holm"])}
         told |= dict.fromkeys(("fixed", "broken", "p (McNemar)"), "")

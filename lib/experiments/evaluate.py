@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import platform
 from collections.abc import Sequence
 from dataclasses import replace
@@ -131,14 +132,13 @@ def evaluate(
 def _new_folder(parent: Path) -> Path:
     """result%Y%m%d_%H%M, with _2, _3, ... behind it when that minute has one already."""
     stem = datetime.now().strftime("result%Y%m%d_%H%M")
-    for number in range(1, 1000):
+    for number in itertools.count(1):
         folder = parent / (stem if number == 1 else f"{stem}_{number}")
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
             continue
         return folder
-    raise FileExistsError(f"{parent} has a thousand results of this minute; move some away")
 
 
 # ----------------------------------------------------------------------------------- measurements

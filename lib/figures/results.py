@@ -205,7 +205,7 @@ def curves(table: pd.DataFrame, hue: str | None = None) -> Figure:
                 area = trapezoid(mean, mean.index)
                 label = f"{name}: area {area:.2f}" if hue else f"area {area:.2f}"
                 axis.plot(mean.index, mean, "o-", ms=3, color=colours[name], label=label)
-            axis.set(title=f"{model}: {words}" if model else words, xlim=(0, 1), ylim=(0, 1))
+            axis.set(title=f"{model}\n{words}" if model else words, xlim=(0, 1), ylim=(0, 1))
             axis.title.set_fontsize(9)
             axis.legend(frameon=False, fontsize=8)
             if model == models[-1]:

@@ -183,14 +183,13 @@ def mean_by_block(table: pd.DataFrame) -> pd.DataFrame:
 def pictures_of_tokens(
     dataset: BirdDataset,
     read: Mapping[str, PatchTokens],
-    block: int = -1,
     images: Sequence[int] | None = None,
     k: float = OUTLIER,
 ) -> figures.Figure:
-    """Pictures with the norms and the attention of each model, e.g. before and after HITL.
+    """Pictures with last-block norms and attention of each model, e.g. before and after HITL.
 
     Args:
-        read: `read_patch_tokens` of each model, on the same images. block: negative from the last.
+        read: `read_patch_tokens` of each model, on the same images.
         images: index in the data set; by default the 3 where the first model has most attention on
             low-information background.
 
@@ -202,7 +201,7 @@ def pictures_of_tokens(
         if not np.array_equal(tokens.index, first.index):
             raise ValueError(f'"{name}" was read on other images than the first model; read again')
     if images is None:
-        mass = (first.attention[:, block] * low_information(first)).sum(-1)
+        mass = (first.attention[:, -1] * low_information(first)).sum(-1)
         images = first.index[np.argsort(-mass)[:3]]
     position = {int(index): place for place, index in enumerate(first.index)}
     missing = [i for i in images if int(i) not in position]
@@ -212,9 +211,9 @@ def pictures_of_tokens(
     shape = (-1, *dataset.grid)
     norms, attention, outliers = {}, {}, {}
     for name, tokens in read.items():
-        norms[name] = tokens.norms[places, block].reshape(shape)
-        attention[name] = tokens.attention[places, block].reshape(shape)
-        outliers[name] = norms[name] > outlier_cutoffs(tokens.norms, k)[block]
+        norms[name] = tokens.norms[places, -1].reshape(shape)
+        attention[name] = tokens.attention[places, -1].reshape(shape)
+        outliers[name] = norms[name] > outlier_cutoffs(tokens.norms, k)[-1]
     boxes = dataset.corners()[list(images)]
     pictures = [dataset.image(int(i)) for i in images]
     return figures.rows_of_tokens(pictures, boxes, norms, attention, outliers)

@@ -48,7 +48,7 @@ def overlay(axis: plt.Axes, image: np.ndarray, grid_map: np.ndarray, strength: f
     axis.set_axis_off()
 
 
-def _scaled(grid_map: np.ndarray, strength: float) -> tuple[np.ndarray, np.ndarray]:
+def _scaled(grid_map: np.ndarray, strength: float = 0.8) -> tuple[np.ndarray, np.ndarray]:
     """A map over its own maximum, and how opaque each cell is: both `[gh, gw]` in [0, 1]."""
     known = np.isfinite(grid_map)
     scaled = np.where(known, grid_map, 0)
@@ -56,9 +56,7 @@ def _scaled(grid_map: np.ndarray, strength: float) -> tuple[np.ndarray, np.ndarr
     return scaled, strength * (0.4 + 0.6 * scaled) * known
 
 
-def picture(
-    image: np.ndarray, grid_map: np.ndarray | None = None, pixels: int = 280, strength: float = 0.8
-) -> np.ndarray:
+def picture(image: np.ndarray, grid_map: np.ndarray | None = None, pixels: int = 280) -> np.ndarray:
     """What `overlay` draws as plain pixels, for pages that show hundreds: a figure takes 60 ms.
 
     Args:
@@ -72,7 +70,7 @@ def picture(
     drawn = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
     if grid_map is None:
         return drawn
-    scaled, opacity = _scaled(grid_map, strength)
+    scaled, opacity = _scaled(grid_map)
     colours = plt.get_cmap(MAP_COLOURS)(scaled)  # [gh, gw, 4], red, green, blue, opacity
     colours[..., 3] = opacity
     cells = Image.fromarray(np.uint8(np.rint(255 * colours)), "RGBA")
@@ -85,7 +83,6 @@ def rows_of_maps(
     images: Sequence[np.ndarray],
     human: Sequence[np.ndarray],
     columns: Mapping[str, Sequence[tuple[np.ndarray, bool]]],
-    title: str = "Where each model looks (class row of the last block)",
 ) -> Figure:
     """One row an image: picture, people's gaze, then one attention map a model.
 
@@ -110,6 +107,7 @@ def rows_of_maps(
                 spine.set(edgecolor="#009E73" if right else "#D55E00", linewidth=3)
     for axis, name in zip(axes[0], names, strict=True):
         axis.set_title(wrapped(name), fontsize=9)
+    title = "Where each model looks (class row of the last block)"
     figure.suptitle(f"{title}\ngreen frame: right, red frame: wrong", fontsize=10)
     return figure
 

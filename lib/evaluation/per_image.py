@@ -13,7 +13,6 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from lib.data.dataset import BirdDataset, conflicting_decoys, decoy_cover, flat_cover
-from lib.edit import sigmoid_attention
 from lib.evaluation import metrics
 from lib.evaluation.metrics import ALIGNMENT
 from lib.model.predict import predict
@@ -76,7 +75,7 @@ def per_image(
     for batch, scores, rows in tqdm(batches, total=total, desc="evaluating", leave=False):
         row = rows[model.depth - 1].float()
         attention = metrics.patch_attention(row, model.num_prefix)
-        sigmoid = sigmoid_attention(row, "none", model.num_prefix).mean(1)
+        sigmoid = torch.sigmoid(row[..., model.num_prefix :]).mean(1)
         labels, probabilities = batch["label"], scores.softmax(-1)
         held = {k: v[batch["index"].cpu()].to(attention) for k, v in targets.items()}
         on_sigmoid = metrics.alignment(sigmoid, **held)
@@ -121,7 +120,7 @@ def per_head(model: SigmoidViT, dataset: BirdDataset, batch_size: int = 64) -> p
         places = dataset.table["image_id"].to_numpy()[index.numpy()]
         for name, maps in (
             ("softmax", softmax[..., model.num_prefix :]),
-            ("sigmoid", sigmoid_attention(row, "none", model.num_prefix)),
+            ("sigmoid", torch.sigmoid(row[..., model.num_prefix :])),
         ):
             values = metrics.alignment(maps, **held) | {"class_token": softmax[..., 0]}
             columns = {"image_id": places[images].ravel(), "head": heads.ravel(), "map": name}

@@ -285,7 +285,9 @@ def answers_in_words(answers: dict[str, pd.DataFrame]) -> list[str]:
         wide = answers["areas"].pivot_table(
             index="variant", columns=["curve", "order"], values="area", sort=False
         )
-        parts.append(f"Area under the curves of deletion and insertion\n\n{wide.round(3)}")
+        parts.append(
+            f"Area under the curves of deletion and insertion\n\n{wide.round(3).to_string()}"
+        )
     if "tokens" in answers:
         names = ["outliers", "outliers_mass", "background", "background_mass", "flat", "flat_mass"]
         blocks = outliers.mean_by_block(answers["tokens"].drop(columns="seed"))

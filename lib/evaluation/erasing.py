@@ -383,4 +383,4 @@ def areas(table: pd.DataFrame) -> pd.DataFrame:
     keys = [key for key in ("variant", "order", "index", "curve") if key in table]
     curves = table.sort_values("fraction").groupby(keys, sort=False)[["p_true", "fraction"]]
     area = curves.apply(lambda curve: trapezoid(curve["p_true"], curve["fraction"]))
-    return area.rename("area").reset_index()
+    return area.to_frame("area").reset_index()

@@ -41,7 +41,7 @@ def report_tables(
     baselines = human_baselines(dataset, by_image)
     if len(baselines):
         aligned = [name for name in ALIGNMENT if name in by_image]
-        found = intervals(by_image.rename(columns={"map": "variant"}), aligned)
+        found = intervals(by_image.assign(variant=by_image["map"]), aligned)
         spans = pd.concat([spans, found])
     tested = [n for n in (*COLUMNS, "p_true") if n in names and values[n].notna().any()]
     tests = paired_tests(values, against, tested)

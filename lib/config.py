@@ -167,6 +167,39 @@ class Sweep:
     seeds: tuple[int, ...] = (0,)  # of both stages: every seed has a fine-tuned run of its own
 
 
+@dataclass
+class Evaluation:
+    """What `lib.experiments.evaluate` asks of trained models, and where the answers go."""
+
+    # the model that the others are compared with; the control where there is one, else the first
+    against: str | None = None
+    split: Literal["test", "val", "train"] = "test"  # images to measure on
+    # weights of the last epoch, or of the one that was best on the validation images
+    which: Literal["last", "best"] = "last"
+    # folder of the result; result/result%Y%m%d_%H%M below the repository by default
+    out: Path | None = None
+    # pictures whose prediction was fixed, and as many that were broken, for each model on the
+    # gallery page; 0 makes no page
+    gallery: int = 12
+    gallery_rule: Literal["order", "change"] = "order"  # first of the data set, or largest changes
+    # is the attention used? Erase what a model looks at, on so many images, about 12 forward
+    # passes each; 0 does not ask
+    erase: int = 0
+    curves: int = 0  # deletion and insertion on so many images, about 80 forward passes each
+    tokens: int = 0  # outlying tokens, and attention on background, on so many images
+
+    def __post_init__(self) -> None:
+        if self.gallery < 0:
+            raise ValueError(
+                f"gallery is {self.gallery}; use 0 for no gallery, or a number of pictures"
+            )
+        for name in ("erase", "curves", "tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; use a number of images, or 0 to leave it out"
+                )
+
+
 # Fields of TrainConfig that say how a run is made, and nothing about what comes out.
 HOW = ("workers", "log_every", "checkpoint_minutes", "trackers")
 

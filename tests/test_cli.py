@@ -156,7 +156,8 @@ def test_evaluate_measures_runs_side_by_side(tmp_path, run_main, two_runs, monke
     assert f"PRESET=toy python -m lib {' '.join(arguments)}" in told
     assert told == (out / "result.txt").read_text() + f"\nfigures and tables: {out}\n"
     assert "whose probability of the true class changed most" in (out / "gallery.html").read_text()
-    assert len((out.parent / "summary.csv").read_text().splitlines()) == 3
+    assert len((out / "seeds.csv").read_text().splitlines()) == 3
+    assert list(out.parent.iterdir()) == [out]
 
 
 @pytest.mark.parametrize(
@@ -165,16 +166,14 @@ def test_evaluate_measures_runs_side_by_side(tmp_path, run_main, two_runs, monke
         (["--against", "nobody"], '--against is "nobody", but the models are ft, control'),
         (["--gallery", "-1"], "gallery is -1; use 0 for no gallery"),
         (["--out", "{folder}/taken/one"], "taken/one cannot be made"),
-        (["--out", "{folder}/foreign/one"], "has no column date, so nothing is added to it"),
     ],
 )
 def test_evaluate_refuses_before_it_computes(more, says, tmp_path, run_main, two_runs, monkeypatch):
     (tmp_path / "taken").write_text("a file, no folder")
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "summary.csv").write_text("mine,yours\n1,2\n")
-    monkeypatch.setattr(
-        "lib.experiments.compare.measure_runs", lambda *_: pytest.fail("it computes")
-    )
+    for name in ("ask", "measure_runs"):
+        monkeypatch.setattr(
+            f"lib.experiments.evaluate.{name}", lambda *_: pytest.fail("it computes")
+        )
     more = [part.format(folder=tmp_path) for part in more]
     code, _, error = run_main("evaluate", "ft-s0", "control-s0", *more, **two_runs)
     assert code == 2 and says in error and "Traceback" not in error

@@ -313,4 +313,10 @@ def test_figures_show_every_model_and_choice(erased):
     figure = figures.curves(steps.assign(order="people"), "order")
     labels = [axis.get_legend().get_texts()[0].get_text() for axis in figure.axes]
     assert labels == ["people: area 0.50", "people: area 0.75"]
+    two = pd.concat([steps.assign(variant=name) for name in ("before", "after")])
+    axes = figures.curves(two).axes  # the lowest row alone says what runs along it
+    assert [axis.get_xlabel() for axis in axes] == [
+        "", "", "share of patches taken out", "share of patches put in",
+    ]  # fmt: skip
+    assert [axis.get_ylabel() for axis in axes] == ["p (true class)", ""] * 2
     plt.close("all")

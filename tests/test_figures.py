@@ -43,9 +43,9 @@ def test_a_picture_is_what_an_overlay_draws():
     assert figures.picture(image, map_, pixels=24).shape == (12, 24, 3)
 
 
-def test_the_gallery_frames_right_and_wrong():
+def test_rows_of_maps_frame_right_and_wrong():
     columns = {"a": [(MAP, True), (MAP, False)], "<b>": [(MAP, False), (MAP, True)]}
-    figure = figures.gallery([IMAGE, IMAGE], [MAP, MAP], columns)
+    figure = figures.rows_of_maps([IMAGE, IMAGE], [MAP, MAP], columns)
     axes = np.array(figure.axes).reshape(2, 4)
     assert [axis.get_title() for axis in axes[0]] == ["image", "people", "a", "<b>"]
     colour = lambda axis: axis.spines["top"].get_edgecolor()  # noqa: E731

@@ -16,7 +16,8 @@ from torchvision.transforms.v2 import functional as v2
 from lib.config import RunConfig, from_json
 from lib.data.cache import decoded_images
 from lib.data.corrections import load_corrections
-from lib.experiments.compare import evaluate_trials, load_trials
+from lib.experiments.compare import load_trials
+from lib.experiments.evaluate import measure_runs
 from lib.training import tokens
 from lib.training.runs import Run, train_run
 
@@ -38,7 +39,7 @@ def test_runs_and_cached_tokens_load_and_measure_as_they_did(kept, monkeypatch):
     monkeypatch.setattr(tokens, "_run_trunk", refuse)
     monkeypatch.setattr(tokens, "_CACHE", {})
     trials = load_trials(["ft-s0", "hitl-s0"], kept / "runs")
-    found = evaluate_trials(trials).set_index(["variant", "seed", "image_id"])
+    found = measure_runs(trials).set_index(["variant", "seed", "image_id"])
     images = pd.read_csv(kept / "result" / "one" / "images.csv")
     then = images.set_index(["variant", "seed", "image_id"])
     assert (found[NUMBERS] - then[NUMBERS]).abs().max().max() < 2e-3

@@ -1,4 +1,4 @@
-"""Artefact tokens: norms and class rows of every block, outliers, background, sinks."""
+"""Outlier tokens: norms and class rows of every block, outliers, background, sinks."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lib.evaluation import outliers
 
 @pytest.fixture(scope="module")
 def read(toy):
-    return outliers.read_tokens(*toy, images=[9, 3, 17], batch_size=2)
+    return outliers.read_patch_tokens(*toy, images=[9, 3, 17], batch_size=2)
 
 
-def made_up(n: int = 20, blocks: int = 2, patches: int = 16) -> outliers.Tokens:
+def made_up(n: int = 20, blocks: int = 2, patches: int = 16) -> outliers.PatchTokens:
     """Gaussian norms and uniform attention; the upper half of each picture is background."""
     rng = np.random.default_rng(0)
     norms = rng.normal(50, 2, (n, blocks, patches)).astype(np.float32)
@@ -28,7 +28,9 @@ def made_up(n: int = 20, blocks: int = 2, patches: int = 16) -> outliers.Tokens:
     background[:, : patches // 2] = True
     contrast = np.tile(np.arange(patches, dtype=np.float32), (n, 1))
     attention = np.full((n, blocks, patches), 1 / patches, np.float32)
-    return outliers.Tokens(np.arange(n), norms, attention, contrast, background, np.ones(n, bool))
+    return outliers.PatchTokens(
+        np.arange(n), norms, attention, contrast, background, np.ones(n, bool)
+    )
 
 
 def test_block_by_block_is_the_plain_model_with_its_class_rows(any_model):
@@ -71,7 +73,7 @@ def test_background_is_what_no_part_of_the_box_covers(toy, monkeypatch):
     table = test.table.copy()
     table.loc[2, ["x0", "y0", "x1", "y1"]] = 12, 20, 33, 32  # 4 and 1 pixels into two cells
     monkeypatch.setattr(test, "table", table)
-    background = outliers.read_tokens(model, test, [2]).background[0].reshape(4, 4)
+    background = outliers.read_patch_tokens(model, test, [2]).background[0].reshape(4, 4)
     assert np.argwhere(~background).tolist() == [[1, 0], [1, 1], [1, 2]]
 
 
@@ -80,26 +82,26 @@ def test_a_picture_without_a_box_has_no_background_and_says_so(toy, monkeypatch)
     table = test.table.copy()
     table.loc[5, ["x0", "y0", "x1", "y1"]] = np.nan
     monkeypatch.setattr(test, "table", table)
-    tokens = outliers.read_tokens(model, test, [5, 6])
+    tokens = outliers.read_patch_tokens(model, test, [5, 6])
     assert tokens.has_box.tolist() == [False, True] and not tokens.background[0].any()
-    rows = outliers.per_block(tokens).set_index("index")
+    rows = outliers.outliers_by_block(tokens).set_index("index")
     of_the_box = ["background", "background_mass", "flat", "flat_mass", "sinks", "sinks_mass"]
     assert rows.loc[5, [*of_the_box, "outliers_outside"]].isna().all(axis=None)
     assert rows.loc[6, of_the_box].notna().all(axis=None)
     assert rows.loc[5, ["outliers", "outliers_mass"]].notna().all(axis=None)
-    means = outliers.by_block(rows.reset_index())
+    means = outliers.mean_by_block(rows.reset_index())
     assert means["background"].to_numpy() == pytest.approx(rows.loc[6, "background"].to_numpy())
 
 
 def test_outliers_are_found_where_they_were_put_and_nowhere_else():
     tokens = made_up()
-    assert outliers.per_block(tokens)["outliers"].max() == 0
+    assert outliers.outliers_by_block(tokens)["outliers"].max() == 0
     tokens.norms[4, 1, [2, 3]] = 150  # background
     tokens.norms[5, 1, [1, 10]] = 150  # one on the bird
     tokens.attention[4, 1] = 0
     tokens.attention[4, 1, [2, 9]] = 0.75, 0.25
     tokens.attention[7, 1] = np.eye(16)[12]  # all of it on one patch of the bird: no sink
-    rows = outliers.per_block(tokens).set_index(["index", "block"])
+    rows = outliers.outliers_by_block(tokens).set_index(["index", "block"])
     assert rows["outliers"].to_numpy().nonzero()[0].tolist() == [9, 11]
     row = rows.loc[(4, 1)]
     assert row["outliers"] == 2 / 16 and row["outliers_mass"] == 0.75
@@ -112,7 +114,7 @@ def test_outliers_are_found_where_they_were_put_and_nowhere_else():
     assert rows.loc[(5, 1), "outliers_outside"] == 0.5
     assert np.isnan(rows.loc[(6, 1), "outliers_enrichment"])
     assert rows.loc[(6, 1), "background_enrichment"] == pytest.approx(1)
-    means = outliers.by_block(rows.reset_index())
+    means = outliers.mean_by_block(rows.reset_index())
     assert means.loc[1, "outliers"] == pytest.approx(4 / 320)
     assert means.loc[1, "outliers_outside"] == pytest.approx(0.75)  # 3 of the 4
     assert means.loc[1, "outliers_enrichment"] == pytest.approx((0.75 + 2 / 16) / (4 / 16))
@@ -139,25 +141,22 @@ def test_low_information_is_flat_and_background():
 
 
 def test_order_and_company_do_not_matter(toy, read):
-    other = outliers.read_tokens(*toy, images=[17, 9, 3], batch_size=3)
+    other = outliers.read_patch_tokens(*toy, images=[17, 9, 3], batch_size=3)
     for name in ("norms", "attention", "contrast", "background"):
         assert np.allclose(getattr(read, name), getattr(other, name)[[1, 2, 0]], atol=1e-4)
 
 
 def test_figures_show_models_blocks_and_outliers(toy, read):
     models = {"before": read, "after": read}
-    cutoffs = outliers.outlier_cutoffs(read.norms)
-    figure = figures.token_norms(dict.fromkeys(models, (read.norms, cutoffs)))
-    assert [axis.get_title().partition(":")[0] for axis in figure.axes[:2]] == list(models)
-    table = outliers.per_block(read)
-    figure = figures.artefacts(pd.concat([table.assign(variant=name) for name in models]))
+    table = outliers.outliers_by_block(read)
+    figure = figures.outliers(pd.concat([table.assign(variant=name) for name in models]))
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == list(models)
     assert "3 images" in figure.get_suptitle()
-    figure = outliers.gallery(toy[1], models, images=[3, 9], k=0.5)
+    figure = outliers.pictures_of_tokens(toy[1], models, images=[3, 9], k=0.5)
     crosses = figure.axes[1].collections[0].get_offsets()
     assert len(crosses) == (read.norms[1, -1] > outliers.outlier_cutoffs(read.norms, 0.5)[-1]).sum()
     assert len(crosses) > 0 and len(figure.axes) == 2 * 5 + 1
-    assert len(outliers.gallery(toy[1], models).axes) == 3 * 5 + 1  # all that were read
+    assert len(outliers.pictures_of_tokens(toy[1], models).axes) == 3 * 5 + 1  # all that were read
     plt.close("all")
 
 
@@ -165,8 +164,8 @@ def test_bad_questions_are_refused_by_name(toy, read):
     with pytest.raises(ValueError, match="k is 0"):
         outliers.outlier_cutoffs(read.norms, 0)
     with pytest.raises(ValueError, match="image 99 is asked for"):
-        outliers.read_tokens(*toy, images=[99])
+        outliers.read_patch_tokens(*toy, images=[99])
     with pytest.raises(ValueError, match="image 8 was not read"):
-        outliers.gallery(toy[1], {"a": read}, images=[8])
+        outliers.pictures_of_tokens(toy[1], {"a": read}, images=[8])
     with pytest.raises(ValueError, match='"b" was read on other images'):
-        outliers.gallery(toy[1], {"a": read, "b": made_up()})
+        outliers.pictures_of_tokens(toy[1], {"a": read, "b": made_up()})

@@ -13,7 +13,8 @@ from lib.data.dataset import decoy_cover
 from lib.evaluation import metrics
 from lib.evaluation.per_image import human_baselines, per_head, perfect_cc
 from lib.evaluation.tables import COLUMNS, by_seed, comparison_table, summarise
-from lib.experiments.compare import evaluate_trials, train_comparison
+from lib.experiments.compare import train_comparison
+from lib.experiments.evaluate import measure_runs
 from lib.training.runs import dataset_for
 
 
@@ -21,7 +22,7 @@ from lib.training.runs import dataset_for
 def comparison(tmp_path_factory):
     config = tiny_config(tmp_path_factory.mktemp("runs"))
     trials = train_comparison(config, seeds=[0, 1])
-    return config, trials, evaluate_trials(trials)
+    return config, trials, measure_runs(trials)
 
 
 def test_one_row_an_image_a_model_and_a_seed(comparison):

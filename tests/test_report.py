@@ -12,10 +12,12 @@ import pandas as pd
 import pytest
 import torch
 from conftest import tiny_config
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 from lib import config as cfg
+from lib.config import Evaluation
 from lib.evaluation.tables import (
     calibration,
     expected_calibration_error,
@@ -24,37 +26,27 @@ from lib.evaluation.tables import (
     values_by_image,
 )
 from lib.experiments import gallery
-from lib.experiments.compare import (
-    Trial,
-    common_dataset,
-    evaluate_trials,
-    load_trials,
-    measure_runs,
-    train_comparison,
-    yardstick_variant,
-)
-from lib.experiments.report import write_report
-from lib.experiments.summary import read_summary
+from lib.experiments.compare import Trial, load_trials, train_comparison, yardstick_variant
+from lib.experiments.evaluate import common_dataset, evaluate, measure_runs
 
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
     config = tiny_config(tmp_path_factory.mktemp("runs"))
     trials = train_comparison(config, seeds=[0, 1])
-    return config, trials, evaluate_trials(trials)
+    return config, trials, measure_runs(trials)
 
 
 @pytest.fixture(scope="module")
 def written(comparison, tmp_path_factory):
     """The reports of all runs and of one alone, as two calls soon after each other write them."""
-    _, trials, images = comparison
+    trials = comparison[1]
     one = [t for t in trials if (t.variant, t.seed) == ("control", 0)]
-    its = images[(images["variant"] == "control") & (images["seed"] == 0)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cfg, "ROOT", tmp_path_factory.mktemp("root"))
         return [
-            write_report(trials, images, gallery=3, command="as typed"),
-            write_report(one, its),
+            evaluate(trials, Evaluation(gallery=3), command="as typed"),
+            evaluate(one),
         ]
 
 
@@ -170,22 +162,23 @@ def test_values_by_image_average_to_the_summary(comparison):
         assert values[name].mean() == pytest.approx(summary[name], nan_ok=True), name
 
 
-def test_the_calibration_error_is_that_of_torchmetrics():
-    generator = torch.Generator().manual_seed(0)
-    scores = (3 * torch.randn(200, 5, generator=generator)).softmax(-1)
-    scores[0] = torch.tensor([1.0, 0, 0, 0, 0])  # as sure as can be
-    labels = torch.randint(5, (200,), generator=generator)
-    confidence, predicted = scores.max(-1)
-    images = pd.DataFrame({"confidence": confidence.numpy(), "top1": (predicted == labels).numpy()})
-    images = images.assign(variant="a", seed=0)
-    found = expected_calibration_error(images, bins=10)
-    expected = multiclass_calibration_error(scores[1:], labels[1:], 5, n_bins=10)
-    without = expected_calibration_error(images[1:], bins=10)
-    assert without == pytest.approx(expected.item(), abs=1e-6)
-    bins = calibration(images, bins=10)
-    gaps = (bins["confidence"] - bins["accuracy"]).abs() * bins["images"] / 200
-    assert len(bins) == 10 and bins["images"].sum() == 200
-    assert found == pytest.approx(gaps.sum(), abs=1e-6) and found > 0.1
+@given(st.lists(st.tuples(st.floats(0, 1, width=32), st.booleans()), min_size=1, max_size=60))
+def test_the_calibration_error_is_that_of_its_definition(pairs):
+    """Guo et al. (ICML 2017), image by image; one that is as sure as can be is in the last bin."""
+    pairs = [(1.0, True), *pairs]
+    confidence, right = (np.array(part, float) for part in zip(*pairs, strict=True))
+    images = pd.DataFrame({"confidence": confidence, "top1": right.astype(bool)})
+    expected = 0.0
+    for k in range(10):
+        inside = [min(sum(c >= j / 10 for j in range(1, 10)), 9) == k for c in confidence]
+        if any(inside):
+            gap = abs(confidence[inside].mean() - right[inside].mean())
+            expected += gap * np.mean(inside)
+    assert expected_calibration_error(images, bins=10) == pytest.approx(expected, abs=1e-6)
+    bins = calibration(images.assign(variant="a", seed=0), bins=10)
+    gaps = (bins["confidence"] - bins["accuracy"]).abs() * bins["images"] / len(images)
+    assert len(bins) == 10 and bins["images"].sum() == len(images)
+    assert gaps.sum() == pytest.approx(expected, abs=1e-6)
 
 
 # ------------------------------------------------------------------------------------------ report
@@ -219,10 +212,21 @@ def test_the_report_holds_everything_and_never_overwrites(comparison, written):
         'minus "contr',
     ):
         assert words in text
-    rows = read_summary(first.parent / "summary.csv")
-    assert [row["result"] for row in rows] == [first.name] * len(trials) + [second.name]
-    seeds = pd.read_csv(first / "seeds.csv")
-    assert [float(row["cc"]) for row in rows[:8]] == pytest.approx(list(seeds["cc"]))
+
+
+def test_the_seeds_of_many_results_are_one_table(comparison, written):
+    """What once was a file of its own, appended to by every evaluation."""
+    _, trials, images = comparison
+    first, second = written
+    rows = pd.concat(map(pd.read_csv, sorted(first.parent.glob("*/seeds.csv"))))
+    assert list(rows["result"]) == [first.name] * len(trials) + [second.name]
+    assert list(rows["run"][:8]) == [trial.run.name for trial in trials]
+    assert set(rows["data"]) == {"toy"} and set(rows["split"]) == {"test"}
+    assert set(rows["which"]) == {"last"} and set(rows["images"]) == {24}
+    assert set(rows["torch"]) == {torch.__version__} and rows["date"].str.match(r"\d{4}-").all()
+    assert rows["timm"].notna().all()
+    means = images.groupby(["variant", "seed"], sort=False)["cc"].mean()
+    assert list(rows["cc"][:8]) == pytest.approx(list(means))
 
 
 def test_the_table_has_means_spread_and_interval_and_the_maps_of_no_model(written, comparison):
@@ -357,7 +361,8 @@ def test_names_are_escaped_and_an_image_without_a_map_says_so(comparison, tmp_pa
     part = images.replace({"variant": renamed}).assign(class_name=evil)
     others = [Trial(renamed.get(t.variant, t.variant), t.seed, t.run) for t in trials]
     changes = gallery.changed_predictions(part, "control")
-    text = gallery.write_gallery(tmp_path, others, dataset, changes, "control", 1).read_text()
+    options = Evaluation(against="control", gallery=1)
+    text = gallery.write_gallery(tmp_path, others, dataset, changes, options).read_text()
     page = Page(text)
     assert "<script" not in text and "script" not in page.tags
     assert evil in page.text and "no map" in page.text

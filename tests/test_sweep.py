@@ -165,7 +165,7 @@ def test_the_table_has_one_row_a_training_and_split(swept):
     table = pd.read_csv(out)
     assert list(table["split"]) == ["test", "val"] * 3
     assert list(table["loss"]) == ["control"] * 2 + ["kl"] * 2 + ["mse"] * 2
-    assert not table.duplicated(list(sweep.COLUMNS)).any()
+    assert not table.duplicated(list(sweep.KEYS)).any()
     assert (table["status"] == "measured").all() and (table["seconds"] > 0).all()
     assert table[MEASURED].notna().all(axis=None)
     assert (
@@ -301,7 +301,7 @@ def test_results_of_an_older_version_had_the_usual_maps(copied, swept):
     expected = sweep.collect(copied)
     for file in (copied.runs / "sweep").glob("*/result.json"):
         result = json.loads(file.read_text())
-        for name in sweep.USUAL:
+        for name in sweep.USUAL_MAPS:
             del result["config"]["train"]["human"][name]
             for row in result["rows"]:
                 del row[name]

@@ -16,6 +16,7 @@ from lib.config import (
     RECIPES,
     Config,
     DataConfig,
+    Evaluation,
     ModelConfig,
     RunConfig,
     Sweep,
@@ -54,12 +55,11 @@ def demo(
         overwrite: train again even where a finished run is there.
         out: folder of the result; result/result%Y%m%d_%H%M below the repository by default.
     """
-    from lib.evaluation.tables import by_seed, comparison_table
-    from lib.experiments.compare import (
-        evaluate_trials,
-        train_comparison,
-    )
-    from lib.experiments.report import write_report
+    import pandas as pd
+
+    from lib.evaluation.tables import comparison_table
+    from lib.experiments.compare import train_comparison
+    from lib.experiments.evaluate import evaluate
 
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}; train with 1 or more")
@@ -67,9 +67,8 @@ def demo(
     if epochs is not None:
         config.ft, config.hitl = (replace(part, epochs=epochs) for part in (config.ft, config.hitl))
     trials = train_comparison(config, range(seeds), overwrite)
-    images = evaluate_trials(trials)
-    folder = write_report(trials, images, out, command=called())
-    table = comparison_table(by_seed(images))
+    folder = evaluate(trials, Evaluation(out=out), config.runs, called())
+    table = comparison_table(pd.read_csv(folder / "seeds.csv"))
     print(f"\npreset {config.preset}, {seeds} seed{'s' * (seeds > 1)}, test images\n")
     print(table.to_string())
     print(f"\nfigures and tables: {folder}")

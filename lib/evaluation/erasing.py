@@ -1,4 +1,4 @@
-"""Is the attention causal? What a prediction loses when the patches it looks at are taken away.
+"""Is the attention used? What a prediction loses when the patches it looks at are taken away.
 
 Two tests. The edit ladder erases patches from the attention itself (their sigmoid attention is set
 to 0), ever wider in the model: the information is there, but cannot be read. Deletion and insertion
@@ -17,6 +17,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import torch
+from scipy.integrate import trapezoid
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as transforms
@@ -42,22 +43,20 @@ def edit_ladder(
     model: SigmoidViT,
     dataset: BirdDataset,
     masks: Tensor | Callable[[dict, Tensor], Mapping[str, Tensor]],
-    value: float = 0.0,
     images: Sequence[int] | None = None,
     rungs: Sequence[str] = tuple(LADDER),
     batch_size: int = 32,
 ) -> pd.DataFrame:
-    """What the same edit does, made ever wider in the model.
+    """What erasing the same patches does, made ever wider in the model.
 
     The rungs within the last two blocks run those blocks only: the trunk before them runs once an
     image, whatever is edited. Every rung with all blocks costs a forward pass.
 
     Args:
         dataset: without augmentation.
-        masks: bool `[n, P]`, the cells of each image of the data set to edit; or a function that
-            gets a batch and its attention `[B, P]` (of the class row of the last block, softmax,
-            mean of heads) and returns `{what: bool [B, P]}`.
-        value: the sigmoid attention that edited cells get, in [0, 1].
+        masks: bool `[n, P]`, the cells of each image of the data set whose sigmoid attention is
+            set to 0; or a function that gets a batch and its attention `[B, P]` (of the class row
+            of the last block, softmax, mean of heads) and returns `{what: bool [B, P]}`.
         images: which images of the data set; None is all.
         rungs: of `LADDER`.
 
@@ -74,7 +73,8 @@ def edit_ladder(
     unknown = [rung for rung in rungs if rung not in LADDER]
     if unknown:
         raise ValueError(f'rung "{unknown[0]}" is unknown; use some of {", ".join(LADDER)}')
-    choose = masks if callable(masks) else partial(_given, _refuse_misfit(masks, dataset))
+    if not callable(masks):
+        _refuse_misfit(masks, dataset)
     device = next(model.parameters()).device
     model.eval()
     start = max(model.depth - 2, 0)  # the first block of the rung "last two"
@@ -86,26 +86,26 @@ def edit_ladder(
         before, rows = model.forward_tokens(entering[start], start, rows="last", grid=dataset.grid)
         before = before.float().cpu()
         attention = metrics.patch_attention(rows[model.depth - 1], model.num_prefix).cpu()
-        for what, mask in choose(batch, attention).items():
+        if callable(masks):
+            cells = masks(batch, attention)
+        else:
+            cells = {"given cells": masks[batch["index"]]}
+        for what, mask in cells.items():
             erased = {"patches": mask.sum(-1), "mass": (attention * mask).sum(-1)}
             some = mask.any(-1)
             none = {name: torch.zeros_like(number) for name, number in erased.items()}
-            found.append(_rows(batch, before, before, none).assign(what=what, rung="no edit"))
+            found.append(_outcomes(batch, before, before, none).assign(what=what, rung="no edit"))
             for rung in rungs:
                 first = 0 if LADDER[rung]["blocks"] == "all" else start
                 scores = before.clone()
                 if some.any():
-                    edit = AttentionEdit(mask[some], value, **LADDER[rung])
+                    edit = AttentionEdit(mask[some], 0.0, **LADDER[rung])
                     tokens = entering[first][some.to(device)]
                     edited = model.forward_tokens(tokens, first, edit, grid=dataset.grid)
                     scores[some] = edited.float().cpu()
-                found.append(_rows(batch, scores, before, erased).assign(what=what, rung=rung))
+                found.append(_outcomes(batch, scores, before, erased).assign(what=what, rung=rung))
     table = pd.concat(found, ignore_index=True)
     return table[["index", "what", "rung", *table.columns.drop(["index", "what", "rung"])]]
-
-
-def _given(masks: Tensor, batch: dict, attention: Tensor) -> dict[str, Tensor]:
-    return {"given cells": masks[batch["index"]]}
 
 
 def _refuse_misfit(masks: Tensor, dataset: BirdDataset) -> Tensor:
@@ -118,7 +118,7 @@ def _refuse_misfit(masks: Tensor, dataset: BirdDataset) -> Tensor:
     return masks
 
 
-def _rows(batch: dict, scores: Tensor, before: Tensor, erased: dict) -> pd.DataFrame:
+def _outcomes(batch: dict, scores: Tensor, before: Tensor, erased: dict) -> pd.DataFrame:
     """One row an image: the prediction of `scores` `[B, classes]`, and against that `before`."""
     labels = batch["label"]
     right, was_right = (s.argmax(-1) == labels for s in (scores, before))
@@ -152,9 +152,8 @@ def erase(
         the rows of `edit_ladder` in which something was erased: none of "no edit", and none of
         people's region, or of as many patches, for an image without a human map.
     """
-    table = edit_ladder(
-        model, dataset, partial(cells_to_erase, k=k, seed=seed), 0.0, images, rungs, batch_size
-    )
+    cells = partial(cells_to_erase, k=k, seed=seed)
+    table = edit_ladder(model, dataset, cells, images, rungs, batch_size)
     return table[table["patches"] > 0].reset_index(drop=True)
 
 
@@ -193,8 +192,9 @@ def cells_to_erase(
         order = torch.from_numpy(np.random.default_rng((seed, index)).permutation(patches))
         others = order[~most[row, order]]
         number[row, others[:k]] = True
-        count = patches_to_reach(attention[row, others], attention[row, most[row]])
-        mass[row, others[:count]] = True
+        wanted = attention[row, most[row]].double().sum()
+        short = attention[row, others].double().cumsum(0) < wanted
+        mass[row, others[: int(short.sum()) + 1]] = True
         as_region[row, order[~region[row, order]][: int(region[row].sum())]] = True
     return {
         MOST: most,
@@ -203,15 +203,6 @@ def cells_to_erase(
         REGION_NAME: region,
         AS_REGION: as_region,
     }
-
-
-def patches_to_reach(ordered: Tensor, chosen: Tensor) -> int:
-    """How many of `ordered` `[n]`, taken from the front, have the mass of `chosen` `[k]` at least.
-
-    n where they have less all together.
-    """
-    reached = ordered.double().cumsum(0) < chosen.double().sum()
-    return min(int(reached.sum()) + 1, len(ordered))
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -390,8 +381,6 @@ def areas(table: pd.DataFrame) -> pd.DataFrame:
         a column area.
     """
     keys = [key for key in ("variant", "order", "index", "curve") if key in table]
-    rows = []
-    for key, part in table.sort_values("fraction").groupby(keys, sort=False):
-        area = np.trapezoid(part["p_true"], part["fraction"])
-        rows.append({**dict(zip(keys, key, strict=True)), "area": area})
-    return pd.DataFrame(rows)
+    curves = table.sort_values("fraction").groupby(keys, sort=False)[["p_true", "fraction"]]
+    area = curves.apply(lambda curve: trapezoid(curve["p_true"], curve["fraction"]))
+    return area.to_frame("area").reset_index()

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 # Added to the quotient and the logarithm of KL, as the MIT/Tuebingen saliency benchmark does.
-TINY = 2.2204e-16
+KL_TINY = 2.2204e-16
 
 
 def nss(attention: Tensor, fixations: Tensor) -> Tensor:
@@ -51,14 +51,14 @@ def sim(attention: Tensor, human: Tensor) -> Tensor:
     return torch.minimum(_distribution(attention), _distribution(human)).sum(-1)
 
 
-def kl(attention: Tensor, human: Tensor) -> Tensor:
+def kl_divergence(attention: Tensor, human: Tensor) -> Tensor:
     """KL(human || attention) in nats, both made to sum to 1: `[...]`, 0 is best.
 
     Mass of people where the attention is exactly 0 counts 36 nats: a map that was cut off (that of
     a reader, rendered to three standard deviations) is punished for its cut; softmax never has one.
     """
     p, q = _distribution(human), _distribution(attention)
-    return (p * torch.log(p / (q + TINY) + TINY)).sum(-1)
+    return (p * torch.log(p / (q + KL_TINY) + KL_TINY)).sum(-1)
 
 
 def auc(attention: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def alignment(
         "nss": nss(attention, fixations),
         "cc": cc(attention, human),
         "sim": sim(attention, human),
-        "kl": kl(attention, human),
+        "kl": kl_divergence(attention, human),
         "auc": auc_judd(attention, fixations),
         "sauc": auc_shuffled(attention, fixations, elsewhere),
         "iou": iou(attention, human),

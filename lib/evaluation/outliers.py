@@ -1,4 +1,4 @@
-"""Background and artefact tokens: patches whose token, or whose attention, is out of proportion.
+"""Outliers: patches whose token, or whose attention, is out of proportion.
 
 Darcet, Oquab, Mairal and Bojanowski ("Vision Transformers Need Registers", ICLR 2024) found that
 large ViTs turn some patches of low-information background into scratch memory: their tokens have
@@ -34,8 +34,8 @@ FLAT = 0.25  # quantile of the patches' pixel deviation up to which a patch has 
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """What `read_tokens` found: n images, D blocks, P patches (row by row from the top left)."""
+class PatchTokens:
+    """What `read_patch_tokens` found: n images, D blocks, P patches row by row."""
 
     index: np.ndarray  # int [n]; of each image in the data set
     norms: np.ndarray  # float32 [n, D, P]; L2 norm of the patch's token as it leaves the block
@@ -46,12 +46,12 @@ class Tokens:
 
 
 @torch.no_grad()
-def read_tokens(
+def read_patch_tokens(
     model: SigmoidViT,
     dataset: BirdDataset,
     images: Sequence[int] | None = None,
     batch_size: int = 32,
-) -> Tokens:
+) -> PatchTokens:
     """Norms and class rows of every block for the images of a data set (None is all of them).
 
     Attention is the softmax on patches, divided by its mass there: what the class token and the
@@ -79,7 +79,7 @@ def read_tokens(
     has_box = np.isfinite(dataset.corners()[arrays["index"]]).all(axis=1)
     cover = dataset.cover()
     free = has_box[:, None] if cover is None else (cover == 0).numpy()[arrays["index"]]
-    return Tokens(**arrays, background=free & has_box[:, None], has_box=has_box)
+    return PatchTokens(**arrays, background=free & has_box[:, None], has_box=has_box)
 
 
 def _contrast(pictures: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -97,8 +97,8 @@ def outlier_cutoffs(norms: np.ndarray, k: float = OUTLIER) -> np.ndarray:
     Norms of other models, and of other blocks, have another scale, so such a number cannot be
     carried over. Median and MAD follow the bulk of the patches, whatever a few outliers do, and
     change with the unit as the norms do. Of Gaussian norms k = 6 leaves 1 patch in a thousand
-    million above (k = 4 would leave 3 in 100,000), but norms of real tokens have longer tails: see
-    `plots.token_norms` for whether what is above the cutoff is a second hump, which the paper calls
+    million above (k = 4 would leave 3 in 100,000), but norms of real tokens have longer tails: look
+    at a histogram for whether what is above the cutoff is a second hump, which the paper calls
     artefacts, or the end of a tail.
 
     Raises:
@@ -112,7 +112,7 @@ def outlier_cutoffs(norms: np.ndarray, k: float = OUTLIER) -> np.ndarray:
     return median + k * deviation
 
 
-def low_information(tokens: Tokens) -> np.ndarray:
+def low_information(tokens: PatchTokens) -> np.ndarray:
     """Background whose pixels vary least: bool `[n, P]`.
 
     Patches outside the bird's box whose contrast is in the lowest quarter of all patches read.
@@ -120,7 +120,7 @@ def low_information(tokens: Tokens) -> np.ndarray:
     return tokens.background & (tokens.contrast <= np.quantile(tokens.contrast, FLAT))
 
 
-def per_block(tokens: Tokens, k: float = OUTLIER) -> pd.DataFrame:
+def outliers_by_block(tokens: PatchTokens) -> pd.DataFrame:
     """Where norms are outliers and where attention goes, one row an image and block.
 
     Returns:
@@ -132,7 +132,7 @@ def per_block(tokens: Tokens, k: float = OUTLIER) -> pd.DataFrame:
         background: above the column background they gather there. Without a box, what depends on
         it is NaN.
     """
-    cutoffs = outlier_cutoffs(tokens.norms, k)
+    cutoffs = outlier_cutoffs(tokens.norms)
     blocks, patches = tokens.norms.shape[1:]
     outliers = tokens.norms > cutoffs[:, None]  # [n, D, P]
     background = np.broadcast_to(tokens.background[:, None], outliers.shape)
@@ -163,8 +163,8 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return np.divide(part, whole, out=np.full_like(part, np.nan), where=whole > 0)
 
 
-def by_block(table: pd.DataFrame) -> pd.DataFrame:
-    """Means of `per_block` over images, by block, and by variant where there is one.
+def mean_by_block(table: pd.DataFrame) -> pd.DataFrame:
+    """Means of `outliers_by_block` over images, by block, and by variant where there is one.
 
     Enrichments, and outliers_outside, are ratios of the means, so that an image with a single
     outlier does not weigh as much as one with fifty.
@@ -180,17 +180,16 @@ def by_block(table: pd.DataFrame) -> pd.DataFrame:
     return means.drop(columns=["boxed", "outside"])
 
 
-def gallery(
+def pictures_of_tokens(
     dataset: BirdDataset,
-    read: Mapping[str, Tokens],
-    block: int = -1,
+    read: Mapping[str, PatchTokens],
     images: Sequence[int] | None = None,
     k: float = OUTLIER,
 ) -> figures.Figure:
-    """Pictures with the norms and the attention of each model, e.g. before and after HITL.
+    """Pictures with last-block norms and attention of each model, e.g. before and after HITL.
 
     Args:
-        read: `read_tokens` of each model, on the same images. block: negative from the last.
+        read: `read_patch_tokens` of each model, on the same images.
         images: index in the data set; by default the 3 where the first model has most attention on
             low-information background.
 
@@ -202,19 +201,19 @@ def gallery(
         if not np.array_equal(tokens.index, first.index):
             raise ValueError(f'"{name}" was read on other images than the first model; read again')
     if images is None:
-        mass = (first.attention[:, block] * low_information(first)).sum(-1)
+        mass = (first.attention[:, -1] * low_information(first)).sum(-1)
         images = first.index[np.argsort(-mass)[:3]]
     position = {int(index): place for place, index in enumerate(first.index)}
     missing = [i for i in images if int(i) not in position]
     if missing:
-        raise ValueError(f"image {missing[0]} was not read; give it to read_tokens")
+        raise ValueError(f"image {missing[0]} was not read; give it to read_patch_tokens")
     places = [position[int(i)] for i in images]
     shape = (-1, *dataset.grid)
     norms, attention, outliers = {}, {}, {}
     for name, tokens in read.items():
-        norms[name] = tokens.norms[places, block].reshape(shape)
-        attention[name] = tokens.attention[places, block].reshape(shape)
-        outliers[name] = norms[name] > outlier_cutoffs(tokens.norms, k)[block]
+        norms[name] = tokens.norms[places, -1].reshape(shape)
+        attention[name] = tokens.attention[places, -1].reshape(shape)
+        outliers[name] = norms[name] > outlier_cutoffs(tokens.norms, k)[-1]
     boxes = dataset.corners()[list(images)]
     pictures = [dataset.image(int(i)) for i in images]
-    return figures.token_gallery(pictures, boxes, norms, attention, outliers)
+    return figures.rows_of_tokens(pictures, boxes, norms, attention, outliers)

@@ -5,8 +5,6 @@ Every table is a mean over such rows, so that a reader can ask their own questio
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-
 import numpy as np
 import pandas as pd
 import torch
@@ -15,7 +13,6 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from lib.data.dataset import BirdDataset, conflicting_decoys, decoy_cover
-from lib.edit import resolve_blocks, sigmoid_attention
 from lib.evaluation import metrics
 from lib.evaluation.metrics import ALIGNMENT
 from lib.model.predict import predict
@@ -26,76 +23,61 @@ PERFECT = "perfect (estimate)"
 BASELINES = ("one reader", "mean map", "another image", "uniform")
 
 
-@dataclass(frozen=True)
-class Targets:
-    """What the attention on each image of a data set is held against, `[n, P]` each."""
+def targets_of(dataset: BirdDataset) -> dict[str, Tensor]:
+    """What the attention on each image of a data set (without augmentation) is held against.
 
-    human: Tensor  # in [0, 1]
-    fixations: Tensor  # counts
-    elsewhere: Tensor  # fixation counts of all other images
-    box: Tensor | None  # share of each cell that the bounding box covers; None without boxes
-    parts: Tensor | None  # 1 where a part of the bird lies in the cell; None without parts
-
-    @classmethod
-    def of(cls, dataset: BirdDataset) -> Targets:
-        """Those of a data set without augmentation."""
-        found = [dataset.annotations(i) for i in range(len(dataset))]
-        fixations = torch.stack([item["fixations"] for item in found])
-        parts = [dataset.parts(i) for i in range(len(dataset))]
-        known = next((part for part in parts if part is not None), None)
-        if known is not None:
-            parts = [torch.zeros_like(known) if part is None else part for part in parts]
-        return cls(
-            human=torch.stack([item["human"] for item in found]),
-            fixations=fixations,
-            elsewhere=fixations.sum(0) - fixations,
-            box=dataset.cover(),
-            parts=None if known is None else (torch.stack(parts) > 0).float(),
-        )
-
-    def at(self, index: Tensor, like: Tensor) -> dict[str, Tensor | None]:
-        """Those of some images, on the device of `like`: arguments of `metrics.alignment`."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: None if v is None else v[index.cpu()].to(like) for name, v in found.items()}
+    Returns:
+        `[n, P]` each, by the arguments of `metrics.alignment`: human in [0, 1], fixations (counts),
+        elsewhere (fixation counts of all other images); box, where images have boxes, and parts (1
+        where one lies in the cell), where they have parts.
+    """
+    items = [dataset.annotations(i) for i in range(len(dataset))]
+    found = {name: torch.stack([item[name] for item in items]) for name in ("human", "fixations")}
+    found["elsewhere"] = found["fixations"].sum(0) - found["fixations"]
+    box = dataset.cover()
+    parts = [dataset.parts(i) for i in range(len(dataset))]
+    known = next((part for part in parts if part is not None), None)
+    if box is not None:
+        found["box"] = box
+    if known is not None:
+        parts = [torch.zeros_like(known) if part is None else part for part in parts]
+        found["parts"] = (torch.stack(parts) > 0).float()
+    return found
 
 
 def per_image(
     model: SigmoidViT,
     dataset: BirdDataset,
     items: Dataset | None = None,
-    block: int = -1,
     batch_size: int = 64,
     workers: int = 0,
-    offset: str = "none",
 ) -> pd.DataFrame:
-    """Prediction and alignment of every image of a data set.
+    """Prediction of every image of a data set, and how the last block's class row agrees.
 
     Args:
         model: any SigmoidViT on the data set's grid.
         dataset: without augmentation.
         items: the same images with cached tokens, where the model's trunk has been run already.
-        block: whose class row is compared with people's gaze; the last by default.
-        offset: constant of the sigmoid map, see `lib.edit.row_offset`.
 
     Returns:
         the data set's own table plus: predicted (label), top1 to top5 (bool), p_true and confidence
         (probability of the true and of the predicted class), the columns of `metrics.alignment` of
-        the softmax attention, mean of heads, and of the mean sigmoid map ("sigmoid_cc", ...),
+        the softmax attention, mean of heads, and of the mean sigmoid map without an offset, so that
+        one table has one definition ("sigmoid_cc", ...),
         class_token (softmax mass the class token keeps), sigmoid (mean raw sigmoid attention), and
         where a decoy is drawn: conflicting (bool, the decoy is another class's) and on_decoy (share
         of the patches' attention on it).
     """
-    index = resolve_blocks((block,), model.depth)[0]
-    decoys, targets = decoy_cover(dataset), Targets.of(dataset)
+    decoys, targets = decoy_cover(dataset), targets_of(dataset)
     found: list[pd.DataFrame] = []
-    batches = predict(model, items or dataset, batch_size, workers, rows=(index,))
+    batches = predict(model, items or dataset, batch_size, workers)
     total = -(-len(dataset) // batch_size)
     for batch, scores, rows in tqdm(batches, total=total, desc="evaluating", leave=False):
-        row = rows[index].float()
+        row = rows[model.depth - 1].float()
         attention = metrics.patch_attention(row, model.num_prefix)
-        sigmoid = sigmoid_attention(row, offset, model.num_prefix).mean(1)
+        sigmoid = torch.sigmoid(row[..., model.num_prefix :]).mean(1)
         labels, probabilities = batch["label"], scores.softmax(-1)
-        held = targets.at(batch["index"], attention)
+        held = {k: v[batch["index"].cpu()].to(attention) for k, v in targets.items()}
         on_sigmoid = metrics.alignment(sigmoid, **held)
         columns = {
             "predicted": scores.argmax(-1),
@@ -105,7 +87,7 @@ def per_image(
             **metrics.alignment(attention, **held),
             **{f"sigmoid_{name}": value for name, value in on_sigmoid.items()},
             "class_token": metrics.class_token_mass(row),
-            "sigmoid": torch.sigmoid(row[..., model.num_prefix :]).mean((1, 2)),
+            "sigmoid": sigmoid.mean(1),
         }
         if decoys is not None:
             cover = decoys[batch["index"].cpu()].to(attention)
@@ -119,34 +101,26 @@ def per_image(
     return frame
 
 
-def per_head(
-    model: SigmoidViT,
-    dataset: BirdDataset,
-    items: Dataset | None = None,
-    block: int = -1,
-    offset: str = "none",
-    batch_size: int = 64,
-) -> pd.DataFrame:
-    """Alignment of each head of a block by itself, arguments as `per_image`.
+def per_head(model: SigmoidViT, dataset: BirdDataset, batch_size: int = 64) -> pd.DataFrame:
+    """Alignment of each head of the last block by itself, arguments as `per_image`.
 
     Returns:
         one row an image, head and map ("softmax" or "sigmoid"): image_id, head, map, the columns of
         `metrics.alignment`, and class_token (softmax mass that the head leaves on it).
     """
-    index = resolve_blocks((block,), model.depth)[0]
-    targets, found = Targets.of(dataset), []
-    batches = predict(model, items or dataset, batch_size, rows=(index,))
+    targets, found = targets_of(dataset), []
+    batches = predict(model, dataset, batch_size)
     total = -(-len(dataset) // batch_size)
     for batch, _, rows in tqdm(batches, total=total, desc="heads", leave=False):
-        row = rows[index].float()
+        row = rows[model.depth - 1].float()
         softmax = row.softmax(-1)
-        held = targets.at(batch["index"], row)
-        held = {name: None if v is None else v[:, None] for name, v in held.items()}  # [B, 1, P]
+        index = batch["index"].cpu()
+        held = {name: v[index, None].to(row) for name, v in targets.items()}  # [B, 1, P]
         images, heads = np.indices(row.shape[:2])
-        places = dataset.table["image_id"].to_numpy()[batch["index"].cpu().numpy()]
+        places = dataset.table["image_id"].to_numpy()[index.numpy()]
         for name, maps in (
             ("softmax", softmax[..., model.num_prefix :]),
-            ("sigmoid", sigmoid_attention(row, offset, model.num_prefix)),
+            ("sigmoid", torch.sigmoid(row[..., model.num_prefix :])),
         ):
             values = metrics.alignment(maps, **held) | {"class_token": softmax[..., 0]}
             columns = {"image_id": places[images].ravel(), "head": heads.ravel(), "map": name}
@@ -167,14 +141,14 @@ def baselines_by_image(dataset: BirdDataset) -> pd.DataFrame:
         (the mean over readers; not where a map has no readers), mean map (of all other images),
         another image (its map, from the other half of the set), uniform.
     """
-    whole = Targets.of(dataset)
+    whole = targets_of(dataset)
     chosen = np.flatnonzero(dataset.has_map)
     if len(chosen) < 2:
         return pd.DataFrame(columns=["image_id", "map", *ALIGNMENT])
-    total = whole.human[chosen].sum(0)
+    total = whole["human"][chosen].sum(0)
     rows = []
     for place, i in enumerate(chosen.tolist()):
-        held = whole.at(torch.tensor([i]), whole.human)  # [1, P]
+        held = {name: values[i : i + 1] for name, values in whole.items()}  # [1, P]
         other = chosen[(place + len(chosen) // 2) % len(chosen)]
         found = {}
         maps, counts = dataset.readers(i)  # [R, P]
@@ -182,9 +156,9 @@ def baselines_by_image(dataset: BirdDataset) -> pd.DataFrame:
             others = {"human": maps.sum(0) - maps, "fixations": counts.sum(0) - counts}
             found["one reader"] = metrics.alignment(maps, **(held | others))
         candidates = {
-            "mean map": (total - whole.human[i])[None],
-            "another image": whole.human[other][None],
-            "uniform": torch.ones_like(whole.human[:1]),
+            "mean map": (total - whole["human"][i])[None],
+            "another image": whole["human"][other][None],
+            "uniform": torch.ones_like(whole["human"][:1]),
         }
         found |= {name: metrics.alignment(one, **held) for name, one in candidates.items()}
         for name, values in found.items():
@@ -203,7 +177,7 @@ def human_baselines(dataset: BirdDataset, by_image: pd.DataFrame | None = None) 
         one row a map: perfect (CC alone, see `perfect_cc`; where images have several readers),
         then those of `baselines_by_image`. NaN where a metric is not defined: the CC of a constant
         map, NSS of maps without fixations. KL punishes the map of a single reader for its zeros,
-        see `metrics.kl`.
+        see `metrics.kl_divergence`.
     """
     images = baselines_by_image(dataset) if by_image is None else by_image
     images = images.drop(columns="image_id")

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 from tqdm.auto import tqdm
 
-BATCH = 200  # resamples at a time: bounds the memory at 200 values an image
+AT_A_TIME = 200  # resamples: bounds the memory at 200 values an image
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def bootstrap_interval(
         (known,),
         np.mean,
         n_resamples=resamples,
-        batch=BATCH,
+        batch=AT_A_TIME,
         confidence_level=confidence,
         method="percentile",
         rng=np.random.default_rng(seed),
@@ -76,14 +77,8 @@ def bootstrap_interval(
     return Interval(float(known.mean()), float(found.low), float(found.high), count)
 
 
-def intervals(
-    images: pd.DataFrame,
-    columns: Sequence[str],
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """`bootstrap_interval` of every metric of every model.
+def intervals(images: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """`bootstrap_interval` of every metric of every model, at 95 % confidence.
 
     Args:
         images: a row an image, variant and seed: columns variant, seed, image_id and `columns`.
@@ -94,8 +89,7 @@ def intervals(
     """
     means = images.groupby(["variant", "image_id"], sort=False)[list(columns)].mean()
     rows = [
-        {"variant": variant, "metric": column}
-        | asdict(bootstrap_interval(part[column], confidence, resamples, seed))
+        {"variant": variant, "metric": column} | asdict(bootstrap_interval(part[column]))
         for variant, part in means.groupby("variant", sort=False)
         for column in columns
     ]
@@ -106,7 +100,6 @@ def paired_tests(
     images: pd.DataFrame,
     against: str = "control",
     columns: Sequence[str] = ("top1", "p_true", "nss", "cc"),
-    confidence: float = 0.95,
     resamples: int = 2000,
     permutations: int = 9999,
     seed: int = 0,
@@ -142,17 +135,12 @@ def paired_tests(
     models = list(dict.fromkeys(images["variant"]))
     if against not in models:
         raise ValueError(f'no model is called "{against}"; use one of {", ".join(models)}')
-    columns = list(columns)
+    columns, rows = list(columns), []
     pairs = {name: _paired(images, name, against, columns) for name in models if name != against}
-    rows = []
-    bar = tqdm(total=len(pairs) * len(columns), desc="tests", leave=False)
-    for name, (ours, theirs) in pairs.items():
-        for column in columns:
-            numbers = {"confidence": confidence, "resamples": resamples, "seed": seed}
-            row = _test(ours[column], theirs[column], permutations, **numbers)
-            rows.append({"variant": name, "against": against, "metric": column} | row)
-            bar.update()
-    bar.close()
+    for name, column in tqdm(list(product(pairs, columns)), desc="tests", leave=False):
+        ours, theirs = (part[column] for part in pairs[name])
+        row = _test(ours, theirs, resamples, permutations, seed)
+        rows.append({"variant": name, "against": against, "metric": column} | row)
     table = pd.DataFrame(rows)
     if len(table):
         table.insert(table.columns.get_loc("p") + 1, "p_holm", holm(table["p"]))
@@ -185,13 +173,13 @@ def _paired(
 
 
 def _test(
-    ours: pd.Series, theirs: pd.Series, permutations: int, **numbers: float
+    ours: pd.Series, theirs: pd.Series, resamples: int, permutations: int, seed: int
 ) -> dict[str, float]:
     """One row of `paired_tests`: two columns with the same index (image_id, seed)."""
     both = ours.notna() & theirs.notna()
     ours, theirs = ours[both], theirs[both]
     by_image = (ours - theirs).groupby("image_id").mean()
-    found = bootstrap_interval(by_image, **numbers)
+    found = bootstrap_interval(by_image, resamples=resamples, seed=seed)
     row = {
         "seeds": len(both.index.unique("seed")),
         "images": found.images,
@@ -200,7 +188,7 @@ def _test(
         "difference": found.mean,
         "low": found.low,
         "high": found.high,
-        "p": sign_flip_test(by_image, permutations, int(numbers["seed"])),
+        "p": sign_flip_test(by_image, permutations, seed),
     }
     by_seed = (ours - theirs).groupby("seed").mean()
     row |= {"difference_std": by_seed.std(), "seeds_up": int((by_seed > 0).sum())}
@@ -239,7 +227,7 @@ def sign_flip_test(differences: pd.Series, permutations: int = 9999, seed: int =
         statistic=lambda signs, axis: np.asarray(signs) @ values,
         vectorized=True,
         n_resamples=permutations,
-        batch=BATCH,
+        batch=AT_A_TIME,
     )
     return min(1.0, float(found.pvalue))
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-import torch
-from torchmetrics.functional.classification import binary_calibration_error
 
+from lib.data.dataset import BirdDataset
 from lib.evaluation.metrics import ALIGNMENT
+from lib.evaluation.per_image import baselines_by_image, human_baselines
+from lib.evaluation.statistics import intervals, paired_tests
 
 # What the tables show, in this order, with the words of the reader.
 COLUMNS: dict[str, str] = {
@@ -18,45 +19,94 @@ COLUMNS: dict[str, str] = {
     "class_token": "class-token mass",
     "sigmoid": "mean sigmoid",
 }
+BINS = 15  # of confidence, as Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017)
+
+
+def report_tables(
+    images: pd.DataFrame, dataset: BirdDataset, against: str
+) -> dict[str, pd.DataFrame]:
+    """All tables that are made of the images of an evaluation, by name.
+
+    Args:
+        images: a row an image, variant and seed: `per_image` with these two columns.
+        dataset: what was measured. against: the variant that the others are held against.
+
+    Returns:
+        table (`result_table`), seeds (`by_seed`), images, misclassified (of the images), baselines
+        (`human_baselines`), calibration, and of two variants or more tests (`paired_tests`).
+    """
+    values, names = values_by_image(images)
+    seeds, spans = by_seed(images), intervals(values, names)
+    by_image = baselines_by_image(dataset)
+    baselines = human_baselines(dataset, by_image)
+    if len(baselines):
+        aligned = [name for name in ALIGNMENT if name in by_image]
+        found = intervals(by_image.assign(variant=by_image["map"]), aligned)
+        spans = pd.concat([spans, found])
+    tested = [n for n in (*COLUMNS, "p_true") if n in names and values[n].notna().any()]
+    tests = paired_tests(values, against, tested)
+    tables = {
+        "table": result_table(seeds, spans, baselines),
+        "seeds": seeds,
+        "images": images,
+        "baselines": baselines,
+        "misclassified": images[~images["top1"].astype(bool)],
+        "calibration": calibration(images),
+    }
+    return tables | {"tests": tests} if len(tests) else tables
+
+
+def values_by_image(images: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The numbers whose means over images are the summary's, as columns of floats.
+
+    Returns:
+        the table, and the names of the numbers. conflicting and agreeing are the accuracy on
+        images with such a decoy, and NaN on others.
+    """
+    values = images.copy()
+    names = [f"top{k}" for k in range(1, 6)] + ["p_true", "confidence"]
+    names += [p + name for p in ("", "sigmoid_") for name in ALIGNMENT if name in images]
+    names += ["class_token", "sigmoid"]
+    if "conflicting" in images:
+        right, conflicting = images["top1"].astype(float), images["conflicting"].astype(bool)
+        values["conflicting"] = right.where(conflicting)
+        values["agreeing"] = right.where(~conflicting)
+        names += ["conflicting", "agreeing", "on_decoy"]
+    values[names] = values[names].astype(float)
+    return values, names
 
 
 def summarise(frame: pd.DataFrame) -> dict[str, float]:
     """Means over the images of `per_image`, p_true_min, p_true_max, and ece.
 
-    Where a decoy is drawn also accuracy on conflicting and on agreeing images, and on_decoy.
+    ece is the expected calibration error in [0, 1], 0 is best: the mean distance of confidence and
+    accuracy over the `BINS`, weighted by their images. Where a decoy is drawn also accuracy on
+    conflicting and on agreeing images, and on_decoy.
     """
-    numbers = [f"top{k}" for k in range(1, 6)] + ["p_true", "confidence"]
-    numbers += [p + name for p in ("", "sigmoid_") for name in ALIGNMENT if name in frame]
-    numbers += ["class_token", "sigmoid"]
-    summary = {name: float(frame[name].mean()) for name in numbers}
+    values, names = values_by_image(frame)
+    summary = values[names].mean().to_dict()
     summary |= {"p_true_min": frame["p_true"].min(), "p_true_max": frame["p_true"].max()}
-    summary["ece"] = expected_calibration_error(frame)
-    if "conflicting" in frame:
-        summary["conflicting"] = float(frame.loc[frame["conflicting"], "top1"].mean())
-        summary["agreeing"] = float(frame.loc[~frame["conflicting"], "top1"].mean())
-        summary["on_decoy"] = float(frame["on_decoy"].mean())
-    return summary
+    return summary | {"ece": expected_calibration_error(frame)}
 
 
-def expected_calibration_error(frame: pd.DataFrame, bins: int = 15) -> float:
-    """ECE of the images of `per_image` (Guo et al., ICML 2017), in [0, 1]; 0 is best.
-
-    The mean distance of confidence and accuracy over `bins` equal bins of confidence, weighted by
-    their images. TorchMetrics' error of two classes is that of any number of classes when it is
-    given confidence, and right or wrong.
-    """
-    confidence = torch.from_numpy(below_one(frame["confidence"]))
-    right = torch.from_numpy(frame["top1"].to_numpy(np.int64))
-    return binary_calibration_error(confidence, right, n_bins=bins, norm="l1").item()
+def expected_calibration_error(frame: pd.DataFrame, bins: int = BINS) -> float:
+    """ECE of the images of `per_image`, see `summarise`."""
+    found = _by_confidence(frame, bins)
+    gaps = (found["confidence"] - found["accuracy"]).abs() * found["images"]
+    return float(gaps.sum() / len(frame))
 
 
-def below_one(confidence: pd.Series) -> np.ndarray:
-    """Confidences in [0, 1): one of exactly 1 would get a bin of its own."""
-    return np.minimum(confidence.to_numpy(np.float32), np.nextafter(np.float32(1), np.float32(0)))
+def _by_confidence(frame: pd.DataFrame, bins: int) -> pd.DataFrame:
+    """A row a bin: low, high, images, confidence, accuracy, see `calibration`."""
+    edges = np.linspace(0, 1, bins + 1)
+    groups = frame.groupby(np.digitize(frame["confidence"], edges[1:-1]))  # 1 is in the last bin
+    table = pd.DataFrame({"low": edges[:-1], "high": edges[1:]})
+    table["images"] = groups.size().reindex(table.index, fill_value=0)
+    return table.assign(confidence=groups["confidence"].mean(), accuracy=groups["top1"].mean())
 
 
 def by_seed(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row a variant and seed: the summaries of `evaluate_trials`' images."""
+    """One row a variant and seed: `summarise` of its images."""
     rows = [
         {"variant": variant, "seed": seed, **summarise(part)}
         for (variant, seed), part in frame.groupby(["variant", "seed"], sort=False)
@@ -70,34 +120,17 @@ def comparison_table(seeds: pd.DataFrame) -> pd.DataFrame:
     columns = {k: words for k, words in COLUMNS.items() if k in seeds and seeds[k].notna().any()}
     rows = {}
     for variant, part in seeds.groupby("variant", sort=False):
-        rows[variant] = {words: _mean_and_std(part[key]) for key, words in columns.items()}
-    return pd.DataFrame(rows).T.rename_axis("model")
+        rows[variant] = {w: _number(part[k].mean(), part[k].std()) for k, w in columns.items()}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
 
 
-def _mean_and_std(values: pd.Series) -> str:
-    spread = f" ± {values.std():.3f}" if len(values) > 1 else ""
-    return f"{values.mean():.3f}{spread}"
-
-
-BINS = 15  # of confidence, as Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017)
-ECE = {"ece": "calibration error"}
-
-
-def values_by_image(images: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """The numbers whose means over images are the summary's, as columns of floats.
-
-    Returns:
-        the table, and the names of the numbers. conflicting and agreeing are the accuracy on
-        images with such a decoy, and NaN on others.
-    """
-    values = images.copy()
-    if "conflicting" in images:
-        right, conflicting = images["top1"].astype(float), images["conflicting"].astype(bool)
-        values["conflicting"] = right.where(conflicting)
-        values["agreeing"] = right.where(~conflicting)
-    names = [name for name in summarise(images) if name in values]
-    values[names] = values[names].astype(float)
-    return values, names
+def _number(
+    mean: float, std: float, low: float = np.nan, high: float = np.nan, sign: str = ""
+) -> str:
+    """ "mean ± std [low, high]" with what is known of it."""
+    text = f"{mean:{sign}.3f}" if pd.notna(mean) else "–"
+    text += f" ± {std:.3f}" if pd.notna(std) else ""
+    return text + (f" [{low:{sign}.3f}, {high:{sign}.3f}]" if pd.notna(low) else "")
 
 
 def calibration(images: pd.DataFrame, bins: int = BINS) -> pd.DataFrame:
@@ -107,16 +140,12 @@ def calibration(images: pd.DataFrame, bins: int = BINS) -> pd.DataFrame:
         variant, seed; low, high: bounds of the bin, in [0, 1]; images in it; their mean confidence
         and accuracy, NaN for an empty bin.
     """
-    edges = np.linspace(0, 1, bins + 1)
-    rows = []
-    for (variant, seed), part in images.groupby(["variant", "seed"], sort=False):
-        place = np.digitize(below_one(part["confidence"]), edges) - 1
-        for index in range(bins):
-            inside = part[place == index]
-            row = {"variant": variant, "seed": seed, "low": edges[index], "high": edges[index + 1]}
-            row |= {"images": len(inside), "confidence": inside["confidence"].mean()}
-            rows.append(row | {"accuracy": inside["top1"].mean()})
-    return pd.DataFrame(rows)
+    found = [
+        _by_confidence(part, bins).assign(variant=variant, seed=seed)
+        for (variant, seed), part in images.groupby(["variant", "seed"], sort=False)
+    ]
+    table = pd.concat(found, ignore_index=True)
+    return table[["variant", "seed", *table.columns.drop(["variant", "seed"])]]
 
 
 def result_table(seeds: pd.DataFrame, spans: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
@@ -127,8 +156,8 @@ def result_table(seeds: pd.DataFrame, spans: pd.DataFrame, baselines: pd.DataFra
         baselines: `human_baselines`.
 
     Returns:
-        a row a model or map, a column a number: its mean; with _std behind its name the standard
-        deviation over seeds, with _low and _high the interval over images.
+        a row a model or map (the column model), a column a number: its mean; with _std behind its
+        name the standard deviation over seeds, with _low and _high the interval over images.
     """
     numbers = [name for name in seeds if name not in ("variant", "seed")]
     bounds = spans.set_index(["variant", "metric"])
@@ -142,24 +171,23 @@ def result_table(seeds: pd.DataFrame, spans: pd.DataFrame, baselines: pd.DataFra
         for name in [name for name in numbers if (model, name) in bounds.index]:
             span = bounds.loc[(model, name)]
             row |= {f"{name}_low": span["low"], f"{name}_high": span["high"]}
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model").reset_index()
 
 
 def in_words(table: pd.DataFrame) -> pd.DataFrame:
-    """`result_table` for readers: "mean ± std [low, high]" of the columns that are shown."""
-    words = COLUMNS | ALIGNMENT | ECE
+    """`result_table` for readers: "mean ± std [low, high]", a row a number, a column a model."""
+    words = COLUMNS | ALIGNMENT | {"ece": "calibration error"}
     shown = {k: w for k, w in words.items() if k in table and table[k].notna().any()}
 
-    def cell(row: pd.Series, name: str) -> str:
-        text = f"{row[name]:.3f}" if pd.notna(row[name]) else "–"
-        if pd.notna(row.get(f"{name}_std")):
-            text += f" ± {row[f'{name}_std']:.3f}"
-        if pd.notna(row.get(f"{name}_low")):
-            text += f" [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"
-        return text
-
-    rows = {model: {w: cell(row, k) for k, w in shown.items()} for model, row in table.iterrows()}
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
+    ends = ("", "_std", "_low", "_high")
+    columns = {
+        row["model"]: {
+            words: _number(*(row.get(name + end, np.nan) for end in ends))
+            for name, words in shown.items()
+        }
+        for row in table.to_dict("records")
+    }
+    return pd.DataFrame(columns).rename_axis(columns="model")
 
 
 def tests_in_words(tests: pd.DataFrame) -> pd.DataFrame:
@@ -168,10 +196,8 @@ def tests_in_words(tests: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for row in tests.to_dict("records"):
         told = {"model": row["variant"], "metric": words.get(row["metric"], row["metric"])}
-        spread = f" ± {row['difference_std']:.3f}" if pd.notna(row["difference_std"]) else ""
-        told["difference"] = (
-            f"{row['difference']:+.3f}{spread} [{row['low']:+.3f}, {row['high']:+.3f}]"
-        )
+        numbers = (row[name] for name in ("difference", "difference_std", "low", "high"))
+        told["difference"] = _number(*numbers, sign="+")
         told["seeds up"] = f"{row['seeds_up']} of {row['seeds']}"
         told |= {"p": _p_value(row["p"]), "p (Holm)": _p_value(row["p_holm"])}
         told |= dict.fromkeys(("fixed", "broken", "p (McNemar)"), "")

@@ -1,6 +1,6 @@
 """From the table of a sweep to what its figures show: settings, their cost, the Pareto front.
 
-Pure tables: `lib.experiments.sweep` makes them, `lib.plots` draws what is made of them here.
+Pure tables: `lib.experiments.sweep` makes them, `lib.figures` draws what is made of them here.
 """
 
 from __future__ import annotations
@@ -98,10 +98,8 @@ def on_front(x: Sequence[float], y: Sequence[float]) -> np.ndarray:
     return known & ~(no_worse & better & known[:, None]).any(axis=0)
 
 
-def best_at_no_cost(
-    settings: pd.DataFrame, aligned: str = "cc", accuracy: str = "top1", tolerance: float = 0.003
-) -> pd.Series | None:
-    """The setting with the highest alignment whose accuracy is not below the control's.
+def best_at_no_cost(settings: pd.DataFrame, tolerance: float = 0.003) -> pd.Series | None:
+    """The setting with the highest CC whose accuracy is not below the control's.
 
     Args:
         tolerance: how far below the control's the mean accuracy may be. A mean over few seeds is
@@ -112,5 +110,5 @@ def best_at_no_cost(
         diverged is not considered.
     """
     trained = settings[(settings["loss"] != "control") & (settings["diverged"] == 0)]
-    allowed = trained[trained[f"{accuracy}_gain"] >= -tolerance]
-    return None if allowed.empty else allowed.loc[allowed[aligned].idxmax()]
+    allowed = trained[trained["top1_gain"] >= -tolerance]
+    return None if allowed.empty else allowed.loc[allowed["cc"].idxmax()]

@@ -1,4 +1,4 @@
-"""Runs that stand side by side: trained as a comparison, or found by name and measured alike.
+"""Runs that stand side by side: trained as a comparison, or found by name.
 
 Runs that differ in their seed alone are one variant. One variant is the one that the others are
 held against, the control where there is one.
@@ -12,37 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import pandas as pd
 from tqdm.auto import tqdm
 
 from lib import config as cfg
 from lib.config import Config, RunConfig
-from lib.data.dataset import BirdDataset
-from lib.evaluation.per_image import per_image
-from lib.model.predict import processes
-from lib.model.vit import SigmoidViT
-from lib.training.runs import (
-    Run,
-    bare_model,
-    dataset_for,
-    fine_tuning,
-    human_in_the_loop,
-    train_run,
-)
-from lib.training.tokens import with_cached_tokens
+from lib.training.runs import Run, bare_model, fine_tuning, human_in_the_loop, train_run
 
-
-def measure(
-    model: SigmoidViT, dataset: BirdDataset, config: RunConfig, tokens: Path
-) -> pd.DataFrame:
-    """`per_image` of a run's model; where it was trained on cached tokens, on those in `tokens`.
-
-    The sigmoid map is that without an offset, whatever the run was trained with: in one table, one
-    definition.
-    """
-    if config.train.cache_tokens:
-        return per_image(model, dataset, with_cached_tokens(model, dataset, config, tokens))
-    return per_image(model, dataset, workers=config.train.workers)
+Which = Literal["last", "best"]
+# Fields of DataConfig in which runs of one evaluation may differ: maps of the training (one data
+# set, its maps from one run, measures all), and what is done to training pictures alone.
+MAY_DIFFER = ("maps", "maps_dir", "gaze_runs", "sigma", "sigma_unit", "weight")
+MAY_DIFFER += ("crop_scale", "crop_ratio", "flip", "cache")
 
 
 @dataclass(frozen=True)
@@ -75,45 +55,12 @@ def run_name(variant: str, seed: int) -> str:
     return f"{variant.lower().replace(' ', '-')}-s{seed}"
 
 
-def measure_runs(
-    trials: Sequence[Trial],
-    dataset: BirdDataset,
-    tokens: Path,
-    which: Literal["last", "best"] = "last",
-) -> pd.DataFrame:
-    """`per_image` of every run, with columns variant and seed.
-
-    Args:
-        tokens: folder of cached tokens, for runs that were trained on some.
-    """
-    frames = []
-    for trial in tqdm(trials, desc="evaluating runs", leave=False):
-        model = trial.run.model(which).to(processes().device)
-        frame = measure(model, dataset, trial.run.config, tokens)
-        frames.append(frame.assign(variant=trial.variant, seed=trial.seed))
-    return pd.concat(frames, ignore_index=True)
-
-
-def evaluate_trials(trials: Sequence[Trial], split: str = "test") -> pd.DataFrame:
-    """`measure_runs` on a split of the first run's data."""
-    run = trials[0].run
-    return measure_runs(trials, run.dataset(split), run.folder.parent / "tokens")
-
-
-Split = Literal["test", "val", "train"]
-Which = Literal["last", "best"]
-# Fields of DataConfig in which runs of one evaluation may differ: maps of the training (one data
-# set, its maps from one run, measures all), and what is done to training pictures alone.
-MAPS = ("maps", "maps_dir", "gaze_runs", "sigma", "sigma_unit", "weight")
-TRAINING_ONLY = ("crop_scale", "crop_ratio", "flip", "cache")
-
-
-def load_trials(names: Sequence[str], runs: Path, which: Which = "last") -> list[Trial]:
+def load_trials(names: Sequence[str | Trial], runs: Path, which: Which = "last") -> list[Trial]:
     """Finished runs that can be compared, found before anything is computed.
 
     Args:
         names: each a folder below `runs`, such as ft-s0 or sweep/NAME, or the path of a run. What
-            stands before -s<seed> is the variant.
+            stands before -s<seed> is the variant. Trials stay as they are.
         which: weights that will be read.
 
     Raises:
@@ -123,35 +70,34 @@ def load_trials(names: Sequence[str], runs: Path, which: Which = "last") -> list
     """
     trials = []
     for name in names:
-        run = Run.load(_folder(name, runs), which)
+        if isinstance(name, Trial):
+            trials.append(name)
+            continue
+        folder = next((path for path in (runs / name, Path(name)) if path.is_dir()), None)
+        if folder is None:
+            there = sorted(file.parent.name for file in runs.glob("*/config.json"))
+            there = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "") or "none"
+            raise FileNotFoundError(
+                f"no run {name} in {runs} (there: {there}); train it, name another, or set PRESET "
+                "and RUNS_DIR"
+            )
+        run = Run.load(folder, which)
         trials.append(Trial(re.sub(r"-s\d+$", "", run.name), run.config.train.seed, run))
     if not trials:
         raise ValueError("no run is named; name one or more, such as ft-s0")
-    refuse_mixture(trials)
+    _refuse_mixture(trials)
     return trials
 
 
-def _folder(name: str, runs: Path) -> Path:
-    for folder in (runs / name, Path(name)):
-        if folder.is_dir():
-            return folder
-    there = sorted(file.parent.name for file in runs.glob("*/config.json"))
-    there = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "") or "none"
-    raise FileNotFoundError(
-        f"no run {name} in {runs} (there: {there}); train it, name another, or set PRESET and "
-        "RUNS_DIR"
-    )
-
-
-def refuse_mixture(trials: Sequence[Trial]) -> None:
-    """ValueError where the runs of an evaluation cannot stand in one table; names two of them."""
+def _refuse_mixture(trials: Sequence[Trial]) -> None:
+    """ValueError where runs cannot stand in one table; names two of them."""
     first = trials[0].run
-    ours = _yardstick(first)
+    ours = _measured_on(first)
     named: dict[tuple[str, int], Run] = {}
     alike: dict[str, Run] = {}
     for trial in tqdm(trials, desc="runs", leave=False, delay=1.0):
         run = trial.run
-        theirs = _yardstick(run)
+        theirs = _measured_on(run)
         for what in ours:
             if theirs[what] != ours[what]:
                 raise ValueError(
@@ -173,11 +119,9 @@ def refuse_mixture(trials: Sequence[Trial]) -> None:
             )
 
 
-def _yardstick(run: Run) -> dict[str, object]:
+def _measured_on(run: Run) -> dict[str, object]:
     """What runs must share to be measured on the same items, by the words of a sentence."""
-    data = cfg.flat(run.config.data)
-    for name in (*MAPS, *TRAINING_ONLY):
-        data = {key: value for key, value in data.items() if key != name}
+    data = {k: v for k, v in cfg.flat(run.config.data).items() if k not in MAY_DIFFER}
     model = bare_model(run.config, num_classes=0)
     return {
         "their data": data,
@@ -188,7 +132,7 @@ def _yardstick(run: Run) -> dict[str, object]:
 
 
 def _difference(ours: object, theirs: object) -> str:
-    """The first difference of two yardsticks, in words."""
+    """The first difference of two values of `_measured_on`, in words."""
     if isinstance(ours, dict):
         key = next(k for k in ours if ours[k] != theirs[k])
         return f"{key} is {ours[key]} and {theirs[key]}"
@@ -229,14 +173,3 @@ def yardstick_variant(trials: Sequence[Trial], against: str | None = None) -> st
                 "--against"
             )
     return against
-
-
-def common_dataset(trials: Sequence[Trial], split: Split, against: str) -> BirdDataset:
-    """The images that all are measured on, with the human maps of one run for all.
-
-    The maps are those of the first run of `against`; where it was trained without any, of the
-    first run that has some.
-    """
-    order = sorted(trials, key=lambda trial: trial.variant != against)
-    run = next((t.run for t in order if t.run.config.data.maps != "none"), order[0].run)
-    return dataset_for(bare_model(run.config, num_classes=0), run.config, split, augment=False)

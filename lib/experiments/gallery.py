@@ -7,9 +7,8 @@ in all: a few chosen by hand would show whatever one likes.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import jinja2
 import numpy as np
@@ -19,11 +18,14 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from lib import figures
-from lib.data.dataset import BirdDataset
+from lib.config import Evaluation
+from lib.data.dataset import BirdDataset, subset
 from lib.evaluation import metrics
-from lib.experiments.compare import Trial
+from lib.experiments.compare import Trial, Which
 from lib.files import make_folder, write_bytes, write_text
+from lib.model.predict import predict
 from lib.model.vit import SigmoidViT
+from lib.training.runs import Run
 
 TEMPLATE = Path(__file__).parent / "gallery.html"
 # How pictures are chosen, in the words of the page.
@@ -31,39 +33,48 @@ RULES = {
     "order": "in the order of the data set, then of the seeds",
     "change": "those whose probability of the true class changed most",
 }
-Rule = Literal["order", "change"]
 
 
-@torch.no_grad()
 def attention_maps(
-    model: SigmoidViT, dataset: BirdDataset, chosen: Sequence[int], batch_size: int = 16
+    model: SigmoidViT, dataset: BirdDataset, chosen: Sequence[int]
 ) -> tuple[list[np.ndarray], list[bool]]:
     """Where a model looks: the last block's class row, mean of heads, for some images.
 
     Args:
-        chosen: positions in the data set.
+        chosen: positions in the data set, each once.
 
     Returns:
         for every chosen image its map `[gh, gw]`, non-negative, and whether the prediction is
         right.
     """
-    device = next(model.parameters()).device
     maps, right = [], []
-    for start in range(0, len(chosen), batch_size):
-        items = [dataset[int(i)] for i in chosen[start : start + batch_size]]
-        batch = torch.utils.data.default_collate(items)
-        scores, rows = model(batch["image"].to(device), rows="last")
+    for batch, scores, rows in predict(model, subset(dataset, chosen), batch_size=16):
         attention = metrics.patch_attention(rows[model.depth - 1], model.num_prefix).cpu()
         maps += list(attention.reshape(-1, *dataset.grid).numpy())  # [B, P] to [B, gh, gw]
-        right += (scores.argmax(-1).cpu() == batch["label"]).tolist()
+        right += (scores.argmax(-1) == batch["label"]).tolist()
     return maps, right
+
+
+def attention_rows(
+    runs: Mapping[str, Run],
+    dataset: BirdDataset,
+    chosen: Sequence[int] = range(5),
+    which: Which = "last",
+) -> figures.Figure:
+    """Rows of images: the picture with people's gaze, then each model's class row on it."""
+    columns = {
+        name: list(zip(*attention_maps(run.model(which), dataset, chosen), strict=True))
+        for name, run in runs.items()
+    }
+    human = [dataset.annotations(int(i))["human"].reshape(dataset.grid).numpy() for i in chosen]
+    return figures.rows_of_maps([dataset.image(int(i)) for i in chosen], human, columns)
 
 
 def changed_predictions(images: pd.DataFrame, against: str) -> pd.DataFrame:
     """Images that a variant predicts right and the `against` model of the same seed does not.
 
     Args:
-        images: a row an image, variant and seed, as `measure_runs` of compare.py gives them:
+        images: a row an image, variant and seed, as `measure_runs` gives them:
             every variant and seed has the images in the order of the data set.
 
     Returns:
@@ -90,7 +101,7 @@ def changed_predictions(images: pd.DataFrame, against: str) -> pd.DataFrame:
     return pairs[[*shown, "confidence_before", "predicted_after", "confidence_after", "change"]]
 
 
-def choose(changes: pd.DataFrame, count: int, rule: Rule = "order") -> pd.DataFrame:
+def choose(changes: pd.DataFrame, count: int, rule: str = "order") -> pd.DataFrame:
     """At most `count` changes of each variant and kind, by one of `RULES`."""
     if rule == "change":
         changes = changes.sort_values("change", key=abs, ascending=False, kind="stable")
@@ -102,107 +113,84 @@ def write_gallery(
     trials: Sequence[Trial],
     dataset: BirdDataset,
     changes: pd.DataFrame,
-    against: str,
-    count: int,
-    rule: Rule = "order",
-    which: Literal["last", "best"] = "last",
-    split: str = "test",
+    options: Evaluation,
 ) -> Path:
     """Writes `folder/gallery.html` and its pictures below `folder/gallery`.
 
     Args:
-        changes: all of them, from `changed_predictions`. count, rule: see `choose`.
         dataset: the split that was measured, without augmentation.
+        changes: all of them, from `changed_predictions`.
+        options: how many are shown and by which rule; against a variant, which must be named.
 
     Returns:
         the page. Its links are relative: the folder can be moved, or put on a web server.
     """
-    chosen = choose(changes, count, rule)
+    chosen = choose(changes, options.gallery, options.gallery_rule)
     pictures = folder / "gallery"
     make_folder(pictures)
-    human = {}
+    has_people = {}
     for position in tqdm(sorted(set(chosen["position"])), desc="gallery", leave=False):
         item = dataset.annotations(int(position))
         image = dataset.image(int(position))
         _save_picture(pictures / f"{position}-image.png", image)
-        human[position] = bool(item["valid"].any())
-        if human[position]:
+        has_people[position] = bool(item["valid"].any())
+        if has_people[position]:
             people = torch.where(item["valid"], item["human"], torch.nan)
             people = people.reshape(dataset.grid).numpy()
             _save_picture(pictures / f"{position}-people.png", image, people)
-    names = _save_attention(pictures, trials, dataset, chosen, against, which)
+    # Variants can be called anything, files cannot: a number stands for each variant and seed.
+    numbers = {(trial.variant, trial.seed): number for number, trial in enumerate(trials)}
+    for trial in tqdm(trials, desc="gallery models", leave=False):  # each is loaded once
+        shown = chosen[chosen["seed"] == trial.seed]
+        if trial.variant != options.against:
+            shown = shown[shown["variant"] == trial.variant]
+        positions = sorted(set(shown["position"]))
+        if not positions:
+            continue
+        maps, _ = attention_maps(trial.run.model(options.which), dataset, positions)
+        number = numbers[trial.variant, trial.seed]
+        for position, attention in zip(positions, maps, strict=True):
+            file = pictures / f"{position}-model{number}.png"
+            _save_picture(file, dataset.image(int(position)), attention)
+    cards = chosen.assign(
+        has_people=chosen["position"].map(has_people),
+        name_before=[dataset.classes[label] for label in chosen["predicted_before"]],
+        name_after=[dataset.classes[label] for label in chosen["predicted_after"]],
+        model_before=[numbers[options.against, seed] for seed in chosen["seed"]],
+        model_after=[numbers[key] for key in zip(chosen["variant"], chosen["seed"], strict=True)],
+    )
     page = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), autoescape=True).render(
-        against=against,
-        split=split,
+        against=options.against,
+        split=options.split,
         images=len(dataset),
-        rule=RULES[rule],
-        sections=_sections(trials, dataset, changes, chosen, against, human, names),
+        rule=RULES[options.gallery_rule],
+        sections=_sections(trials, changes, cards, options.against),
     )
     write_text(folder / "gallery.html", page)
     return folder / "gallery.html"
 
 
-def _save_attention(
-    pictures: Path,
-    trials: Sequence[Trial],
-    dataset: BirdDataset,
-    chosen: pd.DataFrame,
-    against: str,
-    which: Literal["last", "best"],
-) -> dict[tuple[str, int], int]:
-    """A picture a model and image that the page shows; each model is loaded once.
-
-    Returns:
-        the number that stands for a variant and seed in the names of the pictures: variants can be
-        called anything, files cannot.
-    """
-    names = {(trial.variant, trial.seed): number for number, trial in enumerate(trials)}
-    for trial in tqdm(trials, desc="gallery models", leave=False):
-        shown = chosen[chosen["seed"] == trial.seed]
-        if trial.variant != against:
-            shown = shown[shown["variant"] == trial.variant]
-        positions = sorted(set(shown["position"]))
-        if not positions:
-            continue
-        maps, _ = attention_maps(trial.run.model(which), dataset, positions)
-        number = names[trial.variant, trial.seed]
-        for position, attention in zip(positions, maps, strict=True):
-            file = pictures / f"{position}-model{number}.png"
-            _save_picture(file, dataset.image(int(position)), attention)
-    return names
-
-
 def _sections(
-    trials: Sequence[Trial],
-    dataset: BirdDataset,
-    changes: pd.DataFrame,
-    chosen: pd.DataFrame,
-    against: str,
-    human: dict[int, bool],
-    names: dict[tuple[str, int], int],
+    trials: Sequence[Trial], changes: pd.DataFrame, cards: pd.DataFrame, against: str
 ) -> list[dict[str, object]]:
     """What the template shows: a section a variant, with its fixed and its broken images."""
+    seeds: dict[str, list[int]] = {}
+    for trial in trials:
+        seeds.setdefault(trial.variant, []).append(trial.seed)
     sections = []
-    for variant in dict.fromkeys(trial.variant for trial in trials if trial.variant != against):
+    for variant in seeds:
+        if variant == against:
+            continue
         kinds = []
         for kind in ("fixed", "broken"):
-            is_ours = (changes["variant"] == variant) & (changes["kind"] == kind)
-            shown = chosen[(chosen["variant"] == variant) & (chosen["kind"] == kind)]
-            cards = [
-                row
-                | {
-                    "has_people": human[row["position"]],
-                    "name_before": dataset.classes[row["predicted_before"]],
-                    "name_after": dataset.classes[row["predicted_after"]],
-                    "model_before": names[against, row["seed"]],
-                    "model_after": names[variant, row["seed"]],
-                }
-                for row in shown.to_dict("records")
-            ]
-            kinds.append({"kind": kind, "cards": cards, "total": int(is_ours.sum())})
-        ours = {trial.seed for trial in trials if trial.variant == variant}
-        seeds = sorted(seed for seed in ours if (against, seed) in names)
-        sections.append({"variant": variant, "seeds": seeds, "kinds": kinds})
+            all_of_kind, shown = (
+                table[(table["variant"] == variant) & (table["kind"] == kind)]
+                for table in (changes, cards)
+            )
+            shown = shown.to_dict("records")
+            kinds.append({"kind": kind, "cards": shown, "total": len(all_of_kind)})
+        both = sorted(set(seeds[variant]) & set(seeds[against]))
+        sections.append({"variant": variant, "seeds": both, "kinds": kinds})
     return sections
 
 

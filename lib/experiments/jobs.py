@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
@@ -33,6 +33,10 @@ def in_processes(
         the index of a task that ended and what went wrong, in the order in which they end.
     """
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    # Threads of several processes that spin while they wait for work keep the cores from each
+    # other: with GNU OpenMP's default, everything is about seven times slower.
+    share = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}  # no bars of their own
+    share["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "1000")
     waiting = list(enumerate(tasks))[::-1]
     idle: list[Connection] = []
     busy: dict[Connection, int] = {}  # to the index of its task
@@ -43,7 +47,7 @@ def in_processes(
                 if not idle:
                     ours, theirs = context.Pipe()
                     process = context.Process(target=_serve, args=(theirs, work))
-                    with _environment_of_a_share(threads):
+                    with environment(share):
                         process.start()
                     theirs.close()  # else nobody would hear that it died
                     started[ours] = process
@@ -90,17 +94,6 @@ def _end_with_parent() -> None:
     """Ends this process at once when its parent was killed and cannot end it."""
     multiprocessing.parent_process().join()
     os._exit(1)
-
-
-def _environment_of_a_share(threads: int) -> AbstractContextManager[None]:
-    """What a process must find in its environment at its start: threads, and no bars of its own.
-
-    Threads of several processes that spin while they wait for work keep the cores from each other:
-    with GNU OpenMP's default, everything is about seven times slower.
-    """
-    values = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
-    values["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "1000")
-    return environment(values)
 
 
 @contextmanager

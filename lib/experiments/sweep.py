@@ -17,19 +17,18 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
 from lib import config as cfg
-from lib.config import Config, HumanConfig, RunConfig, Sweep, TrainConfig
+from lib.config import Config, HumanConfig, RunConfig, Sweep
 from lib.edit import resolve_blocks, resolve_heads
 from lib.evaluation.tables import summarise
-from lib.experiments import ablations
-from lib.experiments.ablations import SETTINGS
-from lib.experiments.compare import measure
+from lib.experiments.ablations import SETTINGS, USUAL
+from lib.experiments.evaluate import measure
 from lib.experiments.jobs import in_processes
 from lib.files import make_folder, write_text
 from lib.losses import SEES_OFFSET
@@ -50,11 +49,11 @@ from lib.training.state import STATE
 
 FOLDER = "sweep"  # below the runs folder: one folder a cell
 RESULT = "result.json"  # in a cell's folder
-SPLITS = ("val", "test")
+MEASURED_ON = ("val", "test")
 # The table's first columns say which training a row is of; the numbers of `summarise` follow.
-COLUMNS = ("preset", *SETTINGS, "seed", "split")
+KEYS = ("preset", *SETTINGS, "seed", "split")
 # What is named in a cell's folder only where it is not the usual.
-USUAL = {name: ablations.USUAL[name] for name in ("maps", "annotated", "noise")}
+USUAL_MAPS = {name: USUAL[name] for name in ("maps", "annotated", "noise")}
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Cell:
 
     name: str  # its folder
     config: RunConfig
-    words: dict[str, Any]  # what the table says of it: COLUMNS but split
+    words: dict[str, Any]  # what the table says of it: KEYS but split
 
 
 # ------------------------------------------------------------------------------- which trainings
@@ -79,89 +78,83 @@ def cells(config: Config, sweep: Sweep) -> list[Cell]:
     Raises:
         ValueError: for an unknown setting, or a block or head that the model does not have.
     """
-    _refuse_unknown(sweep)
+    _refuse_unknown_words(sweep)
     model = bare_model(fine_tuning(config, seed=0), num_classes=0)
-    blocks = [_blocks(word, model.depth) for word in sweep.blocks]
-    heads = [_heads(word, model.num_heads) for word in sweep.heads]
-    parts = [_part(word, model.depth) for word in sweep.trainable or (config.hitl.trainable,)]
+    blocks = [_supervised_blocks(word, model.depth) for word in sweep.blocks]
+    heads = [_supervised_heads(word, model.num_heads) for word in sweep.heads]
+    parts = [
+        _learning_part(word, model.depth) for word in sweep.trainable or (config.hitl.trainable,)
+    ]
     found: dict[str, Cell] = {}
     lams, maps = map(float, sweep.lam), (sweep.maps, sweep.annotated, sweep.noise)
-    for seed, part, loss, lam, block, head, offset, *changed in itertools.product(
+    for seed, part, loss, lam, block, (head, head_word), offset, *changed in itertools.product(
         sweep.seeds, parts, sweep.loss, lams, blocks, heads, sweep.offset, *maps
     ):
         if lam == 0:
             human = {"lam": 0.0}
-            empty = dict.fromkeys(("blocks", "heads", "offset", *USUAL), "")
+            empty = dict.fromkeys(("blocks", "heads", "offset", *USUAL_MAPS), "")
             words = {"loss": "control", "lam": 0.0} | empty
             name = "control"
         else:
             human = {"loss": loss, "lam": lam, "blocks": block, "heads": head}
             human["offset"] = offset if loss in SEES_OFFSET else "none"
-            human |= dict(zip(USUAL, changed, strict=True))
-            words = human | {"blocks": _text(block), "heads": _head_word(head, model.num_heads)}
+            human |= dict(zip(USUAL_MAPS, changed, strict=True))
+            words = human | {"blocks": _text(block), "heads": head_word}
             name = f"{loss}-l{str(lam).removesuffix('.0')}-blocks_{words['blocks']}"
             name += f"-heads_{words['heads']}-offset_{words['offset']}"
-            name += "".join(f"-{k}_{words[k]}" for k, usual in USUAL.items() if words[k] != usual)
+            name += "".join(
+                f"-{k}_{words[k]}" for k, usual in USUAL_MAPS.items() if words[k] != usual
+            )
         name += f"-train_{part}-s{seed}"
         settings = human_in_the_loop(config, f"ft-s{seed}", seed, **human)
-        settings.train = _training(part, settings.train)
+        # Tokens cannot be cached where the trunk learns.
+        cached = settings.train.cache_tokens and part != "all"
+        settings.train = replace(settings.train, trainable=part, cache_tokens=cached)
         words = {"preset": config.preset, **words, "trainable": str(part), "seed": seed}
         found.setdefault(name, Cell(name, settings, words))
     return list(found.values())
 
 
-def _refuse_unknown(sweep: Sweep) -> None:
+def _refuse_unknown_words(sweep: Sweep) -> None:
     """ValueError for a setting without a value, an unknown word, or an endless lam."""
-    hints = get_type_hints(HumanConfig)
-    known = {name: get_args(hints[name]) for name in ("loss", "offset", "maps", "noise")}
     for name, values in asdict(sweep).items():
         if not values and name != "trainable":
             raise ValueError(f"{name} has no value; name at least one")
         for value in values:
-            if value not in known.get(name, values):
-                raise ValueError(f'{name} is "{value}"; use one of {", ".join(known[name])}')
+            if name in ("loss", "offset", "maps", "noise"):
+                HumanConfig(**{name: value})  # which says what is known
             if name == "lam" and not math.isfinite(value):
                 raise ValueError(f"lam is {value}; it must be a number, and not below 0")
 
 
-def _blocks(word: str, depth: int) -> str | tuple[int, ...]:
+def _supervised_blocks(word: str, depth: int) -> str | tuple[int, ...]:
     """Supervised blocks as `HumanConfig` has them; a word where one means the same."""
-    wanted = resolve_blocks(_indices(word), depth)
+    wanted = resolve_blocks(_as_indices(word), depth)
     words = ("all", "last", "last2", "last4")
     return next((same for same in words if resolve_blocks(same, depth) == wanted), wanted)
 
 
-def _heads(word: str, count: int) -> str | tuple[int, ...]:
-    """Supervised heads as `HumanConfig` has them; "all" where each of them is named."""
+def _supervised_heads(word: str, count: int) -> tuple[str | tuple[int, ...], str]:
+    """Supervised heads as `HumanConfig` has them ("all" where each is named), and their word."""
     if word == "mean":
-        return word
-    wanted = _head_words(count).get(word, _indices(word))
+        return word, word
+    everyone = tuple(range(count))
+    words = {"all": everyone, "half": everyone[: max(1, count // 2)], "one": (0,)}
+    wanted = words.get(word, _as_indices(word))
     if isinstance(wanted, str):
         raise ValueError(f'heads is "{word}"; use all, half, one, mean, or indices such as 0,2')
     wanted = resolve_heads(wanted, count)
-    return "all" if len(wanted) == count else wanted
+    short = next((w for w, heads in words.items() if heads == wanted), _text(wanted))
+    return "all" if wanted == everyone else wanted, short
 
 
-def _head_word(heads: str | tuple[int, ...], count: int) -> str:
-    """The word for supervised heads, or their indices."""
-    if heads == "mean":
-        return heads
-    wanted = resolve_heads(heads, count)
-    return next((w for w, named in _head_words(count).items() if named == wanted), _text(wanted))
-
-
-def _head_words(count: int) -> dict[str, tuple[int, ...]]:
-    everyone = tuple(range(count))
-    return {"all": everyone, "half": everyone[: max(1, count // 2)], "one": (0,)}
-
-
-def _indices(word: str) -> str | tuple[int, ...]:
+def _as_indices(word: str) -> str | tuple[int, ...]:
     """ "8,9" as (8, 9); another word as it is."""
     is_list = re.fullmatch(r"-?\d+(,-?\d+)*", word)
     return tuple(int(part) for part in word.split(",")) if is_list else word
 
 
-def _part(word: str | int, depth: int) -> str | int:
+def _learning_part(word: str | int, depth: int) -> str | int:
     """The part that learns as `TrainConfig` has it, "last_block" where that is the one block."""
     part = int(word) if str(word).isdecimal() else word
     learning_blocks(part, depth)  # ValueError for an unknown word or number
@@ -171,11 +164,6 @@ def _part(word: str | int, depth: int) -> str | int:
 def _text(value: str | tuple[int, ...]) -> str:
     """A word as it is, or indices as they are named on the command line."""
     return value if isinstance(value, str) else ",".join(map(str, value))
-
-
-def _training(part: str | int, stage: TrainConfig) -> TrainConfig:
-    """The stage with another part that learns; tokens cannot be cached where the trunk learns."""
-    return replace(stage, trainable=part, cache_tokens=stage.cache_tokens and part != "all")
 
 
 def refuse_impossible(config: Config, chosen: Sequence[Cell]) -> None:
@@ -215,7 +203,7 @@ def train_cell(runs: Path, cell: Cell, keep_weights: bool = False) -> None:
     """
     started = time.monotonic()
     folder = runs / FOLDER / cell.name
-    numbers: dict[str, dict[str, float]] = {split: {} for split in SPLITS}
+    numbers: dict[str, dict[str, float]] = {split: {} for split in MEASURED_ON}
     failure = None
     try:
         # Named from the runs folder, so that cells share the fine-tuned run and cached tokens.
@@ -224,7 +212,7 @@ def train_cell(runs: Path, cell: Cell, keep_weights: bool = False) -> None:
         failure = error
     else:
         model = run.model().to(processes().device)
-        for split in SPLITS:
+        for split in MEASURED_ON:
             dataset = dataset_for(model, cell.config, split, augment=False)
             summary = summarise(measure(model, dataset, cell.config, runs / "tokens"))
             numbers[split] = {name: float(value) for name, value in summary.items()}
@@ -232,7 +220,7 @@ def train_cell(runs: Path, cell: Cell, keep_weights: bool = False) -> None:
     seconds = round(time.monotonic() - started, 3)
     rows = [
         cell.words | {"split": split, "status": status, "seconds": seconds} | numbers[split]
-        for split in SPLITS
+        for split in MEASURED_ON
     ]
     result = {"config": asdict(cell.config), "failure": failure and str(failure), "rows": rows}
     write_text(folder / RESULT, json.dumps(result, indent=2, default=str))
@@ -294,13 +282,9 @@ def run_sweep(
     write_table(config, out)  # a folder that cannot be written is found out now
     for seed in sweep.seeds:
         train_run(f"ft-s{seed}", fine_tuning(config, seed), config.runs)
-    results = [read_result(config.runs, cell) for cell in chosen]
-    failed = {
-        cell.name: result["failure"]
-        for cell, result in zip(chosen, results, strict=True)
-        if result and result["failure"]
-    }
-    left = [cell for cell, result in zip(chosen, results, strict=True) if result is None]
+    results = {cell.name: read_result(config.runs, cell) for cell in chosen}
+    failed = {name: r["failure"] for name, r in results.items() if r and r["failure"]}
+    left = [cell for cell in chosen if results[cell.name] is None]
     tasks = [(config.runs, cell, keep_weights) for cell in left]
     threads = max(1, torch.get_num_threads() // jobs)
     if jobs > 1:
@@ -335,7 +319,7 @@ def collect(config: Config) -> pd.DataFrame:
     what differs in its columns alone.
 
     Returns:
-        columns `COLUMNS`, status ("measured", or "diverged" without numbers), those of `summarise`
+        columns `KEYS`, status ("measured", or "diverged" without numbers), those of `summarise`
         and seconds (of training and measuring, since it was last resumed).
     """
     preset = RunConfig(config.data, config.model, config.hitl)
@@ -346,18 +330,18 @@ def collect(config: Config) -> pd.DataFrame:
         made = result["config"]
         free = ["seed", "trainable", "human"]
         if made["train"]["trainable"] == "all":
-            free.append("cache_tokens")  # see `_training`
+            free.append("cache_tokens")  # see `cells`
         made["train"] |= {name: ours["train"][name] for name in free}
         made["init"] = None
         if cfg.difference(preset, json.dumps(made)) is None:
             for row in result["rows"]:
                 # Sweeps of an older version had fewer settings to tell: theirs were the usual.
-                older = dict.fromkeys(USUAL, "") if row["loss"] == "control" else USUAL
+                older = dict.fromkeys(USUAL_MAPS, "") if row["loss"] == "control" else USUAL_MAPS
                 rows.append(older | row)
     if not rows:
-        return pd.DataFrame(columns=[*COLUMNS, "status", "seconds"])
-    table = pd.DataFrame(rows).sort_values(list(COLUMNS), ignore_index=True)
-    ends = [*COLUMNS, "status", "seconds"]
+        return pd.DataFrame(columns=[*KEYS, "status", "seconds"])
+    table = pd.DataFrame(rows).sort_values(list(KEYS), ignore_index=True)
+    ends = [*KEYS, "status", "seconds"]
     return table[[*ends[:-1], *table.columns.difference(ends, sort=False), "seconds"]]
 
 

@@ -3,26 +3,15 @@
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from lib.figures.maps import (
-    LONGEST,
-    MAP_COLOURS,
-    PALETTE,
-    SPLITS,
-    gallery,
-    maps_in_a_row,
-    overlay,
-    picture,
-    token_gallery,
-)
+from lib.figures.maps import PALETTE, maps_in_a_row, overlay, picture, rows_of_maps, rows_of_tokens
 from lib.figures.results import (
     accuracy_and_alignment,
-    artefacts,
     comparison,
     curves,
     erasing,
     ladder,
+    outliers,
     reliability,
-    token_norms,
     true_class_density,
 )
 from lib.figures.training import (
@@ -34,33 +23,3 @@ from lib.figures.training import (
     training_curves,
     turns,
 )
-
-__all__ = [
-    "Figure",
-    "plt",
-    "LONGEST",
-    "MAP_COLOURS",
-    "PALETTE",
-    "SPLITS",
-    "accuracy_and_alignment",
-    "artefacts",
-    "by_lambda",
-    "choices",
-    "comparison",
-    "curves",
-    "erasing",
-    "gallery",
-    "histories",
-    "ladder",
-    "maps_in_a_row",
-    "overlay",
-    "pareto",
-    "parts",
-    "picture",
-    "reliability",
-    "token_gallery",
-    "token_norms",
-    "training_curves",
-    "true_class_density",
-    "turns",
-]

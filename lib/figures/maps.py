@@ -14,7 +14,15 @@ from PIL import Image
 PALETTE = ["#0072B2", "#999999", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]
 MAP_COLOURS = "viridis"
 LONGEST = 24  # letters of a model's name that fit below a bar, or above a map
-SPLITS = {"train": "training", "val": "validation", "test": "test"}  # in the words of titles
+IMAGES_OF = {"train": "training images", "val": "validation images", "test": "test images"}
+
+
+def axes_grid(
+    rows: int, columns: int, width: float, height: float, **how: object
+) -> tuple[Figure, np.ndarray]:
+    """A figure of `width` x `height` inches and its axes `[rows, columns]`."""
+    size = (width, height)
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **how)
 
 
 def overlay(axis: plt.Axes, image: np.ndarray, grid_map: np.ndarray, strength: float = 0.8) -> None:
@@ -40,7 +48,7 @@ def overlay(axis: plt.Axes, image: np.ndarray, grid_map: np.ndarray, strength: f
     axis.set_axis_off()
 
 
-def _scaled(grid_map: np.ndarray, strength: float) -> tuple[np.ndarray, np.ndarray]:
+def _scaled(grid_map: np.ndarray, strength: float = 0.8) -> tuple[np.ndarray, np.ndarray]:
     """A map over its own maximum, and how opaque each cell is: both `[gh, gw]` in [0, 1]."""
     known = np.isfinite(grid_map)
     scaled = np.where(known, grid_map, 0)
@@ -48,9 +56,7 @@ def _scaled(grid_map: np.ndarray, strength: float) -> tuple[np.ndarray, np.ndarr
     return scaled, strength * (0.4 + 0.6 * scaled) * known
 
 
-def picture(
-    image: np.ndarray, grid_map: np.ndarray | None = None, pixels: int = 280, strength: float = 0.8
-) -> np.ndarray:
+def picture(image: np.ndarray, grid_map: np.ndarray | None = None, pixels: int = 280) -> np.ndarray:
     """What `overlay` draws as plain pixels, for pages that show hundreds: a figure takes 60 ms.
 
     Args:
@@ -64,7 +70,7 @@ def picture(
     drawn = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
     if grid_map is None:
         return drawn
-    scaled, opacity = _scaled(grid_map, strength)
+    scaled, opacity = _scaled(grid_map)
     colours = plt.get_cmap(MAP_COLOURS)(scaled)  # [gh, gw, 4], red, green, blue, opacity
     colours[..., 3] = opacity
     cells = Image.fromarray(np.uint8(np.rint(255 * colours)), "RGBA")
@@ -73,11 +79,10 @@ def picture(
     return np.asarray(above.convert("RGB"))
 
 
-def gallery(
+def rows_of_maps(
     images: Sequence[np.ndarray],
     human: Sequence[np.ndarray],
     columns: Mapping[str, Sequence[tuple[np.ndarray, bool]]],
-    title: str = "Where each model looks (class row of the last block)",
 ) -> Figure:
     """One row an image: picture, people's gaze, then one attention map a model.
 
@@ -87,32 +92,24 @@ def gallery(
             tells a right from a wrong prediction.
     """
     names = ["image", "people", *columns]
-    figure, axes = plt.subplots(
-        len(images),
-        len(names),
-        figsize=(1.7 * len(names), 1.7 * len(images) + 0.6),
-        squeeze=False,
-        layout="constrained",
-    )
+    rows, wide = len(images), len(names)
+    figure, axes = axes_grid(rows, wide, 1.7 * wide, 1.7 * rows + 0.6)
     for row, image in enumerate(images):
         axes[row, 0].imshow(image)
         axes[row, 0].set_axis_off()
         overlay(axes[row, 1], image, human[row])
         for column, maps in enumerate(columns.values(), start=2):
-            map_, right = maps[row]
-            overlay(axes[row, column], image, map_)
-            _frame(axes[row, column], "#009E73" if right else "#D55E00")
+            axis, (map_, right) = axes[row, column], maps[row]
+            overlay(axis, image, map_)
+            axis.set_axis_on()
+            axis.set(xticks=[], yticks=[])
+            for spine in axis.spines.values():
+                spine.set(edgecolor="#009E73" if right else "#D55E00", linewidth=3)
     for axis, name in zip(axes[0], names, strict=True):
         axis.set_title(wrapped(name), fontsize=9)
+    title = "Where each model looks (class row of the last block)"
     figure.suptitle(f"{title}\ngreen frame: right, red frame: wrong", fontsize=10)
     return figure
-
-
-def _frame(axis: plt.Axes, colour: str) -> None:
-    axis.set_axis_on()
-    axis.set(xticks=[], yticks=[])
-    for spine in axis.spines.values():
-        spine.set(edgecolor=colour, linewidth=3)
 
 
 def maps_in_a_row(
@@ -121,9 +118,7 @@ def maps_in_a_row(
     """One image under several maps of its grid, each scaled to its own maximum and named."""
     rows = -(-(len(maps) + 1) // columns)
     wide = min(columns, len(maps) + 1)
-    figure, axes = plt.subplots(
-        rows, wide, figsize=(1.8 * wide, 2.0 * rows + 0.4), squeeze=False, layout="constrained"
-    )
+    figure, axes = axes_grid(rows, wide, 1.8 * wide, 2.0 * rows + 0.4)
     for axis in axes.flat:
         axis.set_axis_off()
     axes.flat[0].imshow(image)
@@ -140,7 +135,7 @@ def wrapped(name: str) -> str:
     return textwrap.fill(name, LONGEST)
 
 
-def token_gallery(
+def rows_of_tokens(
     images: Sequence[np.ndarray],
     boxes: np.ndarray,
     norms: Mapping[str, np.ndarray],
@@ -155,14 +150,8 @@ def token_gallery(
             for attention, each map scaled to its own maximum. outliers: bool `[n, gh, gw]`; a cross
             marks them.
     """
-    wide = 1 + 2 * len(norms)
-    figure, axes = plt.subplots(
-        len(images),
-        wide,
-        figsize=(1.7 * wide + 0.8, 1.7 * len(images) + 0.7),
-        squeeze=False,
-        layout="constrained",
-    )
+    rows, wide = len(images), 1 + 2 * len(norms)
+    figure, axes = axes_grid(rows, wide, 1.7 * wide + 0.8, 1.7 * rows + 0.7)
     lowest, highest = (f([f(maps) for maps in norms.values()]) for f in (np.min, np.max))
     for row, (image, box) in enumerate(zip(images, boxes, strict=True)):
         height, width = image.shape[:2]

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from itertools import cycle
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from scipy.integrate import trapezoid
 
-from lib.figures.maps import LONGEST, MAP_COLOURS, PALETTE, SPLITS
+from lib.figures.maps import IMAGES_OF, LONGEST, PALETTE, axes_grid
 
 
 def comparison(
@@ -27,13 +27,7 @@ def comparison(
     models = list(dict.fromkeys(seeds["variant"]))
     fit = max(map(len, models)) <= LONGEST
     rows, across = -(-len(shown) // wide), min(wide, len(shown))
-    figure, axes = plt.subplots(
-        rows,
-        across,
-        figsize=(2.3 * across, 3.6 * rows),
-        squeeze=False,
-        layout="constrained",
-    )
+    figure, axes = axes_grid(rows, across, 2.3 * across, 3.6 * rows)
     for axis in axes.flat[len(shown) :]:
         axis.remove()
     for axis, (key, words) in zip(axes.flat, shown.items(), strict=False):
@@ -51,7 +45,7 @@ def comparison(
         bars = axes[0, 0].patches[: len(models)]
         figure.legend(bars, models, loc="outside lower left", frameon=False, fontsize=8)
     count = seeds["seed"].nunique()
-    start = f"{SPLITS[split].capitalize()} images"
+    start = IMAGES_OF[split].capitalize()
     figure.suptitle(f"{start}: mean of {count} seed{'s' * (count > 1)}, one dot a seed")
     return figure
 
@@ -65,7 +59,7 @@ def true_class_density(images: pd.DataFrame, split: str = "test") -> Figure:
         common_norm=False, clip=(0, 1), bw_adjust=0.6, ax=axis,
     )  # fmt: skip
     axis.set(
-        title=f"Probability that each model gives to the true class, over {SPLITS[split]} images",
+        title=f"Probability that each model gives to the true class, over {IMAGES_OF[split]}",
         xlabel="probability of the true class",
         ylabel="density of images",
         xlim=(0, 1),
@@ -92,7 +86,7 @@ def reliability(bins: pd.DataFrame, errors: Mapping[str, float], split: str = "t
         share = part["images"] / part["images"].sum()
         below.plot(part["confidence"], share, "o-", ms=3, color=colour)
     axis.set(
-        title=f"Confidence against accuracy, {SPLITS[split]} images (below the line: too sure)",
+        title=f"Confidence against accuracy, {IMAGES_OF[split]} (below the line: too sure)",
         ylabel="accuracy",
         xlim=(0, 1.02),
         ylim=(0, 1.02),
@@ -120,7 +114,7 @@ def accuracy_and_alignment(
         axis.scatter(part["cc"], part["top1"], color=colour, marker=marker, label=name, alpha=0.8)
     mark_lines(axis, lines)
     axis.set(
-        title=f"Accuracy and agreement with people, {SPLITS[split]} images: one dot a run",
+        title=f"Accuracy and agreement with people, {IMAGES_OF[split]}: one dot a run",
         xlabel="CC with people's maps",
         ylabel="accuracy",
     )
@@ -163,15 +157,8 @@ def erasing(table: pd.DataFrame) -> Figure:
         "p_true_change": "change of the true\nclass's probability",
         "flipped": "share of predictions\nthat change",
     }
-    figure, axes = plt.subplots(
-        2,
-        len(models),
-        figsize=(3.6 * len(models) + 2.2, 5.2),
-        squeeze=False,
-        sharex=True,
-        sharey="row",
-        layout="constrained",
-    )
+    wide = len(models)
+    figure, axes = axes_grid(2, wide, 3.6 * wide + 2.2, 5.2, sharex=True, sharey="row")
     for column, model in enumerate(models):
         part = table[table["variant"] == model]
         for axis, (key, words) in zip(axes[:, column], panels.items(), strict=True):
@@ -185,10 +172,8 @@ def erasing(table: pd.DataFrame) -> Figure:
             axis.legend_.remove()
         axes[0, column].set_title(model, fontsize=9)
         axes[1, column].tick_params(axis="x", labelsize=7)
-    figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False,
-        title="erased",
-    )  # fmt: skip
+    lines = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside right center", frameon=False, title="erased")
     figure.supxlabel("where in the model the patches are erased", fontsize=10)
     count = table["index"].nunique()
     figure.suptitle(f"What erasing patches from the attention costs ({count} images)", fontsize=11)
@@ -209,23 +194,21 @@ def curves(table: pd.DataFrame, hue: str | None = None) -> Figure:
         "deletion": ("patches leave the picture: a small area is good", "patches taken out"),
         "insertion": ("patches enter a blurred picture: a large area is good", "patches put in"),
     }
-    figure, grid = plt.subplots(
-        len(models), 2, figsize=(9, 2.9 * len(models) + 0.7), squeeze=False, sharex=True,
-        sharey=True, layout="constrained",
-    )  # fmt: skip
+    rows = len(models)
+    figure, grid = axes_grid(rows, 2, 9, 2.9 * rows + 0.7, sharex=True, sharey=True)
     colours = dict(zip(dict.fromkeys(table["hue"]), PALETTE, strict=False))
     for axes, model in zip(grid, models, strict=True):
         for axis, (curve, (words, what)) in zip(axes, panels.items(), strict=True):
             part = table[(table["curve"] == curve) & (table["variant"] == model)]
-            for name, rows in part.groupby("hue", sort=False):
-                mean = rows.groupby("fraction")["p_true"].mean()
-                area = np.trapezoid(mean, mean.index)
+            for name, line in part.groupby("hue", sort=False):
+                mean = line.groupby("fraction")["p_true"].mean()
+                area = trapezoid(mean, mean.index)
                 label = f"{name}: area {area:.2f}" if hue else f"area {area:.2f}"
                 axis.plot(mean.index, mean, "o-", ms=3, color=colours[name], label=label)
-            axis.set(title=f"{model}: {words}" if model else words, xlim=(0, 1), ylim=(0, 1))
+            axis.set(title=f"{model}\n{words}" if model else words, xlim=(0, 1), ylim=(0, 1))
             axis.title.set_fontsize(9)
             axis.legend(frameon=False, fontsize=8)
-            if axes is grid[-1]:
+            if model == models[-1]:
                 axis.set_xlabel(f"share of {what}")
         axes[0].set_ylabel("p (true class)")
     count = table["index"].nunique()
@@ -233,46 +216,7 @@ def curves(table: pd.DataFrame, hue: str | None = None) -> Figure:
     return figure
 
 
-def token_norms(models: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
-    """How long the patches' tokens are as they leave each block, and where outliers begin.
-
-    Args:
-        models: for every model its norms `[n, D, P]` and the cutoff of each block `[D]`.
-    """
-    low = min(norms.min() for norms, _ in models.values())
-    high = max(max(norms.max(), cutoffs.max()) for norms, cutoffs in models.values())
-    edges = np.geomspace(max(low, 1e-3) * 0.95, high * 1.05, 120)
-    figure, axes = plt.subplots(
-        1,
-        len(models),
-        figsize=(4.2 * len(models) + 1, 3.8),
-        squeeze=False,
-        sharey=True,
-        layout="constrained",
-    )
-    for axis, (name, (norms, cutoffs)) in zip(axes[0], models.items(), strict=True):
-        blocks = np.arange(norms.shape[1])
-        counts = np.stack([np.histogram(norms[:, block], edges)[0] for block in blocks], axis=1)
-        shares = np.ma.masked_equal(counts / norms[:, 0].size, 0)
-        image = axis.pcolormesh(
-            np.arange(len(blocks) + 1) - 0.5, edges, shares, cmap=MAP_COLOURS,
-            norm="log", vmin=1e-5, vmax=1,
-        )  # fmt: skip
-        axis.hlines(cutoffs, blocks - 0.45, blocks + 0.45, color="#D55E00", label="cutoff")
-        share = (norms > cutoffs[:, None]).mean()
-        axis.set(yscale="log", xlabel="block", title=f"{name}: {share:.3%} are outliers")
-        axis.set_xticks(blocks, blocks + 1)
-        axis.title.set_fontsize(9)
-    axes[0, 0].set_ylabel("L2 norm of a patch's token")
-    axes[0, 0].legend(frameon=False, fontsize=8, loc="upper left")
-    figure.colorbar(image, ax=axes, label="share of the block's patches")
-    figure.suptitle(
-        "Patch tokens by block, and the norm above which one is an outlier", fontsize=11
-    )
-    return figure
-
-
-def artefacts(table: pd.DataFrame) -> Figure:
+def outliers(table: pd.DataFrame) -> Figure:
     """How much of the attention goes where it should not, block by block and model by model.
 
     Args:
@@ -305,7 +249,7 @@ def artefacts(table: pd.DataFrame) -> Figure:
     axes[0].set_ylabel("share of the attention on patches")
     count = table["index"].nunique()
     figure.suptitle(
-        f"Attention on artefacts and background ({count} images); dotted: share of the patches",
+        f"Attention on outliers and background ({count} images); dotted: share of the patches",
         fontsize=11,
     )
     return figure

@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from lib.figures.maps import PALETTE
+from lib.figures.maps import PALETTE, axes_grid
 from lib.figures.results import mark_lines
 
 
@@ -53,8 +53,7 @@ def histories(runs: Mapping[str, pd.DataFrame]) -> Figure:
     }
     if not any(history["human_loss"].any() for history in runs.values()):
         del panels["human_loss"]
-    wide = len(panels)
-    figure, axes = plt.subplots(1, wide, figsize=(3 * wide, 3), layout="constrained")
+    figure, (axes,) = axes_grid(1, len(panels), 3 * len(panels), 3)
     for axis, (key, words) in zip(axes, panels.items(), strict=True):
         for colour, (name, history) in zip(cycle(PALETTE), runs.items(), strict=False):
             axis.plot(history["epoch"], history[key], marker="o", ms=3, color=colour, label=name)
@@ -131,9 +130,7 @@ def pareto(
     lines: Mapping[str, float],
     title: str,
     xlabel: str = "CC with people",
-    ylabel: str = "accuracy",
     x: str = "cc",
-    y: str = "top1",
 ) -> Figure:
     """Accuracy against alignment: a point a setting, a colour a loss, the front drawn through.
 
@@ -145,27 +142,29 @@ def pareto(
     """
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     best = settings[np.asarray(front)].sort_values(x)
-    axis.step(best[x], best[y], where="post", color="0.6", linewidth=6, alpha=0.35, zorder=1)
+    axis.step(best[x], best["top1"], where="post", color="0.6", linewidth=6, alpha=0.35, zorder=1)
     for (loss, heads), part in settings.groupby(["loss", "heads"], sort=False):
         part = part.sort_values("lam")
         colour = LOSS_COLOURS[loss]
         if len(part) > 1:
-            axis.plot(part[x], part[y], color=colour, linewidth=0.8, alpha=0.6, zorder=2)
+            axis.plot(part[x], part["top1"], color=colour, linewidth=0.8, alpha=0.6, zorder=2)
         axis.errorbar(
-            part[x], part[y], xerr=part[f"{x}_std"], yerr=part[f"{y}_std"], fmt="none",
+            part[x], part["top1"], xerr=part[f"{x}_std"], yerr=part["top1_std"], fmt="none",
             ecolor=colour, elinewidth=0.6, alpha=0.35, zorder=2,
         )  # fmt: skip
         mark = HEAD_MARKS.get(heads, "s")
         size = 140 if loss == "control" else 32
         name = loss if heads in ("", "all") else f"{loss}, {heads} of heads"
-        axis.scatter(part[x], part[y], s=size, color=colour, marker=mark, label=name, zorder=3)
+        axis.scatter(part[x], part["top1"], s=size, color=colour, marker=mark, label=name, zorder=3)
         for _, row in part[part["lam"] > 0].iterrows():
             place = {"xytext": (4, 4), "textcoords": "offset points"}
-            axis.annotate(f"{row['lam']:g}", (row[x], row[y]), fontsize=6, color=colour, **place)
-    for control in settings.loc[settings["loss"] == "control", y]:
+            axis.annotate(
+                f"{row['lam']:g}", (row[x], row["top1"]), fontsize=6, color=colour, **place
+            )
+    for control in settings.loc[settings["loss"] == "control", "top1"]:
         axis.axhline(control, color="black", linewidth=0.7, linestyle=":")
     mark_lines(axis, lines)
-    axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axis.set(title=title, xlabel=xlabel, ylabel="accuracy")
     axis.title.set_fontsize(10)
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
     return figure
@@ -177,10 +176,7 @@ def by_lambda(table: pd.DataFrame, panels: Mapping[str, str], title: str) -> Fig
     Args:
         table: rows of a sweep: a row a training, of one split; bands are standard deviations.
     """
-    figure, grid = plt.subplots(
-        1, len(panels), figsize=(3.2 * len(panels), 3.3), squeeze=False, layout="constrained"
-    )
-    axes = grid[0]
+    figure, (axes,) = axes_grid(1, len(panels), 3.2 * len(panels), 3.3)
     trained = table[table["loss"] != "control"]
     control = table[table["loss"] == "control"]
     losses = [loss for loss in LOSS_COLOURS if loss in set(trained["loss"])]
@@ -208,11 +204,9 @@ def choices(table: pd.DataFrame, by: str, panels: Mapping[str, str], title: str)
         table: a row a training; `by` is the column of the choice, in the order of the rows.
     """
     names = list(dict.fromkeys(table[by]))
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(2.6 * len(panels) + 1.2, 0.36 * len(names) + 1.3), sharey=True,
-        layout="constrained",
-    )  # fmt: skip
-    for axis, (column, words) in zip(np.atleast_1d(axes), panels.items(), strict=True):
+    width, height = 2.6 * len(panels) + 1.2, 0.36 * len(names) + 1.3
+    figure, (axes,) = axes_grid(1, len(panels), width, height, sharey=True)
+    for axis, (column, words) in zip(axes, panels.items(), strict=True):
         sns.pointplot(table, x=column, y=by, order=names, color=PALETTE[0], errorbar=None,
                       linestyle="none", marker="|", markersize=18, ax=axis)  # fmt: skip
         sns.stripplot(table, x=column, y=by, order=names, color="black", size=3.5, jitter=False,

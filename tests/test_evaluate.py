@@ -8,43 +8,44 @@ from conftest import tiny_config
 
 from lib import figures
 from lib.__main__ import main
-from lib.experiments import questions
-from lib.experiments.compare import common_dataset, train_comparison
+from lib.config import Evaluation
+from lib.experiments import evaluate
+from lib.experiments.compare import train_comparison
 
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory):
     config = tiny_config(tmp_path_factory.mktemp("runs"))
     trials = [t for t in train_comparison(config, [0, 1]) if t.variant != "fine-tuned"][:4]
-    dataset = common_dataset(trials, "test", "control")
-    tables = questions.probe(trials, dataset, erase=6, curves=3, tokens=5)
+    dataset = evaluate.common_dataset(trials, "test", "control")
+    tables = evaluate.ask(trials, dataset, Evaluation(erase=6, curves=3, tokens=5))
     return trials, dataset, tables
 
 
 def test_every_model_is_asked_on_the_same_images_spread_over_the_split(asked):
     trials, dataset, tables = asked
     for name, count in (("erasing", 6), ("curves", 3), ("tokens", 5)):
-        expected = questions.spread(dataset, count)
+        expected = evaluate.evenly_spaced(dataset, count)
         assert len(expected) == count and expected[0] == 0 and expected[-1] == len(dataset) - 1
         groups = tables[name].groupby(["variant", "seed"])
         assert len(groups) == len(trials)
         for _, part in groups:
             assert sorted(part["index"].unique()) == expected
     assert set(tables["areas"]["order"]) == {"attention", "random", "people", "mean map"}
-    assert questions.spread(dataset, 1000) == list(range(len(dataset)))
+    assert evaluate.evenly_spaced(dataset, 1000) == list(range(len(dataset)))
 
 
 def test_what_is_not_asked_is_not_there(asked):
     trials, dataset, _ = asked
-    assert questions.probe(trials, dataset) == {}
-    assert list(questions.probe(trials[:1], dataset, tokens=2)) == ["tokens"]
+    assert evaluate.ask(trials, dataset, Evaluation()) == {}
+    assert list(evaluate.ask(trials[:1], dataset, Evaluation(tokens=2))) == ["tokens"]
     with pytest.raises(ValueError, match="curves is -1; use a number of images"):
-        questions.probe(trials, dataset, curves=-1)
+        evaluate.ask(trials, dataset, Evaluation(curves=-1))
 
 
 def test_seeds_are_averaged_and_images_are_not(asked):
     table = asked[2]["erasing"]
-    found = questions.over_seeds(table)
+    found = evaluate.over_seeds(table)
     assert "seed" not in found
     keys = ["variant", "what", "rung", "index"]
     assert len(found) == len(table[keys].drop_duplicates()) < len(table)
@@ -54,23 +55,24 @@ def test_seeds_are_averaged_and_images_are_not(asked):
     assert first["p_true_change"] == pytest.approx(table[same]["p_true_change"].mean())
 
 
-def test_words_and_figures_of_all_that_was_asked(asked, tmp_path):
-    words = questions.in_words(asked[2])
+def test_words_and_figures_of_all_that_was_asked(asked):
+    words = "\n\n".join(evaluate.answers_in_words(asked[2]))
     assert words.count("most attended patches") >= 2 and "deletion" in words and "flat" in words
-    drawn = questions.write(tmp_path, asked[2])
+    drawn = evaluate.draw_answers(asked[2])
     assert set(drawn) == {"erasing", "curves", "tokens"}
     assert len(drawn["curves"].axes) == 2 * asked[2]["curves"]["variant"].nunique()
-    written = pd.read_csv(tmp_path / "erasing.csv")
-    assert len(written) == len(asked[2]["erasing"])
     figures.plt.close("all")
 
 
 def test_the_command_asks_and_tells(asked, monkeypatch, tmp_path, capsys):
-    run = asked[0][0].run
+    trials, dataset, _ = asked
+    run = trials[0].run
     monkeypatch.setenv("RUNS_DIR", str(run.folder.parents[1]))
     out = tmp_path / "out"
     command = ["evaluate", str(run.folder), "--out", str(out), "--gallery", "0", "--erase"]
     assert main([*command, "3"]) == 0
     assert "most attended patches" in capsys.readouterr().out
     assert {"erasing.csv", "erasing.png", "erasing.pdf"} <= {path.name for path in out.iterdir()}
+    expected = evaluate.ask(trials[:1], dataset, Evaluation(erase=3))["erasing"]
+    assert len(pd.read_csv(out / "erasing.csv")) == len(expected)
     assert main([*command, "-3"]) == 2

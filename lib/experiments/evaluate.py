@@ -1,0 +1,348 @@
+"""Trained models side by side: measured, questioned, and told of in one result folder."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import platform
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import timm
+import torch
+from tqdm.auto import tqdm
+
+from lib import config as cfg
+from lib import figures
+from lib.config import Evaluation, RunConfig
+from lib.data.dataset import BirdDataset
+from lib.evaluation import erasing, outliers
+from lib.evaluation.per_image import per_image
+from lib.evaluation.tables import (
+    COLUMNS,
+    calibration,
+    in_words,
+    markdown,
+    report_tables,
+    tests_in_words,
+)
+from lib.experiments.compare import Trial, Which, load_trials, run_name, yardstick_variant
+from lib.experiments.gallery import attention_rows, changed_predictions, write_gallery
+from lib.files import make_folder, write_bytes, write_text
+from lib.model.predict import processes
+from lib.model.vit import SigmoidViT
+from lib.training.runs import bare_model, dataset_for
+from lib.training.tokens import with_cached_tokens
+
+
+def evaluate(
+    runs: Sequence[str | Trial],
+    options: Evaluation | None = None,
+    below: Path | None = None,
+    command: str = "",
+) -> Path:
+    """Measures runs on the same images and writes tables, tests, figures and a gallery page.
+
+    What is wrong, or cannot be written, is found before anything is computed.
+
+    Args:
+        runs: names or trials, see `load_trials`.
+        below: the runs folder, where named runs and cached tokens are; by default that of the
+            first trial, or of the preset for names.
+        command: what was called, for result.txt.
+
+    Returns:
+        the folder:
+        result.txt         everything that can be read in a terminal
+        table.csv          a row a model, and a map that no model made; see `result_table`
+        table.md           the same for readers, a column a model
+        seeds.csv          a row a run, with what it was measured on, when, and by which versions
+        images.csv         a row a run and image; misclassified.csv of them
+        tests.csv, .md     `paired_tests` of lib.evaluation.statistics, of two models or more
+        calibration.csv    `calibration`; baselines.csv the maps that no model made
+        config/*.json      the configuration of every run
+        *.png, *.pdf       comparison, p_true, history, calibration, attention, and where there are
+                           human maps: accuracy_cc
+        gallery.html       `lib.experiments.gallery.write_gallery`, of two models or more
+        and the tables and figures of the questions that `options` ask, see `ask`.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_trials` and `yardstick_variant`.
+        StorageError: the folder cannot be written.
+    """
+    options = options or Evaluation()
+    if below is None:
+        is_trial = runs and isinstance(runs[0], Trial)
+        below = runs[0].run.folder.parent if is_trial else cfg.preset().runs
+    trials = load_trials(runs, below, options.which)
+    options = replace(options, against=yardstick_variant(trials, options.against))
+    make_folder(options.out or cfg.ROOT / "result")
+
+    dataset = common_dataset(trials, options.split, options.against)
+    answers = ask(trials, dataset, options)
+    images = measure_runs(trials, dataset, below / "tokens", options.which)
+    tables = report_tables(images, dataset, options.against)
+
+    folder = options.out or _new_folder(cfg.ROOT / "result")
+    make_folder(folder / "config")
+    head = {
+        "date": datetime.now().isoformat(timespec="seconds"),
+        "command": command,
+        "data": dataset.config.name,
+        "split": f"{options.split}, {len(dataset)} images, {len(dataset.classes)} classes",
+        "human maps": dataset.config.maps,
+        "weights": options.which,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+    seeds, run_of = tables["seeds"], {(t.variant, t.seed): t.run.name for t in trials}
+    tables["seeds"] = seeds.assign(
+        run=[run_of[key] for key in zip(seeds["variant"], seeds["seed"], strict=True)],
+        **{name: head[name] for name in ("date", "data", "torch", "timm")},
+        **{"result": folder.name, "split": options.split, "which": options.which},
+        images=len(dataset),
+    )
+    for name, table in (tables | answers).items():
+        write_text(folder / f"{name}.csv", table.to_csv(index=False))
+    words = in_words(tables["table"])
+    write_text(folder / "table.md", markdown(words.rename_axis("").reset_index()))
+    if "tests" in tables:
+        write_text(folder / "tests.md", markdown(tests_in_words(tables["tests"])))
+    for trial in trials:
+        file = folder / "config" / f"{run_name(trial.variant, trial.seed)}.json"
+        write_text(file, cfg.to_json(trial.run.config))
+    _save_figures(folder, _draw(trials, dataset, tables, options) | draw_answers(answers))
+    if options.gallery and "tests" in tables:
+        changes = changed_predictions(images, options.against)
+        write_gallery(folder, trials, dataset, changes, options)
+    parts = [
+        "\n".join(f"{name + ':':<12}{value}" for name, value in head.items() if value),
+        *_in_words(tables, options.against),
+        *answers_in_words(answers),
+    ]
+    write_text(folder / "result.txt", "\n\n".join(parts) + "\n")
+    return folder
+
+
+def _new_folder(parent: Path) -> Path:
+    """result%Y%m%d_%H%M, with _2, _3, ... behind it when that minute has one already."""
+    stem = datetime.now().strftime("result%Y%m%d_%H%M")
+    for number in itertools.count(1):
+        folder = parent / (stem if number == 1 else f"{stem}_{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+
+
+# ----------------------------------------------------------------------------------- measurements
+
+
+def common_dataset(trials: Sequence[Trial], split: str, against: str) -> BirdDataset:
+    """The images that all are measured on, with the human maps of one run for all.
+
+    The maps are those of the first run of `against`; where it was trained without any, of the
+    first run that has some.
+    """
+    order = sorted(trials, key=lambda trial: trial.variant != against)
+    run = next((t.run for t in order if t.run.config.data.maps != "none"), order[0].run)
+    return dataset_for(bare_model(run.config, num_classes=0), run.config, split, augment=False)
+
+
+def measure_runs(
+    trials: Sequence[Trial],
+    dataset: BirdDataset | None = None,
+    tokens: Path | None = None,
+    which: Which = "last",
+) -> pd.DataFrame:
+    """`per_image` of every run, with columns variant and seed.
+
+    Args:
+        dataset: without augmentation; the test images of the first run by default.
+        tokens: folder of cached tokens, for runs that were trained on some; that beside the first
+            run by default.
+    """
+    first = trials[0]
+    dataset = dataset or common_dataset(trials[:1], "test", first.variant)
+    tokens = tokens or first.run.folder.parent / "tokens"
+    frames = []
+    for trial in tqdm(trials, desc="evaluating runs", leave=False):
+        model = trial.run.model(which).to(processes().device)
+        frame = measure(model, dataset, trial.run.config, tokens)
+        frames.append(frame.assign(variant=trial.variant, seed=trial.seed))
+    return pd.concat(frames, ignore_index=True)
+
+
+def measure(
+    model: SigmoidViT, dataset: BirdDataset, config: RunConfig, tokens: Path
+) -> pd.DataFrame:
+    """`per_image` of a run's model; where it was trained on cached tokens, on those in `tokens`.
+
+    The sigmoid map is that without an offset, whatever the run was trained with: in one table, one
+    definition.
+    """
+    if config.train.cache_tokens:
+        return per_image(model, dataset, with_cached_tokens(model, dataset, config, tokens))
+    return per_image(model, dataset, workers=config.train.workers)
+
+
+# -------------------------------------------------------------------------- the slow questions
+
+
+def evenly_spaced(dataset: BirdDataset, count: int) -> list[int]:
+    """`count` images at even distances; all where there are no more."""
+    return np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int).tolist()
+
+
+def ask(
+    trials: Sequence[Trial], dataset: BirdDataset, options: Evaluation
+) -> dict[str, pd.DataFrame]:
+    """Whether the attention of each model is used, and what it looks at.
+
+    Each question costs several forward passes an image, so each is asked on a number of images of
+    its own (`options.erase`, `curves`, `tokens`), spread evenly over the data set.
+
+    Returns:
+        tables by name, with columns variant and seed; those not asked are not there. erasing:
+        `lib.evaluation.erasing.erase`, a row an image. curves: `deletion_insertion` in the order
+        of the model's own attention, of people's map, of the mean map and at random, a row an
+        image, order and fraction; areas of them. tokens: `outliers_by_block`, a row an
+        image and block.
+    """
+    if not (options.erase or options.curves or options.tokens):
+        return {}
+    orders = {"attention": "attention", "random": "random"}  # of the patches
+    if dataset.has_map.any():
+        people = dataset.maps[0].flatten(1)
+        # The mean map knows the middle of a picture and nothing of the picture.
+        orders |= {"people": people, "mean map": people.mean(0).expand_as(people)}
+    found: dict[str, list[pd.DataFrame]] = {}
+    for trial in tqdm(trials, desc="asking runs", leave=False):
+        model = trial.run.model(options.which).to(processes().device)
+        tables = {}
+        if options.erase:
+            images = evenly_spaced(dataset, options.erase)
+            tables["erasing"] = erasing.erase(model, dataset, images=images)
+        if options.curves:
+            images = evenly_spaced(dataset, options.curves)
+            tables["curves"] = pd.concat(
+                erasing.deletion_insertion(model, dataset, order, images=images).assign(order=name)
+                for name, order in orders.items()
+            )
+            tables["areas"] = erasing.areas(tables["curves"])
+        if options.tokens:
+            images = evenly_spaced(dataset, options.tokens)
+            read = outliers.read_patch_tokens(model, dataset, images)
+            tables["tokens"] = outliers.outliers_by_block(read)
+        for name, table in tables.items():
+            found.setdefault(name, []).append(table.assign(variant=trial.variant, seed=trial.seed))
+    return {name: pd.concat(parts, ignore_index=True) for name, parts in found.items()}
+
+
+def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """One row where there was one a seed: the means. Images, not seeds, are drawn anew."""
+    numbers = table.drop(columns="seed").select_dtypes(["number", "bool"]).columns
+    keys = [name for name in ("variant", "what", "rung", "order", "curve") if name in table]
+    keys += [name for name in ("index", "block", "fraction") if name in table]
+    values = [name for name in numbers if name not in keys]
+    return table.groupby(keys, sort=False)[values].mean().reset_index()
+
+
+# ---------------------------------------------------------------------------- words and figures
+
+
+def _in_words(tables: dict[str, pd.DataFrame], against: str) -> list[str]:
+    """Table and tests as paragraphs to be read in a terminal."""
+    # A table is wide, a terminal is not: a line a number, a column a model.
+    parts = [
+        "Mean over images and seeds ± standard deviation over seeds [95 % interval over images]\n\n"
+        + in_words(tables["table"]).to_string()
+    ]
+    if "tests" in tables:
+        tests = tables["tests"]
+        parts.append(
+            f'Each model minus "{against}" on the same images and seeds ± standard deviation over '
+            "seeds [95 % interval over images]\np: sign-flip permutation test over images, for the "
+            "models as they were trained: what another seed would change is the ±\nHolm: corrected "
+            f"for the {len(tests)} rows\n\n{tests_in_words(tests).to_string(index=False)}"
+        )
+    return parts
+
+
+def answers_in_words(answers: dict[str, pd.DataFrame]) -> list[str]:
+    """What `ask` found as paragraphs to be read in a terminal."""
+    parts = []
+    if "erasing" in answers:
+        for variant, part in answers["erasing"].groupby("variant", sort=False):
+            parts.append(f"{variant}: {erasing.sentence(over_seeds(part))}")
+    if "areas" in answers:
+        wide = answers["areas"].pivot_table(
+            index="variant", columns=["curve", "order"], values="area", sort=False
+        )
+        parts.append(
+            f"Area under the curves of deletion and insertion\n\n{wide.round(3).to_string()}"
+        )
+    if "tokens" in answers:
+        names = ["outliers", "outliers_mass", "background", "background_mass", "flat", "flat_mass"]
+        blocks = outliers.mean_by_block(answers["tokens"].drop(columns="seed"))
+        last = blocks.xs(blocks.index.get_level_values("block").max(), level="block")
+        parts.append(
+            "Last block: share of the patches, and of the attention on patches (_mass), on tokens "
+            "of outlying norm, on background, on flat background\n\n"
+            f"{last[[*names, 'sinks', 'sinks_mass']].round(4).T.to_string()}"
+        )
+    return parts
+
+
+def _draw(
+    trials: Sequence[Trial],
+    dataset: BirdDataset,
+    tables: dict[str, pd.DataFrame],
+    options: Evaluation,
+) -> dict[str, figures.Figure]:
+    images, seeds, split = tables["images"], tables["seeds"], options.split
+    runs: dict = {}  # of every variant its first run
+    for trial in trials:
+        runs.setdefault(trial.variant, trial.run)
+    pooled = calibration(images.assign(seed="all"))  # a line a model, not a line a run
+    errors = seeds.groupby("variant", sort=False)["ece"].mean().to_dict()
+    shown = range(min(5, len(dataset)))
+    drawn = {
+        "comparison": figures.comparison(seeds, COLUMNS, split),
+        "p_true": figures.true_class_density(images, split),
+        "history": figures.histories({name: run.history for name, run in runs.items()}),
+        "calibration": figures.reliability(pooled, errors, split),
+        "attention": attention_rows(runs, dataset, shown, options.which),
+    }
+    if seeds["cc"].notna().any():
+        lines = tables["baselines"].set_index("map")["cc"].dropna().to_dict()
+        drawn["accuracy_cc"] = figures.accuracy_and_alignment(seeds, lines, split)
+    return drawn
+
+
+def draw_answers(answers: dict[str, pd.DataFrame]) -> dict[str, figures.Figure]:
+    """The figures of what `ask` found, by name; seeds are averaged image by image."""
+    drawn = {}
+    if "erasing" in answers:
+        drawn["erasing"] = figures.erasing(over_seeds(answers["erasing"]))
+    if "curves" in answers:
+        drawn["curves"] = figures.curves(over_seeds(answers["curves"]), hue="order")
+    if "tokens" in answers:
+        drawn["tokens"] = figures.outliers(over_seeds(answers["tokens"]))
+    return drawn
+
+
+def _save_figures(folder: Path, drawn: dict[str, figures.Figure]) -> None:
+    """Each as PNG and as PDF."""
+    for name, figure in drawn.items():
+        for kind in ("png", "pdf"):
+            content = io.BytesIO()
+            figure.savefig(content, format=kind, dpi=150, bbox_inches="tight")
+            write_bytes(folder / f"{name}.{kind}", content.getvalue())
+        figures.plt.close(figure)  # saved, not shown: a notebook would draw it as well

@@ -112,7 +112,7 @@ def bce(logits: Tensor, human: Tensor, valid: Tensor, offset: str) -> Tensor:
     return _mean(F.binary_cross_entropy_with_logits(x, human.expand_as(x), reduction="none"), valid)
 
 
-def kl_divergence(logits: Tensor, human: Tensor, valid: Tensor, offset: str) -> Tensor:
+def kl(logits: Tensor, human: Tensor, valid: Tensor, offset: str) -> Tensor:
     """KL(human || softmax) over the valid patches, both made to sum to 1 there.
 
     The shape of the attention among the patches alone: blind to what the class token keeps for
@@ -175,7 +175,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, str], Tensor]] = {
     "mse": mse,
     "mse_zero": mse_zero,
     "bce": bce,
-    "kl": kl_divergence,
+    "kl": kl,
     "cosine": cosine,
     "energy": energy,
 }

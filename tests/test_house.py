@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "lib").rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
-# The wings of lib, floor by floor: each imports its own files and lower floors only.
+# 1. The wings of lib, floor by floor: each imports its own files and lower floors only.
 FLOORS = (
     {"config", "files", "figures", "edit"},
     {"model", "data"},  # which do not know each other
@@ -29,7 +29,34 @@ FLOORS = (
     {"__main__", "__init__"},
 )
 FLOOR_OF = {wing: number for number, floor in enumerate(FLOORS) for wing in floor}
+
+# 2. Packages that only some wings, or files, may import.
 NOTEBOOK_ONLY = {"IPython", "ipywidgets", "anywidget", "jupyter", "jupyterlab", "notebook"}
+KEPT_TO = {
+    **{name: {"widgets"} for name in (*NOTEBOOK_ONLY, "jupyter_server", "traitlets")},
+    "tyro": {"cli", "__main__"},
+    "accelerate": {"training", "model/predict.py"},
+    "matplotlib": {"figures"},
+    "seaborn": {"figures"},
+}
+
+# 3. What only one file may name: the insides of timm's blocks, and calls with side effects.
+INSIDES = {
+    *("attn", "qkv", "q_norm", "k_norm", "attn_drop", "proj_drop", "ls1", "ls2"),
+    *("drop_path1", "drop_path2", "mlp", "norm_pre", "_pos_embed", "patch_drop", "rope"),
+}
+OF_THE_SYSTEM = {"os.replace", "os.rename", "os.link", "os.fsync", "shutil.move"}
+
+# 4. How large things may be.
+FILE_LINES, CLASS_LINES, PARAMETERS, PYTHON_FILES, ROOMS = 450, 260, 8, 60, 12
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT / "lib").as_posix()
+
+
+def wing_of(path: Path) -> str:
+    return name_of(path).partition("/")[0].removesuffix(".py")
 
 
 def imports(path: Path) -> tuple[set[str], set[str]]:
@@ -53,15 +80,79 @@ def imports(path: Path) -> tuple[set[str], set[str]]:
     return wings, others
 
 
-def wing_of(path: Path) -> str:
-    return path.relative_to(ROOT / "lib").parts[0].removesuffix(".py")
+every_file = pytest.mark.parametrize("path", FILES, ids=name_of)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT / "lib")))
+@every_file
 def test_imports_run_downward(path):
     wing = wing_of(path)
     for other in imports(path)[0] - {wing}:
         assert FLOOR_OF[other] < FLOOR_OF[wing], f"{wing} imports {other}"
+
+
+@every_file
+def test_packages_stay_in_their_wings(path):
+    for package in imports(path)[1] & KEPT_TO.keys():
+        assert KEPT_TO[package] & {wing_of(path), name_of(path)}, f"{package} is imported"
+
+
+@every_file
+def test_one_file_knows_timms_insides_one_opens_pictures_one_writes(path):
+    tree = ast.parse(path.read_text())
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    called = {ast.unparse(call.func) for call in calls}
+    if name_of(path) != "model/block.py":
+        assert not attributes & INSIDES
+    if name_of(path) != "data/pictures.py":
+        assert "Image.open" not in called
+    if name_of(path) != "files.py":
+        assert not called & OF_THE_SYSTEM
+        # Of a Path; those of texts take two arguments, those of pandas have names.
+        moved = [call for call in calls if len(call.args) == 1 and not call.keywords]
+        moved = [call.func.attr for call in moved if isinstance(call.func, ast.Attribute)]
+        assert not {"replace", "rename"} & {*moved}
+
+
+@every_file
+def test_nothing_is_too_large_to_read(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= FILE_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ClassDef):
+            assert node.end_lineno - node.lineno < CLASS_LINES, node.name
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            given = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+            count = sum(one.arg not in ("self", "cls") for one in given)
+            assert count <= PARAMETERS, node.name
+
+
+def test_the_house_is_small_enough_to_know():
+    rooms = {wing_of(path) for path in FILES} - {"__init__", "__main__"}
+    assert len(rooms) <= ROOMS and len(FILES) <= PYTHON_FILES
+
+
+def test_no_name_stands_for_two_things():
+    homes: dict[str, set[str]] = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            targets = getattr(node, "targets", [getattr(node, "target", None)])
+            names = [one.id for one in targets if isinstance(one, ast.Name)]
+            names += [node.name] if hasattr(node, "name") else []
+            for name in names:
+                homes.setdefault(name, set()).add(name_of(path))
+    assert {name: files for name, files in homes.items() if len(files) > 1} == {}
+
+
+def test_the_face_has_what_it_names_and_loads_nothing_before_it_is_asked():
+    code = "import lib, sys; assert 'torch' not in sys.modules\n"
+    code += "for name in lib.__all__: assert getattr(lib, name).__name__ == name\n"
+    code += "assert {*lib.__all__} <= {*dir(lib)}\n"
+    code += "try: lib.nothing\nexcept AttributeError as error: print(error)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True
+    )
+    assert "'lib' has no attribute 'nothing'" in done.stdout
 
 
 def test_a_bare_gpu_server_can_import_the_training_path():
@@ -135,6 +226,6 @@ def test_nothing_in_git_names_this_machine_or_weighs_too_much():
         if not path.is_file():
             continue
         assert path.stat().st_size < 10_000_000, name
-        if path.suffix not in (".safetensors", ".png"):
+        if path.suffix not in (".safetensors", ".png", ".pt", ".pixels"):
             text = path.read_text(encoding="utf-8")
             assert str(ROOT) + "/" not in text and str(Path.home()) + "/" not in text, name

@@ -39,7 +39,7 @@ test: lint $(VENV)/pysaliency ## lint, all tests, all notebooks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD) $(NBVAL) $(NOTEBOOKS) tests
 
 # uv finds the oldest versions that pyproject.toml allows. What is slow, or of several processes, is left
-# to `make test`, and so are four tests of what only newer versions do: where pandas 3 puts a bar of no
+# to `make test`, and so are five tests of what only newer versions do: where pandas 3 puts a bar of no
 # width, how matplotlib 3.11 resamples, which operations torch 2.6 counts, how torch 2.14 rounds.
 LOWEST := .venv-lowest
 SLOW := browser test_bench.py test_cache.py test_download.py test_house.py test_jobs.py \

@@ -7,10 +7,10 @@ JOBS   ?= 2
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test notebooks lint format clean
+.PHONY: help demo lab test test-lowest docs notebooks lint format clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # Versions come from constraints.txt, so that two installs are alike; see README.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -37,6 +37,28 @@ SPREAD := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test: lint $(VENV)/pysaliency ## lint, all tests, all notebooks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD) $(NBVAL) $(NOTEBOOKS) tests
+
+# uv finds the oldest versions that pyproject.toml allows. What is slow, or of several processes, is left
+# to `make test`, and so are five tests of what only newer versions do: where pandas 3 puts a bar of no
+# width, how matplotlib 3.11 resamples, which operations torch 2.6 counts, how torch 2.14 rounds.
+LOWEST := .venv-lowest
+SLOW := browser test_bench.py test_cache.py test_download.py test_house.py test_jobs.py \
+	test_processes.py test_sweep.py test_weights.py
+NEWER := killed or parts_stack or an_overlay_draws or only_what_an_edit_changes_is_computed \
+	or any_edit_equals_the_real_model or one_that_was_stopped_goes_on
+
+test-lowest: ## fast tests with the oldest versions of everything (Python 3.11)
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt uv
+	$(LOWEST)/bin/uv pip install -q --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[notebooks,dev]'
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest tests $(SLOW:%=--ignore tests/%) -k 'not ($(NEWER))'
+
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/docs ## pages and API as HTML in build/docs
+	$(BIN)/python tools/make_docs.py
 
 notebooks: $(VENV)/installed ## execute the notebooks in place and tidy them
 	$(BIN)/python tools/execute_notebooks.py $(NOTEBOOKS)

@@ -28,7 +28,7 @@ STATE = "state.pt"  # in a run's folder while it is being trained
 
 def noise(*key: int) -> int:
     """A seed for torch from whole numbers, such as (seed, step): all different, and repeatable."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
 
 
 class Batches(Sampler):

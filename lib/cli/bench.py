@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lib.config import (
-    preset,
-)
+from lib.config import preset
 
 # Each command imports what it needs itself: help and downloads do not wait for PyTorch.
 
@@ -43,21 +41,16 @@ def speed(
     from lib.experiments import bench
 
     config, on_gpu = preset(), torch.cuda.is_available()
+    pictures, source = config.data, config.preset
     batch_size = batch_size or (128 if on_gpu else 16)
     workers = (os.cpu_count() or 0) * on_gpu if workers is None else workers
     with tempfile.TemporaryDirectory() as folder:
-        pictures = None
         if loading and config.preset == "toy":
-            pictures = bench.draw_pictures(Path(folder), batch_size)
-        elif loading:
-            pictures = config.data
-        table = bench.training_steps(
-            name, image_size, batch_size, rounds, bf16=bf16, compile=compile, pictures=pictures,
-            workers=workers,
-        )  # fmt: skip
+            pictures, source = bench.draw_pictures(Path(folder), batch_size), "drawn JPEGs"
+        asked = (name, image_size, batch_size, rounds, bf16, compile)
+        table = bench.training_steps(*asked, pictures if loading else None, workers)
     print(f"{name}, {image_size} pixels, batch {batch_size}: median of {rounds} turns")
     if loading:
-        source = "drawn JPEGs" if config.preset == "toy" else config.preset
         kept = " from the decoded cache" if pictures.cache else ""
         print(f"loaded: {source}{kept}, {workers} processes that load")
     asked = {"bf16": bf16, "torch.compile": compile}

@@ -84,7 +84,10 @@ class PlainBlock:
 
     def weigh(self, logits: Tensor, v: Tensor) -> Tensor:
         """softmax(logits) v, `[B, heads, Q, d]`."""
-        return self._weights(logits, v.dtype) @ v
+        if len(v) > 1:
+            return self._weights(logits, v.dtype) @ v
+        # The row of a live edit: as `@` of four dimensions it takes longer.
+        return torch.bmm(self._weights(logits[0], v.dtype), v[0])[None]
 
     def fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """PyTorch's own attention, `[B, heads, Q, d]`; no N x N matrix is built."""
@@ -141,7 +144,8 @@ class PlainBlock:
     def _weights(self, logits: Tensor, dtype: torch.dtype) -> Tensor:
         """softmax(logits); computed in float32, as saturated edits need its range."""
         wide = torch.float32 if logits.dtype in (torch.float16, torch.bfloat16) else None
-        return _in_turn(self._dropout, torch.softmax(logits, dim=-1, dtype=wide)).to(dtype)
+        weights = _in_turn(self._dropout, torch.softmax(logits, dim=-1, dtype=wide))
+        return weights if weights.dtype == dtype else weights.to(dtype)
 
 
 def take_apart(block: nn.Module, bound: bool = False) -> PlainBlock:

@@ -1,4 +1,4 @@
-"""Speed and memory, side by side: training steps, cached pictures and tokens, live edits.
+"""Speed and memory, side by side: training steps, live edits; for caches see bench_caches.py.
 
 All sides run in one process, in turns, on the same input; the figure is the ratio of a pair of
 neighbouring turns, so that what else the machine does falls on both. Throughout, `name` is a timm
@@ -12,9 +12,7 @@ from __future__ import annotations
 import copy
 import re
 import sys
-import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -33,19 +31,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from lib.config import Config, DataConfig, HumanConfig, RunConfig, TrainConfig
+from lib.config import DataConfig, HumanConfig, TrainConfig
 from lib.data.dataset import BirdDataset, make_dataset
-from lib.data.sources import read_records
 from lib.edit import LADDER, AttentionEdit
 from lib.experiments.jobs import environment
 from lib.model.block import classify, embed, take_apart
 from lib.model.live import LiveImage
 from lib.model.vit import SigmoidViT, create_model
 from lib.training.learning import make_optimizer
-from lib.training.loop import fit, loss_terms
-from lib.training.runs import dataset_for, starting_point
+from lib.training.loop import loss_terms
 from lib.training.state import Batches
-from lib.training.tokens import forget_tokens, with_cached_tokens
 
 
 def explicit_scores(vit: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,6 +56,7 @@ def explicit_scores(vit: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     return classify(vit, tokens), logits[:, :, 0]
 
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # What a training step can tell on a GPU only, or, the first two, on a CPU when asked for.
 GPU_ONLY = ("bf16", "torch.compile", "the fused optimiser", "how busy a GPU is")
 PLAIN, EXPLICIT, ALL = "plain timm", "explicit N x N attention, mse", "ours, HITL all blocks"
@@ -127,7 +123,7 @@ def training_steps(
         data = replace(pictures, image_size=(image_size, image_size))
         dataset = make_dataset(data, "train", base.grid, *base.normalisation, augment=True)
         sources[True] = lambda: _loaded(dataset, batch_size, workers)
-    mixed = _device().type == "cuda" if bf16 is None else bf16
+    mixed = DEVICE.type == "cuda" if bf16 is None else bf16
     # Each has its own model and optimiser: none finds another's gradients in the cache.
     steps = {
         (precision, way + ", compiled" * compiled): _training_step(way, base, precision, compiled)
@@ -141,10 +137,10 @@ def training_steps(
         for key, step in steps.items()
     }
     names = ("loading", "precision", "way")
-    return _in_turns(turns, rounds, names=names).assign(images=batch_size)
+    return in_turns(turns, rounds, names=names).assign(images=batch_size)
 
 
-def _in_turns(
+def in_turns(
     ways: dict[Hashable, Callable[[], float]],
     rounds: int,
     thrown_away: int = 1,
@@ -213,13 +209,12 @@ def _training_step(
 ) -> Callable[[dict[str, Tensor]], None]:
     """A step of `way`, with a copy of the model and an optimiser of its own; takes a batch."""
     model = copy.deepcopy(base)
-    device = next(model.parameters()).device
-    optimizer = make_optimizer(model, TrainConfig(lr=1e-5), device)
+    optimizer = make_optimizer(model, TrainConfig(lr=1e-5), DEVICE)
     if compiled:
         (model.vit if way == PLAIN else model).compile(dynamic=False)
 
     def step(batch: dict[str, Tensor]) -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bfloat16"):
             loss = WAYS[way](model, batch)
         loss.backward()
         optimizer.step()
@@ -230,18 +225,19 @@ def _training_step(
 
 def _random_model(name: str, image_size: int) -> SigmoidViT:
     torch.manual_seed(0)
-    return create_model(name, 200, (image_size, image_size)).to(_device())
+    return create_model(name, 200, (image_size, image_size)).to(DEVICE)
 
 
 def _random_batch(model: SigmoidViT, batch_size: int, image_size: int) -> dict[str, Tensor]:
     """A batch as `BirdDataset` and collate make it, on the model's device."""
-    device, patches = next(model.parameters()).device, model.grid[0] * model.grid[1]
-    return {
-        "image": torch.randn(batch_size, 3, image_size, image_size, device=device),
-        "label": torch.randint(0, 200, (batch_size,), device=device),
-        "human": torch.rand(batch_size, patches, device=device),
-        "valid": torch.ones(batch_size, patches, dtype=torch.bool, device=device),
+    patches = model.grid[0] * model.grid[1]
+    batch = {
+        "image": torch.randn(batch_size, 3, image_size, image_size),
+        "label": torch.randint(0, 200, (batch_size,)),
+        "human": torch.rand(batch_size, patches),
+        "valid": torch.ones(batch_size, patches, dtype=torch.bool),
     }
+    return {key: value.to(DEVICE) for key, value in batch.items()}
 
 
 def _loaded(dataset: BirdDataset, batch_size: int, workers: int) -> Iterator[dict[str, Tensor]]:
@@ -254,10 +250,10 @@ def _loaded(dataset: BirdDataset, batch_size: int, workers: int) -> Iterator[dic
         dataset,
         batch_sampler=list(islice(cycle(full), workers + max(1, workers))),
         num_workers=workers,
-        pin_memory=_device().type == "cuda",
+        pin_memory=DEVICE.type == "cuda",
     )
     for batch in loader:
-        yield {key: value.to(_device(), non_blocking=True) for key, value in batch.items()}
+        yield {key: value.to(DEVICE, non_blocking=True) for key, value in batch.items()}
 
 
 def _seconds_a_step(
@@ -267,16 +263,17 @@ def _seconds_a_step(
     upcoming, count = batches(), max(1, workers)
     for batch in islice(upcoming, workers):
         step(batch)
-    return _seconds(lambda: [step(batch) for batch in islice(upcoming, count)]) / count
+    return mean_seconds(lambda: [step(batch) for batch in islice(upcoming, count)]) / count
 
 
-def _seconds(run: Callable[[], object], least: float = 0.0) -> float:
+def mean_seconds(run: Callable[[], object], least: float = 0.0) -> float:
     """Mean of as many runs as it takes to fill `least` seconds, at least one."""
-    _synchronise()
+    wait = torch.cuda.synchronize if DEVICE.type == "cuda" else lambda: None
+    wait()
     runs, elapsed, start = 0, 0.0, time.perf_counter()
     while runs == 0 or elapsed < least:
         run()
-        _synchronise()
+        wait()
         runs, elapsed = runs + 1, time.perf_counter() - start
     return elapsed / runs
 
@@ -308,12 +305,12 @@ def peak_memory(
             return pool.submit(_peak_bytes, way, *asked).result()
 
     ways = {way: partial(measured, way) for way in (PLAIN, EXPLICIT, ALL)}
-    return _in_turns(ways, repeats, thrown_away=0, value="bytes")
+    return in_turns(ways, repeats, thrown_away=0, value="bytes")
 
 
 def _peak_bytes(way: str, name: str, image_size: int, batch_size: int, precision: str) -> int:
     """Peak of two training steps; the first makes the optimiser's state."""
-    on_gpu = _device().type == "cuda"
+    on_gpu = DEVICE.type == "cuda"
     before = 0 if on_gpu else _address_space("VmSize")
     base = _random_model(name, image_size).train()
     step, batch = _training_step(way, base, precision), _random_batch(base, batch_size, image_size)
@@ -339,86 +336,6 @@ def _address_space(field: Literal["VmSize", "VmPeak"]) -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def cached_epochs(config: Config, epochs: int = 10, all_epochs: bool = False) -> pd.DataFrame:
-    """Seconds of training the last block with the trunk run at every step, and on cached tokens.
-
-    Both train the preset's HITL stage from its pretrained weights, validation after every epoch
-    included; the cached way without crops and flips, which is what it costs beside the time.
-
-    Args:
-        config: a preset. epochs: of the training.
-        all_epochs: run all of them with the whole model, too. Otherwise one is run and counted
-            `epochs` times: every epoch does the same.
-
-    Returns:
-        one row a way ("whole model", "cached tokens"): caching (seconds, once for all runs on this
-        trunk), epoch (seconds of one), measured (how many epochs were run), total (seconds).
-    """
-    rows = {}
-    for way, cached in (("whole model", False), ("cached tokens", True)):
-        measured = epochs if cached or all_epochs else 1
-        stage = replace(
-            config.hitl, trainable="last_block", cache_tokens=cached, epochs=measured, trackers=()
-        )
-        run = RunConfig(config.data, config.model, stage)
-        with tempfile.TemporaryDirectory() as name:
-            folder, caching = Path(name), 0.0
-            model, train_set = starting_point(run, folder)
-            sets = (train_set, dataset_for(model, run, "val", augment=False))
-            if cached:
-                model.to(_device())
-                forget_tokens()
-                start = time.perf_counter()
-                sets = [with_cached_tokens(model, part, run, folder) for part in sets]
-                caching = time.perf_counter() - start
-            epoch = _seconds(partial(fit, model, stage, *sets, folder)) / measured
-            forget_tokens()
-        rows[way] = {"caching": caching, "epoch": epoch, "measured": measured}
-    table = pd.DataFrame.from_dict(rows, orient="index")
-    return table.assign(total=table["caching"] + epochs * table["epoch"])
-
-
-def image_loading(
-    config: DataConfig, grid: tuple[int, int], images: int = 256, rounds: int = 5
-) -> tuple[pd.DataFrame, dict[str, float]]:
-    """Seconds to read the same training pictures decoded every time, and from the decoded cache.
-
-    One process reads, as one worker of a DataLoader does: crop, flip and map included. The cache
-    is built in a temporary folder and lies in the system's file cache when it is read, as it does
-    from the second epoch on where memory allows.
-
-    Args:
-        config: a data set of pictures. grid: of the model. images: how many are read.
-
-    Returns:
-        a table of turns, ratios to decoding; and the cost: pictures, seconds to build, bytes a
-        picture on disk and as JPEG.
-    """
-    records, classes = read_records(config, "train")
-    order = np.random.default_rng(0).permutation(len(records))
-    chosen = [records[i] for i in order[:images]]
-
-    def reading(cache: Path | None) -> Callable[[], float]:
-        data = replace(config, cache=cache)
-        dataset = BirdDataset(chosen, classes, data, grid, (0.5,) * 3, (0.5,) * 3, augment=True)
-        items = range(len(dataset))
-        return partial(_seconds, lambda: deque(map(dataset.__getitem__, items), maxlen=0))
-
-    with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        cached = reading(Path(folder))
-        built = time.perf_counter() - start
-        table = _in_turns({"decoding": reading(None), "decoded cache": cached}, rounds)
-        on_disk = sum(path.stat().st_size for path in Path(folder).iterdir())
-    cost = {
-        "pictures": len(chosen),
-        "seconds to build": built,
-        "bytes a picture, cache": on_disk / len(chosen),
-        "bytes a picture, JPEG": float(np.mean([r.image.stat().st_size for r in chosen])),
-    }
-    return table, cost
-
-
 def live_edits(
     name: str = "vit_small_patch16_224", image_size: int = 224, rounds: int = 30
 ) -> pd.DataFrame:
@@ -433,8 +350,8 @@ def live_edits(
         a table of turns; its ratio is how many times faster than the full forward pass.
     """
     model = _random_model(name, image_size).eval()
-    images = torch.randn(1, 3, image_size, image_size, device=_device())
-    mask = torch.rand(model.grid, device=_device()) < 0.25
+    images = torch.randn(1, 3, image_size, image_size, device=DEVICE)
+    mask = torch.rand(model.grid, device=DEVICE) < 0.25
     edits = {way: AttentionEdit(mask, 0.9, **scope) for way, scope in LADDER.items()}
     live = LiveImage(model, images[0])
     ways = {
@@ -442,9 +359,9 @@ def live_edits(
         "full forward": lambda: model(images, edit=edits["last block"]),
         **{way: partial(live.run, edit) for way, edit in edits.items()},
     }
-    turns = {way: partial(_seconds, run, least=0.05) for way, run in ways.items()}
+    turns = {way: partial(mean_seconds, run, least=0.05) for way, run in ways.items()}
     with torch.inference_mode():
-        table = _in_turns(turns, rounds)
+        table = in_turns(turns, rounds)
     full = table["seconds"].where(table["way"] == "full forward").groupby(table["round"])
     return table.assign(ratio=full.transform("first") / table["seconds"])
 
@@ -462,12 +379,3 @@ def conditions(missing: Sequence[str] = GPU_ONLY) -> str:
     *most, last = missing
     named = f"{', '.join(most)} and {last}" if most else last
     return f"CPU, {threads}; no CUDA device here: not measured: {named}"
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

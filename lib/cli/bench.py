@@ -45,10 +45,10 @@ def speed(
     """
     from lib.experiments import bench
 
-    config, on_gpu = preset(), bench.DEVICE.type == "cuda"
+    config, batch_size = preset(), batch_size or bench.USUAL_BATCH_SIZE
     pictures, source = config.data, config.preset
-    batch_size = batch_size or (128 if on_gpu else 16)
-    workers = (os.cpu_count() or 0) * on_gpu if workers is None else workers
+    if workers is None:
+        workers = (os.cpu_count() or 0) if bench.DEVICE.type == "cuda" else 0
     with tempfile.TemporaryDirectory() as folder:
         if loading and config.preset == "toy":
             pictures, source = bench.draw_pictures(Path(folder), batch_size), "drawn JPEGs"
@@ -78,14 +78,13 @@ def memory(
     """
     from lib.experiments import bench
 
-    on_gpu = bench.DEVICE.type == "cuda"
-    batch_size = batch_size or (128 if on_gpu else 16)
+    batch_size = batch_size or bench.USUAL_BATCH_SIZE
     table = bench.peak_memory(name, image_size, batch_size, bf16, repeats)
     table["MB"] = table["bytes"] / 1e6
     ways = table.groupby("way", sort=False)
     found = ways["MB"].agg(MB="median", least="min", most="max")
     found["of plain"] = ways["ratio"].median()
-    kind = "allocated on the GPU" if on_gpu else "address space"
+    kind = "allocated on the GPU" if bench.DEVICE.type == "cuda" else "address space"
     print(f"{name}, {image_size} pixels, batch {batch_size}, peak of a training, {kind}")
     print(bench.conditions(["the memory of a GPU"]) + "\n")
     print(found.round(3).to_string())
@@ -112,7 +111,7 @@ def cached(epochs: int = 10, all_epochs: bool = False) -> None:
 
 
 def editing(name: ModelName = VIT_S, image_size: Pixels = 224, rounds: Rounds = 30) -> None:
-    """An attention edit to new class scores, trunk cached, against a full forward pass, in turns."""
+    """An attention edit to new class scores, trunk cached, against a full forward pass in turns."""
     from lib.experiments import bench
 
     found = bench.medians(bench.live_edits(name, image_size, rounds))

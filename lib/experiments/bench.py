@@ -57,6 +57,7 @@ def explicit_scores(vit: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+USUAL_BATCH_SIZE = 128 if DEVICE.type == "cuda" else 16
 # What a training step can tell on a GPU only, or, the first two, on a CPU when asked for.
 GPU_ONLY = ("bf16", "torch.compile", "the fused optimiser", "how busy a GPU is")
 PLAIN, EXPLICIT, ALL = "plain timm", "explicit N x N attention, mse", "ours, HITL all blocks"

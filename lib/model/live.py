@@ -10,7 +10,6 @@ unedited model computed in every block. An edit whose first named block is b the
 - later blocks: everything, and of the last one only the rows that the classifier reads.
 
 So an edit of the last block, the common one, is one or two tokens' worth of one block.
-`LiveSession` puts a model and a data set together for the editor: NumPy in, NumPy out.
 """
 
 from __future__ import annotations
@@ -20,13 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lib.edit import (
-    EPS,
-    AttentionEdit,
-    edit_logits,
-    resolve_blocks,
-    row_offset,
-)
+from lib.edit import EPS, AttentionEdit, edit_logits, resolve_blocks, row_offset
 from lib.model.block import bound_classify, take_apart
 from lib.model.vit import SigmoidViT
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import VITS, images_for, tiny_vit
 
-from lib.experiments import bench
+from lib.experiments import bench, bench_caches
 from lib.model.vit import SigmoidViT, create_model
 
 
@@ -89,12 +89,12 @@ def test_peak_memory_is_that_of_each_way_alone():
 
 
 def test_cached_tokens_are_compared_with_the_whole_model(config):
-    table = bench.cached_epochs(config, epochs=2)
+    table = bench_caches.cached_epochs(config, epochs=2)
     assert table.index.tolist() == ["whole model", "cached tokens"]
     assert table["measured"].tolist() == [1, 2] and table["caching"].tolist()[0] == 0
     assert table["caching"].tolist()[1] > 0
     assert np.allclose(table["total"], table["caching"] + 2 * table["epoch"])
-    whole = bench.cached_epochs(config, epochs=2, all_epochs=True)
+    whole = bench_caches.cached_epochs(config, epochs=2, all_epochs=True)
     assert whole["measured"].tolist() == [2, 2]
     assert not config.runs.exists()
 
@@ -107,7 +107,7 @@ def test_what_was_not_measured_is_said(monkeypatch):
 
 
 def test_reading_pictures_is_compared_with_the_cache(cub):
-    table, cost = bench.image_loading(cub, (3, 4), images=6, rounds=2)
+    table, cost = bench_caches.image_loading(cub, (3, 4), images=6, rounds=2)
     assert table.groupby("way").size().to_dict() == {"decoded cache": 2, "decoding": 2}
     assert (table.query("way == 'decoding'")["ratio"] == 1).all() and (table["seconds"] > 0).all()
     # 60 x 80 pixels are smaller than what a crop needs: kept as they are, 3 bytes a pixel

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
+from typing import Annotated
 
-from lib.config import (
-    preset,
-)
+from tyro.conf import arg
+
+from lib.config import preset
 
 # Each command imports what it needs itself: help and downloads do not wait for PyTorch.
 
+ModelName = Annotated[str, arg(help="timm model.")]
+Pixels = Annotated[int, arg(help="pixels.")]
+BatchSize = Annotated[
+    int | None,
+    arg(help="images a step; 128 on a GPU and 16 on a CPU when left out."),
+]
+Rounds = Annotated[int, arg(help="measured turns.")]
+VIT_S = "vit_small_patch16_224"
+
 
 def speed(
-    name: str = "vit_small_patch16_224",
-    image_size: int = 224,
-    batch_size: int | None = None,
-    rounds: int = 8,
+    name: ModelName = VIT_S,
+    image_size: Pixels = 224,
+    batch_size: BatchSize = None,
+    rounds: Rounds = 8,
     loading: bool = True,
     workers: int | None = None,
     bf16: bool | None = None,
@@ -27,74 +38,56 @@ def speed(
     Pictures to load are those of the PRESET; for the toy preset JPEGs are drawn.
 
     Args:
-        name: timm model.
-        image_size: pixels.
-        batch_size: images a step; 128 on a GPU and 16 on a CPU when left out.
-        rounds: measured turns.
         loading: measure each way with the loading of its pictures as well.
         workers: processes that load; when left out, the CPU cores on a GPU machine, else 0.
         bf16: measure automatic mixed precision as well; when left out, on a GPU.
         compile: measure with torch.compile as well, which takes minutes to compile.
     """
-    import tempfile
-
-    import torch
-
     from lib.experiments import bench
 
-    config, on_gpu = preset(), torch.cuda.is_available()
-    batch_size = batch_size or (128 if on_gpu else 16)
-    workers = (os.cpu_count() or 0) * on_gpu if workers is None else workers
+    config, batch_size = preset(), batch_size or bench.USUAL_BATCH_SIZE
+    pictures, source = config.data, config.preset
+    if workers is None:
+        workers = (os.cpu_count() or 0) if bench.DEVICE.type == "cuda" else 0
     with tempfile.TemporaryDirectory() as folder:
-        pictures = None
         if loading and config.preset == "toy":
-            pictures = bench.draw_pictures(Path(folder), batch_size)
-        elif loading:
-            pictures = config.data
-        table = bench.training_steps(
-            name, image_size, batch_size, rounds, bf16=bf16, compile=compile, pictures=pictures,
-            workers=workers,
-        )  # fmt: skip
+            pictures, source = bench.draw_pictures(Path(folder), batch_size), "drawn JPEGs"
+        asked = (name, image_size, batch_size, rounds, bf16, compile)
+        table = bench.training_steps(*asked, pictures if loading else None, workers)
     print(f"{name}, {image_size} pixels, batch {batch_size}: median of {rounds} turns")
     if loading:
-        source = "drawn JPEGs" if config.preset == "toy" else config.preset
-        kept = " from the decoded cache" if pictures.cache else ""
-        print(f"loaded: {source}{kept}, {workers} processes that load")
+        source += " from the decoded cache" if pictures.cache else ""
+        print(f"loaded: {source}, {workers} processes that load")
     asked = {"bf16": bf16, "torch.compile": compile}
     print(bench.conditions([part for part in bench.GPU_ONLY if not asked.get(part)]) + "\n")
     print(bench.step_summary(table).round(3).to_string())
 
 
 def memory(
-    name: str = "vit_small_patch16_224",
-    image_size: int = 224,
-    batch_size: int | None = None,
+    name: ModelName = VIT_S,
+    image_size: Pixels = 224,
+    batch_size: BatchSize = None,
     bf16: bool = False,
     repeats: int = 3,
 ) -> None:
     """Peak memory of training: plain timm, explicit attention, ours with all blocks supervised.
 
     Args:
-        name: timm model.
-        image_size: pixels.
-        batch_size: images a step; 128 on a GPU and 16 on a CPU when left out.
         bf16: automatic mixed precision.
         repeats: processes a way, one after the other.
     """
-    import torch
-
     from lib.experiments import bench
 
-    batch_size = batch_size or (128 if torch.cuda.is_available() else 16)
+    batch_size = batch_size or bench.USUAL_BATCH_SIZE
     table = bench.peak_memory(name, image_size, batch_size, bf16, repeats)
     table["MB"] = table["bytes"] / 1e6
-    found = table.groupby("way", sort=False).agg(
-        MB=("MB", "median"), least=("MB", "min"), most=("MB", "max"), of_plain=("ratio", "median")
-    )
-    kind = "allocated on the GPU" if torch.cuda.is_available() else "address space"
+    ways = table.groupby("way", sort=False)
+    found = ways["MB"].agg(MB="median", least="min", most="max")
+    found["of plain"] = ways["ratio"].median()
+    kind = "allocated on the GPU" if bench.DEVICE.type == "cuda" else "address space"
     print(f"{name}, {image_size} pixels, batch {batch_size}, peak of a training, {kind}")
     print(bench.conditions(["the memory of a GPU"]) + "\n")
-    print(found.rename(columns={"of_plain": "of plain"}).round(3).to_string())
+    print(found.round(3).to_string())
 
 
 def cached(epochs: int = 10, all_epochs: bool = False) -> None:
@@ -104,10 +97,10 @@ def cached(epochs: int = 10, all_epochs: bool = False) -> None:
         epochs: of the training.
         all_epochs: run all of them with the whole model too, instead of one, counted so often.
     """
-    from lib.experiments import bench
+    from lib.experiments import bench, bench_caches
 
     config = preset()
-    table = bench.cached_epochs(config, epochs, all_epochs)
+    table = bench_caches.cached_epochs(config, epochs, all_epochs)
     print(f"preset {config.preset}, {config.model.name}, seconds of {epochs} epochs")
     if not all_epochs:
         print(f"whole model: one epoch measured and counted {epochs} times (--all-epochs runs all)")
@@ -117,14 +110,8 @@ def cached(epochs: int = 10, all_epochs: bool = False) -> None:
     print(f"\ncached tokens, caching included: {factor:.1f} times faster")
 
 
-def editing(name: str = "vit_small_patch16_224", image_size: int = 224, rounds: int = 30) -> None:
-    """An attention edit to new class scores, trunk cached, against a full forward pass, in turns.
-
-    Args:
-        name: timm model.
-        image_size: pixels.
-        rounds: measured turns.
-    """
+def editing(name: ModelName = VIT_S, image_size: Pixels = 224, rounds: Rounds = 30) -> None:
+    """An attention edit to new class scores, trunk cached, against a full forward pass in turns."""
     from lib.experiments import bench
 
     found = bench.medians(bench.live_edits(name, image_size, rounds))
@@ -134,27 +121,24 @@ def editing(name: str = "vit_small_patch16_224", image_size: int = 224, rounds: 
     print(found.round(2).to_string())
 
 
-def loading(images: int = 256, rounds: int = 5) -> None:
+def loading(images: int = 256, rounds: Rounds = 5) -> None:
     """Reading training pictures: decoded every time against the decoded cache, in turns.
 
     Args:
         images: how many pictures of the PRESET are read.
-        rounds: measured turns.
     """
-    from lib.experiments import bench
+    from lib.experiments import bench, bench_caches
     from lib.training.runs import bare_model, fine_tuning
 
     config = preset()
     if config.preset == "toy":
         raise ValueError("toy birds are drawn, not decoded; set PRESET to another")
     grid = bare_model(fine_tuning(config, seed=0), num_classes=0).grid
-    table, cost = bench.image_loading(config.data, grid, images, rounds)
+    table, cost = bench_caches.image_loading(config.data, grid, images, rounds)
     found = bench.medians(table)
     found["pictures a second"] = cost["pictures"] / found["seconds"]
     print(f"{cost['pictures']} training pictures, one process: median of {rounds} turns\n")
     print(found.round(3).to_string())
-    print(
-        f"\nbuilt in {cost['seconds to build']:.1f} s; a picture takes "
-        f"{cost['bytes a picture, cache'] / 1e3:.0f} kB on disk "
-        f"({cost['bytes a picture, JPEG'] / 1e3:.0f} kB as JPEG)"
-    )
+    kept, jpeg = (cost[f"bytes a picture, {kind}"] / 1e3 for kind in ("cache", "JPEG"))
+    built = f"built in {cost['seconds to build']:.1f} s"
+    print(f"\n{built}; a picture takes {kept:.0f} kB on disk ({jpeg:.0f} kB as JPEG)")

@@ -10,27 +10,17 @@ unedited model computed in every block. An edit whose first named block is b the
 - later blocks: everything, and of the last one only the rows that the classifier reads.
 
 So an edit of the last block, the common one, is one or two tokens' worth of one block.
-`LiveSession` puts a model and a data set together for the editor: NumPy in, NumPy out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-import torch.nn.functional as F
-from timm.layers import LayerNorm, Mlp
-from torch import Tensor, nn
+from torch import Tensor
 
-from lib.edit import (
-    EPS,
-    AttentionEdit,
-    edit_logits,
-    resolve_blocks,
-    row_offset,
-)
+from lib.edit import EPS, AttentionEdit, edit_logits, resolve_blocks, row_offset
+from lib.model.block import bound_classify, take_apart
 from lib.model.vit import SigmoidViT
 
 
@@ -60,9 +50,9 @@ class LiveImage:
     @torch.inference_mode()
     def __init__(self, model: SigmoidViT, image: Tensor) -> None:
         self._model = model
-        self._grid = tuple(model.vit.patch_embed.dynamic_feat_size(image.shape[-2:]))
-        self._layers = [_Layers(block) for block in model.vit.blocks]
-        self._classify = _chain(model.vit.norm, model.vit.fc_norm, model.vit.head)
+        self._grid = model.grid_of(image)
+        self._blocks = [take_apart(block, bound=True) for block in model.vit.blocks]
+        self._classify = bound_classify(model.vit)
         parameter = next(model.parameters())
         self._device = parameter.device
         tokens = model.embed(image[None].to(parameter))
@@ -101,7 +91,7 @@ class LiveImage:
         found = self._kept[first]
         if edit.queries == "cls" or first == model.depth - 1:
             logits = self._kept_rows(first, edit.offset).edited(mask, values)
-            heads = _weigh(logits, found.v)
+            heads = self._blocks[first].weigh(logits, found.v)
         else:
             logits, heads = self._edit(first, found, edit, mask, values)
         rows = [self._rows[:first], logits[:, :, 0]]
@@ -141,15 +131,15 @@ class LiveImage:
 
         `tokens` [1, C, dim] are the first C that enter it; the others are the unedited model's.
         """
-        layers, queries, changed = self._layers[index], self._queries(index), tokens.shape[1]
-        q, k, v = layers.queries_keys_values(tokens, queries)
+        block, queries, changed = self._blocks[index], self._queries(index), tokens.shape[1]
+        q, k, v = block.queries_keys_values(block.norm(tokens), queries)
         tokens = tokens[:, :queries]
         if changed < self._count:
             kept = self._kept[index]
             tokens = torch.cat([tokens, kept.tokens[:, changed:]], dim=1)
             pairs = ((q, kept.q), (k, kept.k), (v, kept.v))
             q, k, v = (torch.cat([new, old[:, :, changed:]], dim=2) for new, old in pairs)
-        return _Found(tokens, q, k, v, layers.logits(q[:, :, : self._model.num_read], k))
+        return _Found(tokens, q, k, v, block.logits(q[:, :, : self._model.num_read], k))
 
     def _queries(self, index: int) -> int:
         """How many rows leave a block: of the last one, only those that the classifier reads."""
@@ -158,8 +148,8 @@ class LiveImage:
     def _attend(self, index: int, found: _Found) -> Tensor:
         """Attention without an edit, `[1, heads, Q, d]` of the rows that leave the block."""
         if index == self._model.depth - 1:
-            return _weigh(found.logits, found.v)
-        return F.scaled_dot_product_attention(found.q, found.k, found.v)
+            return self._blocks[index].weigh(found.logits, found.v)
+        return self._blocks[index].fused(found.q, found.k, found.v)
 
     def _edit(
         self, index: int, found: _Found, edit: AttentionEdit, mask: Tensor, values: Tensor
@@ -167,20 +157,16 @@ class LiveImage:
         """Logits `[1, heads, E, N]` and attention `[1, heads, E, d]` of the E edited rows."""
         logits = found.logits
         if edit.queries == "all" and index < self._model.depth - 1:
-            logits = self._layers[index].logits(found.q, found.k)
+            logits = self._blocks[index].logits(found.q, found.k)
         logits = edit_logits(logits, mask, values, edit.offset, self._model.num_prefix)
-        return logits, _weigh(logits, found.v)
+        return logits, self._blocks[index].weigh(logits, found.v)
 
     def _leave(self, index: int, found: _Found, heads: Tensor) -> Tensor:
         """From the attention of the first Q rows to the tokens that leave, `[1, Q, dim]`."""
-        layers, joined = self._layers[index], heads.transpose(1, 2).flatten(2)
-        tokens = found.tokens[:, : joined.shape[1]] + layers.project(joined)
-        return tokens + layers.mlp(tokens)
+        return self._blocks[index].leave(found.tokens[:, : heads.shape[2]], heads)
 
     def _score(self, tokens: Tensor) -> Tensor:
-        if self._model.num_read == 1:
-            return self._classify(tokens[:, 0])[0].cpu()
-        return self._model.vit.forward_head(self._model.vit.norm(tokens))[0].cpu()
+        return self._classify(tokens)[0].cpu()
 
 
 class _KeptRows:
@@ -206,72 +192,3 @@ class _KeptRows:
         if edited.dtype != dtype:
             edited = edited.to(dtype)
         return torch.cat([self._prefix, torch.where(asks, edited, self._patches)], dim=-1)
-
-
-class _Layers:
-    """One block's layers as plain functions, in eval mode.
-
-    For one token, calling nn.Modules would cost a fifth of the time of an edit.
-    """
-
-    def __init__(self, block: nn.Module) -> None:
-        attn, mlp = block.attn, block.mlp
-        self._attn = attn
-        self._norm = _chain(block.norm1)
-        self.project = _chain(attn.norm, attn.proj, block.ls1)
-        inner = (mlp.fc1, mlp.act, mlp.norm, mlp.fc2) if type(mlp) is Mlp else (mlp,)
-        self.mlp = _chain(block.norm2, *inner, block.ls2)
-
-    def queries_keys_values(self, x: Tensor, queries: int) -> tuple[Tensor, Tensor, Tensor]:
-        """`[1, C, dim]` to q of the first `queries` tokens, and k and v of all C."""
-        attn, x = self._attn, self._norm(x)
-        weight, bias = attn.qkv.weight, attn.qkv.bias
-        if queries >= x.shape[1]:
-            parts = F.linear(x, weight, bias).chunk(3, dim=-1)
-        else:
-            width = attn.num_heads * attn.head_dim
-            biases = (None, None) if bias is None else (bias[:width], bias[width:])
-            q = F.linear(x[:, :queries], weight[:width], biases[0])
-            parts = (q, *F.linear(x, weight[width:], biases[1]).chunk(2, dim=-1))
-        # [1, C, dim] -> [1, heads, C, d]
-        q, k, v = (part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in parts)
-        return attn.q_norm(q), attn.k_norm(k), v
-
-    def logits(self, q: Tensor, k: Tensor) -> Tensor:
-        return (q * self._attn.scale) @ k.transpose(-2, -1)
-
-
-def _weigh(logits: Tensor, v: Tensor) -> Tensor:
-    """softmax(logits) v, `[1, H, R, d]`; the softmax in float32, as saturated edits need its range.
-
-    One product a head, without the batch of one: as `@` of four dimensions it takes twice as long.
-    """
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        shares = torch.softmax(logits[0], dim=-1, dtype=torch.float32).to(v.dtype)
-    else:
-        shares = torch.softmax(logits[0], dim=-1)
-    return torch.bmm(shares, v[0])[None]
-
-
-def _chain(*modules: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Modules one after another, without those that do nothing in eval mode."""
-    steps = [_function(m) for m in modules if not isinstance(m, nn.Identity | nn.Dropout)]
-
-    def run(x: Tensor) -> Tensor:
-        for step in steps:
-            x = step(x)
-        return x
-
-    return run
-
-
-def _function(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    if type(module) is nn.Linear:
-        return partial(F.linear, weight=module.weight, bias=module.bias)
-    if type(module) in (nn.LayerNorm, LayerNorm):
-        shape, eps = module.normalized_shape, module.eps
-        weight, bias = module.weight, module.bias
-        return partial(F.layer_norm, normalized_shape=shape, weight=weight, bias=bias, eps=eps)
-    if type(module) is nn.GELU:
-        return partial(F.gelu, approximate=module.approximate)
-    return module

@@ -20,9 +20,7 @@ import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError
 from timm.layers import resample_abs_pos_embed
-from timm.models.vision_transformer import (
-    checkpoint_filter_fn,
-)
+from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from lib.files import make_folder, write_bytes
@@ -219,7 +217,7 @@ def save_pretrained(model_name: str, save_dir: Path, overwrite: bool = False) ->
         UnsupportedModelError: SigmoidViT does not work with the model; nothing is downloaded.
         WeightsError: the hub cannot be reached and its cache on this machine has no such weights.
     """
-    _refuse_unknown(model_name)
+    _refuse_unknown_model(model_name)
     save_dir = Path(save_dir)
     path = save_dir if save_dir.suffix in FORMATS else save_dir / f"{model_name}.pt"
     if path.is_file() and not overwrite:
@@ -229,7 +227,7 @@ def save_pretrained(model_name: str, save_dir: Path, overwrite: bool = False) ->
     return path
 
 
-def _refuse_unknown(model_name: str) -> None:
+def _refuse_unknown_model(model_name: str) -> None:
     if timm.is_model_pretrained(model_name):
         return
     architecture = model_name.partition(".")[0]
@@ -248,7 +246,8 @@ def _fetch(model_name: str) -> nn.Module:
     """The pretrained model, from the hub or its cache."""
     repository = timm.get_pretrained_cfg(model_name).hf_hub_id
     try:
-        if repository and not _is_cached(repository):
+        cached = (huggingface_hub.try_to_load_from_cache(repository, name) for name in HUB_FILES)
+        if repository and not any(isinstance(path, str) for path in cached):
             # One question with one timeout (HF_HUB_ETAG_TIMEOUT, 10 s): the download itself asks a
             # dead connection again and again, with a warning each time, for 47 s to many minutes.
             huggingface_hub.file_exists(repository, HUB_FILES[0])
@@ -265,8 +264,3 @@ def _fetch(model_name: str) -> nn.Module:
             f"timm cannot load the pretrained {model_name} ({first_sentence(error)}); update timm, "
             "or delete the model from the cache of huggingface_hub if its file there is damaged"
         ) from error
-
-
-def _is_cached(repository: str) -> bool:
-    found = (huggingface_hub.try_to_load_from_cache(repository, name) for name in HUB_FILES)
-    return any(isinstance(path, str) for path in found)

@@ -26,9 +26,9 @@ from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 
 from lib.config import TrainConfig
-from lib.data.corrections import Correction, Edit
+from lib.data.corrections import Correction
 from lib.data.dataset import BirdDataset, conflicting_decoys
-from lib.edit import resolve_blocks, resolve_heads
+from lib.edit import AttentionEdit, resolve_blocks, resolve_heads
 from lib.evaluation import metrics
 from lib.losses import bce, mse
 from lib.model.vit import SigmoidViT
@@ -125,7 +125,7 @@ class Example:
     image_id: str
     image: np.ndarray  # uint8 [H, W, 3]
     class_name: str
-    edit: Edit | None  # what was asked of a corrected picture
+    edit: AttentionEdit | None  # what was asked of a corrected picture
     predicted: dict[str, str]  # class names
     attention: dict[str, np.ndarray]  # float32 [gh, gw], last block's softmax, mean of heads
 
@@ -523,7 +523,7 @@ def correction_loss(name: str, rows: dict[int, Tensor], asked: dict[str, Tensor]
     return total
 
 
-def targets(edits: Sequence[Edit], model: SigmoidViT, start: int) -> dict[str, Tensor]:
+def targets(edits: Sequence[AttentionEdit], model: SigmoidViT, start: int) -> dict[str, Tensor]:
     """Edits as what the loss needs, C of them.
 
     Returns:
@@ -537,8 +537,8 @@ def targets(edits: Sequence[Edit], model: SigmoidViT, start: int) -> dict[str, T
         heads = list(resolve_heads(edit.heads, model.num_heads))
         one[np.ix_(blocks, heads)] = 1 / (len(blocks) * len(heads))
     return {
-        "wanted": torch.from_numpy(np.stack([edit.values for edit in edits])).flatten(1),
-        "painted": torch.from_numpy(np.stack([edit.mask for edit in edits])).flatten(1),
+        "wanted": torch.stack([edit.values for edit in edits]).flatten(1),
+        "painted": torch.stack([edit.mask for edit in edits]).flatten(1),
         "centred": torch.tensor([edit.offset == "centred" for edit in edits]),
         "share": share[:, start:],
     }

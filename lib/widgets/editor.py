@@ -10,7 +10,7 @@ without the one after it:
 
 A session is a `LiveSession`, or anything with its methods. Maps are arrays [gh, gw] over
 the patches; a painted map holds NaN where nobody painted. Rows and columns are counted from 1 on
-the screen; blocks and heads from 0, as in an `Edit`.
+the screen; blocks and heads from 0, as in an `AttentionEdit`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import ipywidgets as widgets
 import numpy as np
 
-from lib.data.corrections import Edit
+from lib.edit import AttentionEdit
 from lib.widgets import brush
 from lib.widgets.brush import STATIC, PaintWidget, PlainPaint, in_column, in_row, make_slider, wide
 from lib.widgets.controller import EditorController
@@ -108,7 +108,7 @@ class AttentionEditor(widgets.VBox):
         self.controls: dict[str, widgets.Widget] = {}
         self._folder, self._author, self._on_teach = Path(folder), author, on_teach
         self._busy = False  # the tool itself sets its controls; nobody moved them
-        self._laddered: Edit | None = None  # the edit that the shown ladder belongs to
+        self._laddered: AttentionEdit | None = None  # the edit that the shown ladder belongs to
         self._titled: int | None = None  # the picture that the title names
         self._mark = f"ae-{uuid.uuid4().hex[:8]}"  # ties the style of the picture to this tool
         if plain:

@@ -10,7 +10,7 @@ the constant c (`offset`) and the rule that an unedited cell keeps its own logit
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -208,7 +208,7 @@ def is_share(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
-def _either(words: tuple[str, ...]) -> str:
+def _either(words: Iterable[str]) -> str:
     return " or ".join(f'"{word}"' for word in words)
 
 
@@ -220,13 +220,7 @@ def resolve_blocks(blocks: str | tuple[int, ...], depth: int) -> tuple[int, ...]
     """
     counts = {"last": 1, "last2": 2, "last4": 4, "all": depth}
     words = {word: tuple(range(max(depth - n, 0), depth)) for word, n in counts.items()}
-    if isinstance(blocks, str):
-        if blocks not in words:
-            raise ValueError(
-                f'blocks is "{blocks}"; use "last", "last2", "last4", "all" or indices'
-            )
-        return words[blocks]
-    return _in_model("block", blocks, depth)
+    return _in_model("block", blocks, words, depth)
 
 
 def resolve_heads(heads: str | tuple[int, ...], count: int) -> tuple[int, ...]:
@@ -235,14 +229,16 @@ def resolve_heads(heads: str | tuple[int, ...], count: int) -> tuple[int, ...]:
     Raises:
         ValueError: for an unknown word or an index outside the model.
     """
-    if isinstance(heads, str):
-        if heads != "all":
-            raise ValueError(f'heads is "{heads}"; use "all" or indices')
-        return tuple(range(count))
-    return _in_model("head", heads, count)
+    return _in_model("head", heads, {"all": tuple(range(count))}, count)
 
 
-def _in_model(what: str, wanted: tuple[int, ...], count: int) -> tuple[int, ...]:
+def _in_model(
+    what: str, wanted: str | tuple[int, ...], words: dict[str, tuple[int, ...]], count: int
+) -> tuple[int, ...]:
+    if isinstance(wanted, str):
+        if wanted not in words:
+            raise ValueError(f'{what}s is "{wanted}"; use {_either(words)} or indices')
+        return words[wanted]
     for index in wanted:
         if not -count <= index < count:
             raise ValueError(f"{what} {index} is named, but the model has {count} {what}s")

@@ -69,14 +69,10 @@ class FakeSession:
             box=None if index == 1 else np.float32([[0, 1, 1], [0, 0.5, 0.5]]),
         )
 
-    def sigmoid_heads(self, index, block, offset):
+    def sigmoid(self, index, block, offset):
         cells = np.arange(6, dtype=np.float32).reshape(2, 3)
         level = 0.5 if offset == "none" else 0.1
         return np.stack([level + 0.1 * h + 0.05 * block + 0.02 * cells for h in range(2)])
-
-    def sigmoid(self, index, block, heads="all", offset="none"):
-        chosen = [0, 1] if heads == "all" else list(heads)
-        return self.sigmoid_heads(index, block, offset)[chosen].mean(axis=0)
 
     def outcome(self, index, edit=None):
         if self.broken:
@@ -119,9 +115,6 @@ shares = st.floats(0, 1)
 operations = st.one_of(
     st.tuples(st.just("paint"), cells, shares),
     st.tuples(st.just("erase"), cells),
-    st.tuples(
-        st.just("rectangle"), *[st.integers(0, 1), st.integers(0, 2)] * 2, shares
-    ),  # r0, c0, r1, c1, value
     st.tuples(st.just("fill"), shares),
     st.tuples(st.just("only_here")),
     st.tuples(st.just("copy_human")),
@@ -212,16 +205,8 @@ def test_painting_the_models_own_value_is_an_edit(controller):
     assert controller.edit().mask.sum() == 1
 
 
-def test_a_soft_edge_starts_from_what_is_there(controller):
-    own = controller.own[0, :2].astype(float)
-    controller.paint([(0, 0)], 0.5)
-    controller.paint([(0, 0), (0, 1)], 0.9, weights=[0.5, 0.25])
-    expected = [0.5 * 0.5 + 0.5 * 0.9, 0.75 * own[1] + 0.25 * 0.9]
-    np.testing.assert_allclose(controller.painted[0, :2], expected, rtol=1e-6)
-
-
 def test_the_operations_paint_what_they_say(controller):
-    controller.rectangle(1, 2, 0, 1, 0.7)
+    controller.paint([(0, 1), (0, 2), (1, 1), (1, 2)], 0.7)
     expected = np.float32([[np.nan, 0.7, 0.7], [np.nan, 0.7, 0.7]])
     np.testing.assert_array_equal(controller.painted, expected)
     controller.only_here()
@@ -336,7 +321,9 @@ def test_scores_and_words_by_hand(controller):
     # Half of (.8 + 5 * .1 + .3) is .8.
     assert controller.moved() == pytest.approx(0.8)
     assert controller.summary() == "The prediction stays owl (0.60); 0.80 of the attention moved."
-    controller.rectangle(0, 0, 0, 2, 0.9)  # three cells of .3: half of (3 * .2 + 3 * .1 + .3)
+    controller.paint(
+        [(0, 0), (0, 1), (0, 2)], 0.9
+    )  # three cells of .3: half of (3 * .2 + 3 * .1 + .3)
     assert controller.summary() == (
         f"The prediction changed from owl to {NASTY}; 0.60 of the attention moved. It is right now."
     )
@@ -371,7 +358,7 @@ def test_an_outcome_is_computed_once_and_anew_for_another_model(controller):
 
 
 def test_a_saved_correction_is_read_again(controller, tmp_path):
-    controller.rectangle(0, 0, 0, 1, 0.75)
+    controller.paint([(0, 0), (0, 1)], 0.75)
     controller.set_scope(blocks="all", heads=(1,))
     path = controller.save(tmp_path / "new", "me", "a note")
     (found,), skipped = load_corrections(tmp_path / "new", grid=(2, 3), model="0123456789abcdef")

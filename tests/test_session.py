@@ -16,6 +16,7 @@ from lib.data.records import Record
 from lib.edit import AttentionEdit, sigmoid_attention
 from lib.model.live import LiveImage
 from lib.model.vit import SigmoidViT
+from lib.widgets.controller import EditorController
 from lib.widgets.session import KEPT_IMAGES, LiveSession
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -85,12 +86,16 @@ def test_open_says_what_is_not_known(cub, tmp_path):
 def test_sigmoid_is_that_of_the_unedited_model(session, bird_model, birds, offset):
     _, rows = bird_model(birds[2]["image"][None], rows="all")
     expected = sigmoid_attention(rows[1][0], offset, 1).view(4, 4, 4)
-    heads = session.sigmoid_heads(2, 1, offset)
+    heads = session.sigmoid(2, 1, offset)
     assert np.allclose(heads, expected, atol=1e-6) and heads.dtype == np.float32
     session.outcome(2, painted(blocks="all"))  # an edit does not reach it
-    assert np.array_equal(session.sigmoid_heads(2, -2, offset), heads)
-    assert np.allclose(session.sigmoid(2, 1, "all", offset), expected.mean(0), atol=1e-6)
-    assert np.allclose(session.sigmoid(2, 1, (0, 3), offset), expected[[0, 3]].mean(0), atol=1e-6)
+    assert np.array_equal(session.sigmoid(2, -2, offset), heads)
+    controller = EditorController(session, 2)
+    controller.block = 1
+    controller.set_scope(offset=offset)
+    assert np.allclose(controller.own, expected.mean(0), atol=1e-6)
+    controller.set_scope(heads=(0, 3))
+    assert np.allclose(controller.own, expected[[0, 3]].mean(0), atol=1e-6)
 
 
 @torch.no_grad()
@@ -132,7 +137,7 @@ def test_the_pictures_used_last_are_kept(session, monkeypatch):
         session.outcome(index)
         session.outcome(np.int64(index), painted())
     assert len(computed) == KEPT_IMAGES
-    session.sigmoid(0, 0)  # still there, and now the one used last
+    session.sigmoid(0, 0, "none")  # still there, and now the one used last
     session.outcome(KEPT_IMAGES)  # drops picture 1
     session.outcome(0)
     assert len(computed) == KEPT_IMAGES + 1
@@ -174,7 +179,7 @@ def no_pictures() -> BirdDataset:
 
 @pytest.mark.parametrize("index", [-1, 12])
 def test_a_picture_that_is_not_there(session, index):
-    for ask in (session.open, session.outcome, lambda i: session.sigmoid(i, 0)):
+    for ask in (session.open, session.outcome, lambda i: session.sigmoid(i, 0, "none")):
         with pytest.raises(IndexError, match=rf"image {index} is asked for; .* has 0 to 11"):
             ask(index)
 
@@ -184,7 +189,7 @@ def test_what_does_not_fit_is_refused_in_words(session, bird_model):
     with pytest.raises(ValueError, match=r"edit is on 2 x 3 patches, but the model has 4 x 4"):
         session.outcome(0, small)
     with pytest.raises(ValueError, match="block 3 is named"):
-        session.sigmoid(0, 3)
+        session.sigmoid(0, 3, "none")
     with pytest.raises(ValueError, match="head 9 is named"):
         session.outcome(0, painted(heads=(9,)))
     augmented = make_dataset(DataConfig(toy_train=4), "train", (4, 4), MEAN, STD, augment=True)

@@ -34,22 +34,9 @@ SCHEMA = 1
 MAX_BYTES = 4 * 2**20  # of one file; a correction on 64 x 64 patches takes 0.04 MB
 NAME_LENGTH = 40  # characters of the image id that stay in the file name
 
-FIELDS: dict[str, type | tuple[type, ...]] = {
-    "image_id": str,
-    "class_name": str,
-    "grid": list,
-    "mask": str,
-    "values": list,
-    "blocks": (str, list),
-    "heads": (str, list),
-    "queries": str,
-    "offset": str,
-    "model": str,
-    "author": str,
-    "time": str,
-    "note": str,
-}
-KINDS = {str: "a text", list: "a list", (str, list): "a text or a list"}  # of FIELDS, in words
+TEXTS = ("image_id", "class_name", "model", "author", "time", "note")
+SCOPE = ("blocks", "heads", "queries", "offset")
+CELLS = {"grid": list, "mask": str, "values": list}
 
 
 class CorrectionError(ValueError):
@@ -73,7 +60,7 @@ class Correction:
     note: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("image_id", "model", "author", "time", "class_name", "note"):
+        for name in TEXTS:
             if not isinstance(getattr(self, name), str):
                 raise CorrectionError(f"{name} is {brief(getattr(self, name))}; give a text")
         if not self.image_id:
@@ -91,17 +78,10 @@ class Correction:
 
     @classmethod
     def now(
-        cls,
-        image_id: str,
-        edit: AttentionEdit,
-        model: str,
-        author: str,
-        class_name: str = "",
-        note: str = "",
+        cls, image_id: str, edit: AttentionEdit, model: str, author: str, **texts: str
     ) -> Correction:
-        """A correction made at this moment."""
-        time = datetime.now(UTC).isoformat()
-        return cls(image_id, edit, model, author, time, class_name, note)
+        """A correction made at this moment; `texts` are class_name and note."""
+        return cls(image_id, edit, model, author, datetime.now(UTC).isoformat(), **texts)
 
 
 @dataclass(frozen=True)
@@ -222,8 +202,7 @@ def _utc(time: str) -> str:
 
 def _to_fields(correction: Correction) -> dict[str, object]:
     edit = correction.edit
-    mask = edit.mask.ravel().tolist()
-    values = edit.values.ravel().tolist()
+    mask, values = edit.mask.ravel().tolist(), edit.values.ravel().tolist()
     return {
         "schema": SCHEMA,
         "image_id": correction.image_id,
@@ -233,10 +212,7 @@ def _to_fields(correction: Correction) -> dict[str, object]:
         "values": [
             round(value, 4) if edited else None for edited, value in zip(mask, values, strict=True)
         ],
-        "blocks": edit.blocks,
-        "heads": edit.heads,
-        "queries": edit.queries,
-        "offset": edit.offset,
+        **{name: getattr(edit, name) for name in SCOPE},
         "model": correction.model,
         "author": correction.author,
         "time": correction.time,
@@ -262,13 +238,10 @@ def _read_correction(path: Path) -> Correction:
     schema = fields.get("schema")
     if not is_index(schema) or schema != SCHEMA:  # first: other schemas have other fields
         raise CorrectionError(f"schema is {brief(schema)}; this version reads {SCHEMA}")
-    for name, kind in FIELDS.items():
+    for name in (*TEXTS, *CELLS, *SCOPE):
         if name not in fields:
             raise CorrectionError(f"{name} is missing")
-        if not isinstance(fields[name], kind):
-            raise CorrectionError(f"{name} is {brief(fields[name])}; expected {KINDS[kind]}")
-    texts = ("image_id", "model", "author", "time", "class_name", "note")
-    return Correction(edit=_to_edit(fields), **{name: fields[name] for name in texts})
+    return Correction(edit=_to_edit(fields), **{name: fields[name] for name in TEXTS})
 
 
 def _from_json(path: Path) -> dict[str, object]:
@@ -293,7 +266,11 @@ def _from_json(path: Path) -> dict[str, object]:
 
 
 def _to_edit(fields: dict) -> AttentionEdit:
-    grid, mask, values = fields["grid"], fields["mask"], fields["values"]
+    for name, kind in CELLS.items():
+        if not isinstance(fields[name], kind):
+            expected = {str: "a text", list: "a list"}[kind]
+            raise CorrectionError(f"{name} is {brief(fields[name])}; expected {expected}")
+    grid, mask, values = (fields[name] for name in CELLS)
     if len(grid) != 2 or not all(is_index(cells) and cells > 0 for cells in grid):
         raise CorrectionError(f"grid is {brief(grid)}; expected two numbers above 0")
     for name in ("mask", "values"):
@@ -308,11 +285,10 @@ def _to_edit(fields: dict) -> AttentionEdit:
             raise CorrectionError(f"values holds {brief(value)} at {cell}, where mask is 0")
         if edited == "1" and not is_share(value):
             raise CorrectionError(f"values holds {brief(value)} at {cell}; expected 0 to 1")
-    scope = {name: fields[name] for name in ("blocks", "heads", "queries", "offset")}
     painted = np.array([edited == "1" for edited in mask]).reshape(grid)
     asked = np.array(values, dtype=np.float32).reshape(grid)  # NaN where not painted
     try:
-        return AttentionEdit(painted, asked, **scope)
+        return AttentionEdit(painted, asked, **{name: fields[name] for name in SCOPE})
     except ValueError as error:
         raise CorrectionError(str(error)) from error
 

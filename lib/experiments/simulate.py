@@ -49,7 +49,8 @@ def simulated_corrections(
         row = dataset.table.iloc[index]
         edit = AttentionEdit(mask, values, blocks=blocks)
         image_id, class_name = str(row["image_id"]), str(row["class_name"])
-        corrections.append(Correction.now(image_id, edit, model, "simulated", class_name))
+        made = Correction.now(image_id, edit, model, "simulated", class_name=class_name)
+        corrections.append(made)
     return corrections
 
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lib.data.corrections import Correction, save_correction
-from lib.edit import EPS, AttentionEdit, is_share
+from lib.edit import EPS, AttentionEdit, is_share, resolve_heads
 from lib.widgets.pixels import map_over_picture, png
 
 LOW = 0.02  # "do not look here": next to nothing, without the extreme logit of 0
@@ -54,11 +54,7 @@ class Session(Protocol):
 
     def open(self, index: int) -> Shown: ...
 
-    def sigmoid(
-        self, index: int, block: int, heads: str | tuple[int, ...], offset: str
-    ) -> np.ndarray: ...
-
-    def sigmoid_heads(self, index: int, block: int, offset: str) -> np.ndarray: ...
+    def sigmoid(self, index: int, block: int, offset: str) -> np.ndarray: ...
 
     def outcome(self, index: int, edit: AttentionEdit | None = None) -> Outcome: ...
 
@@ -195,11 +191,16 @@ class EditorController:
         return self._history.painted
 
     @property
+    def own_by_head(self) -> np.ndarray:
+        """The model's own map in the shown block, float32 [heads, gh, gw]."""
+        place = (self.index, self.block, self.scope["offset"])
+        return self._sigmoid(self.session.fingerprint, *place)
+
+    @property
     def own(self) -> np.ndarray:
-        """The model's own map in the shown block, float32 [gh, gw], mean of the chosen heads."""
-        heads, offset = self.scope["heads"], self.scope["offset"]
-        fingerprint = self.session.fingerprint
-        return self._sigmoid(fingerprint, self.index, self.block, heads, offset)
+        """`own_by_head`, the mean of the chosen heads, float32 [gh, gw]."""
+        chosen = resolve_heads(self.scope["heads"], self.session.num_heads)
+        return self.own_by_head[list(chosen)].mean(axis=0)
 
     @property
     def base(self) -> np.ndarray:
@@ -222,43 +223,27 @@ class EditorController:
 
     # -- painting
 
-    def paint(
-        self,
-        cells: Sequence[tuple[int, int]],
-        value: float,
-        weights: Sequence[float] | None = None,
-    ) -> None:
-        """One stroke: `value` on cells (row, column from 0).
-
-        `weights` in [0, 1], one a cell, are a soft edge: the cell moves by this share from what is
-        painted there, or from the model's own value.
-        """
-        rows, columns = self._places(cells)
+    def paint(self, cells: Sequence[tuple[int, int]], value: float) -> None:
+        """One stroke: `value` on cells (row, column from 0)."""
+        places = np.asarray(cells, dtype=int).reshape(-1, 2)
+        if (places < 0).any() or (places >= self.session.grid).any():
+            rows, columns = self.session.grid
+            raise ValueError(f"a cell outside the grid of {rows} x {columns} is named")
         painted = self.painted.copy()
-        before = np.where(np.isnan(painted), self.own, painted)[rows, columns]
-        share = np.ones(len(cells)) if weights is None else np.asarray(weights, dtype=float)
-        painted[rows, columns] = (1 - share) * before + share * value
+        painted[tuple(places.T)] = value
         self._history.keep(painted)
 
     def erase(self, cells: Sequence[tuple[int, int]]) -> None:
         """Gives cells (row, column) back to the model."""
-        painted = self.painted.copy()
-        painted[self._places(cells)] = np.nan
-        self._history.keep(painted)
-
-    def rectangle(self, r0: int, c0: int, r1: int, c1: int, value: float) -> None:
-        """`value` from corner (r0, c0) to corner (r1, c1), both included, in any order."""
-        rows = range(min(r0, r1), max(r0, r1) + 1)
-        columns = range(min(c0, c1), max(c0, c1) + 1)
-        self.paint([(r, c) for r in rows for c in columns], value)
+        self.paint(cells, np.nan)
 
     def fill(self, value: float) -> None:
         """`value` on every cell."""
         self._history.keep(np.full(self.session.grid, value))
 
-    def only_here(self, low: float = LOW) -> None:
-        """`low` on every cell that is not painted."""
-        self._history.keep(np.where(np.isnan(self.painted), low, self.painted))
+    def only_here(self) -> None:
+        """`LOW` on every cell that is not painted."""
+        self._history.keep(np.where(np.isnan(self.painted), LOW, self.painted))
 
     def copy_human(self) -> None:
         """Paints the human map of the picture; NaN, unknown, stays free. ValueError without one."""
@@ -281,14 +266,6 @@ class EditorController:
         The versions of one stroke have one number, and become one step of the history.
         """
         self._history.keep(as_painted(cells, self.session.grid), stroke)
-
-    def _places(self, cells: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-        """Row and column indices; raises ValueError for a cell outside the grid."""
-        places = np.asarray(cells, dtype=int).reshape(-1, 2)
-        if (places < 0).any() or (places >= self.session.grid).any():
-            rows, columns = self.session.grid
-            raise ValueError(f"a cell outside the grid of {rows} x {columns} is named")
-        return places[:, 0], places[:, 1]
 
     def _copy(self, values: np.ndarray | None, what: str) -> None:
         if values is None:
@@ -383,13 +360,13 @@ class EditorController:
         edit, shown = self.edit(), self.shown
         if edit.is_empty:
             raise ValueError("nothing is edited, so there is nothing to save; paint first")
-        fingerprint = self.session.fingerprint
-        return Correction.now(shown.image_id, edit, fingerprint, author, shown.class_name, note)
+        texts = {"class_name": shown.class_name, "note": note}
+        return Correction.now(shown.image_id, edit, self.session.fingerprint, author, **texts)
 
     def save(self, folder: str | Path, author: str, note: str = "") -> Path:
         """Saves the correction and a preview beside it; see `save_correction`."""
         correction = self.correction(author, note)
-        preview = map_over_picture(self.shown.image, self.asked, correction.edit.mask.numpy())
+        preview = map_over_picture(self.shown.image, self.asked, correction.edit.mask)
         return save_correction(correction, folder, png(preview))
 
 

@@ -334,8 +334,7 @@ class AttentionEditor(Panel):
     def _show_heads(self) -> None:
         visible = self.controls["head_maps"].value
         controller = self.controller
-        place = (controller.index, controller.block, controller.scope["offset"])
-        maps = controller.session.sigmoid_heads(*place) if visible else []
+        maps = controller.own_by_head if visible else []
         for thumb in self._thumbs:
             thumb.layout.display = None if visible else "none"
         for thumb, values in zip(self._thumbs, maps, strict=False):

@@ -16,7 +16,6 @@ from lib.edit import (
     LADDER,
     AttentionEdit,
     resolve_blocks,
-    resolve_heads,
     sigmoid_attention,
 )
 from lib.model.live import LiveImage
@@ -85,18 +84,7 @@ class LiveSession:
             box=self._box(row),
         )
 
-    def sigmoid(
-        self,
-        index: int,
-        block: int,
-        heads: str | tuple[int, ...] = "all",
-        offset: str = "none",
-    ) -> np.ndarray:
-        """Sigmoid attention of the class row before any edit, mean of heads: float32 [gh, gw]."""
-        chosen = resolve_heads(heads, self.num_heads)
-        return self.sigmoid_heads(index, block, offset)[list(chosen)].mean(axis=0)
-
-    def sigmoid_heads(self, index: int, block: int, offset: str = "none") -> np.ndarray:
+    def sigmoid(self, index: int, block: int, offset: str) -> np.ndarray:
         """Sigmoid attention of the class row before any edit: float32 [heads, gh, gw]."""
         rows = self._live(self._position(index)).rows
         (block,) = resolve_blocks((block,), self.depth)

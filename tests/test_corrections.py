@@ -431,44 +431,33 @@ def test_other_files_are_none_of_its_business(tmp_path):
     assert load_corrections(tmp_path) == ([correction()], [])
 
 
-def test_corrections_of_another_model_or_data_set_are_skipped(tmp_path):
+def test_corrections_on_another_grid_are_skipped(tmp_path):
     big = edit(mask=np.ones((4, 4), bool), values=np.ones((4, 4)))
-    ours, grid, model, unknown = (
-        save_correction(one, tmp_path)
-        for one in (
-            at(1, image_id="1"),
-            at(2, image_id="2", edit=big),
-            at(3, image_id="3", model="cd34"),
-            at(4, image_id="<b>4"),
-        )
-    )
-    loaded, skipped = load_corrections(tmp_path, (2, 3), "ab12", ["1", "2", "3"])
+    ours = save_correction(at(1, image_id="1"), tmp_path)
+    grid = save_correction(at(2, image_id="2", edit=big), tmp_path)
+    loaded, skipped = load_corrections(tmp_path, (2, 3))
     assert loaded == [at(1, image_id="1")] and ours.exists()
-    assert skipped == [
-        Skipped(grid, "grid is 4 x 4, but the model has 2 x 3 patches"),
-        Skipped(model, "model is 'cd34', but the weights are 'ab12'"),
-        Skipped(unknown, "image_id is '<b>4', which is not in the data set"),
-    ]
-    assert len(load_corrections(tmp_path)[0]) == 4  # nothing given, nothing compared
+    assert skipped == [Skipped(grid, "grid is 4 x 4, but the model has 2 x 3 patches")]
+    assert len(load_corrections(tmp_path)[0]) == 2  # nothing given, nothing compared
 
 
 def test_the_newest_usable_correction_of_a_picture_counts(tmp_path):
     scopes = [{}, {"heads": (1,)}, {"blocks": "all"}, {}]
     in_order = [at(second, edit=edit(**scope)) for second, scope in enumerate(scopes)]
     others = [at(9, image_id="8"), at(0, image_id="6")]
-    stale = at(30, model="cd34")
+    stale = at(30, edit=edit(mask=MASK.T, values=VALUES.T))
     paths = {}
     for name, one in zip("abcde", [*reversed(in_order), stale], strict=True):
         # Saved in no order of time, and renamed: the time inside the file counts
         paths[one.time] = save_correction(one, tmp_path).rename(tmp_path / f"{name}.json")
     for one in others:
         save_correction(one, tmp_path)
-    loaded, skipped = load_corrections(tmp_path, model="ab12")
+    loaded, skipped = load_corrections(tmp_path, grid=(2, 3))
     assert loaded == [others[1], in_order[3], others[0]]
     winner = paths[in_order[3].time].name
     assert skipped == [
         *(Skipped(paths[one.time], f"replaced by {winner}") for one in in_order[2::-1]),
-        Skipped(paths[stale.time], "model is 'cd34', but the weights are 'ab12'"),
+        Skipped(paths[stale.time], "grid is 3 x 2, but the model has 2 x 3 patches"),
     ]
 
 

@@ -88,10 +88,6 @@ class FakeSession:
                 probabilities = np.array([0.2, 0.7, 0.1])
         return FakeOutcome(probabilities, attention, class_token)
 
-    def ladder(self, index, edit):
-        found = self.outcome(index, edit).probabilities
-        return [{"rung": NASTY, "prediction": NASTY, "probability": found.max(), "p_true": 0.25}]
-
 
 @pytest.fixture
 def controller():
@@ -361,8 +357,8 @@ def test_a_saved_correction_is_read_again(controller, tmp_path):
     controller.paint([(0, 0), (0, 1)], 0.75)
     controller.set_scope(blocks="all", heads=(1,))
     path = controller.save(tmp_path / "new", "me", "a note")
-    (found,), skipped = load_corrections(tmp_path / "new", grid=(2, 3), model="0123456789abcdef")
-    assert not skipped and found.edit == controller.edit()
+    (found,), skipped = load_corrections(tmp_path / "new", grid=(2, 3))
+    assert not skipped and found.edit == controller.edit() and found.model == "0123456789abcdef"
     assert (found.image_id, found.class_name) == (f"0/{NASTY}", NASTY)
     assert (found.author, found.note) == ("me", "a note")
     preview = Image.open(path.with_suffix(".png"))
@@ -569,7 +565,7 @@ def test_pictures_go_round_and_buttons_follow_what_is_there(tool):
 def test_the_ladder_is_shown_until_the_edit_changes(tool):
     tool.controls["copy_box"].click()
     tool.controls["ladder"].click()
-    assert "0.250" in tool._html["ladder"].value
+    assert "0.300" in tool._html["ladder"].value
     tool.refresh()
     assert tool._html["ladder"].value
     tool.controls["strength"].value = 0.5

@@ -114,8 +114,10 @@ def test_outcome_is_that_of_the_real_model(session, bird_model, birds):
 
 
 def test_the_ladder_climbs_through_the_model(session, birds):
-    edit = painted(blocks=(0,), heads=(1,))
-    steps = session.ladder(5, edit)
+    controller = EditorController(session, 5)
+    controller.set_scope(blocks=(0,), heads=(1,))
+    controller.paint(painted().mask.argwhere(), 0.9)
+    edit, steps = controller.edit(), controller.ladder()
     names = ["no edit", "last block", "last two", "all blocks", "all blocks, all rows"]
     assert [step["rung"] for step in steps] == names
     label = birds.table["label"][5]

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -136,10 +135,7 @@ def save_correction(
 
 
 def load_corrections(
-    folder: str | Path,
-    grid: tuple[int, int] | None = None,
-    model: str | None = None,
-    image_ids: Collection[str] | None = None,
+    folder: str | Path, grid: tuple[int, int] | None = None
 ) -> tuple[list[Correction], list[Skipped]]:
     """Read the corrections of a folder, at most one a picture, by time.
 
@@ -150,8 +146,6 @@ def load_corrections(
     Args:
         folder: where corrections are kept; every *.json file directly in it is looked at.
         grid: (gh, gw); corrections on another grid are skipped.
-        model: fingerprint; corrections made with other weights are skipped.
-        image_ids: ids of the data set; corrections of other pictures are skipped.
 
     Returns:
         The corrections, oldest first, and the files that were left out, by name, each with the
@@ -166,14 +160,11 @@ def load_corrections(
             f"There is no folder {folder}; save a correction in the attention editor "
             "(notebook 06), or name the folder that holds them."
         )
-    known = None if image_ids is None else set(image_ids)
     found: dict[Path, Correction] = {}
     skipped: list[Skipped] = []
     for path in folder.glob("*.json"):
         try:
-            correction = _read_correction(path)
-            _refuse_foreign(correction, grid, model, known)
-            found[path] = correction
+            found[path] = _read_correction(path, grid)
         except CorrectionError as error:
             skipped.append(Skipped(path, str(error)))
     in_order = sorted(found, key=lambda path: (found[path].time, path.name))
@@ -232,7 +223,7 @@ def _stem(correction: Correction) -> str:
 # ---------------------------------------------------------------------------------------- loading
 
 
-def _read_correction(path: Path) -> Correction:
+def _read_correction(path: Path, grid: tuple[int, int] | None) -> Correction:
     """The correction in a file. Raises CorrectionError with the reason why there is none."""
     fields = _from_json(path)
     schema = fields.get("schema")
@@ -241,7 +232,11 @@ def _read_correction(path: Path) -> Correction:
     for name in (*TEXTS, *CELLS, *SCOPE):
         if name not in fields:
             raise CorrectionError(f"{name} is missing")
-    return Correction(edit=_to_edit(fields), **{name: fields[name] for name in TEXTS})
+    edit = _to_edit(fields)
+    if grid is not None and edit.grid != tuple(grid):
+        found, wanted = (f"{rows} x {columns}" for rows, columns in (edit.grid, grid))
+        raise CorrectionError(f"grid is {found}, but the model has {wanted} patches")
+    return Correction(edit=edit, **{name: fields[name] for name in TEXTS})
 
 
 def _from_json(path: Path) -> dict[str, object]:
@@ -291,25 +286,3 @@ def _to_edit(fields: dict) -> AttentionEdit:
         return AttentionEdit(painted, asked, **{name: fields[name] for name in SCOPE})
     except ValueError as error:
         raise CorrectionError(str(error)) from error
-
-
-def _refuse_foreign(
-    correction: Correction,
-    grid: tuple[int, int] | None,
-    model: str | None,
-    image_ids: set[str] | None,
-) -> None:
-    """Raise CorrectionError when a correction does not belong to this model or data set."""
-    found = correction.edit.grid
-    if grid is not None and found != tuple(grid):
-        raise CorrectionError(
-            f"grid is {found[0]} x {found[1]}, but the model has {grid[0]} x {grid[1]} patches"
-        )
-    if model is not None and correction.model != model:
-        raise CorrectionError(
-            f"model is {brief(correction.model)}, but the weights are {brief(model)}"
-        )
-    if image_ids is not None and correction.image_id not in image_ids:
-        raise CorrectionError(
-            f"image_id is {brief(correction.image_id)}, which is not in the data set"
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lib.data.corrections import Correction, save_correction
-from lib.edit import EPS, AttentionEdit, is_share, resolve_heads
+from lib.edit import EPS, LADDER, AttentionEdit, is_share, resolve_heads
 from lib.widgets.pixels import map_over_picture, png
 
 LOW = 0.02  # "do not look here": next to nothing, without the extreme logit of 0
@@ -57,8 +57,6 @@ class Session(Protocol):
     def sigmoid(self, index: int, block: int, offset: str) -> np.ndarray: ...
 
     def outcome(self, index: int, edit: AttentionEdit | None = None) -> Outcome: ...
-
-    def ladder(self, index: int, edit: AttentionEdit) -> list[dict[str, str | float]]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -350,8 +348,20 @@ class EditorController:
         ]
 
     def ladder(self) -> list[dict[str, Any]]:
-        """The same edit in more and more of the model, a row a rung; see LiveSession.ladder."""
-        return self.session.ladder(self.index, self.edit())
+        """The same edit in more and more of the model, whatever its own scope is, a row a rung.
+
+        Each row: rung (no edit at first), prediction (class name), probability (of the prediction),
+        p_true (of the true class).
+        """
+        edits = {"no edit": None}
+        edits |= {rung: replace(self.edit(), **scope) for rung, scope in LADDER.items()}
+        rows = []
+        for rung, edit in edits.items():
+            found = self.session.outcome(self.index, edit).probabilities
+            best, true = int(found.argmax()), float(found[self.shown.label])
+            row = {"rung": rung, "prediction": self.session.classes[best]}
+            rows.append(row | {"probability": float(found[best]), "p_true": true})
+        return rows
 
     # -- keeping it
 

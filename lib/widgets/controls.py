@@ -68,15 +68,11 @@ def make_slider(text: str, value: float, top: float, step: float = 0.01) -> widg
 
 
 def in_row(children: Iterable[widgets.Widget], name: str = "ae-row") -> widgets.HBox:
-    row = widgets.HBox(list(children))
-    row.add_class(name)
-    return row
+    return widgets.HBox(list(children)).add_class(name)
 
 
 def in_column(children: Iterable[widgets.Widget], name: str) -> widgets.VBox:
-    column = widgets.VBox(list(children))
-    column.add_class(name)
-    return column
+    return widgets.VBox(list(children)).add_class(name)
 
 
 def table_html(head: Iterable[str], rows: Iterable[Iterable[str]], name: str) -> str:

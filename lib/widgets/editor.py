@@ -1,16 +1,11 @@
 """The attention editor: paint where the model should look, and see at once what that changes.
 
 `attention_editor(session)` is the whole tool for a notebook. It has three layers, each of use
-without the one after it:
+without the one after it: `EditorController` (all state, the history and the words), `PaintWidget`
+or `PlainPaint` (the picture to paint on), `AttentionEditor` (controls and scores around it).
 
-- `EditorController`: all state, the history and the words; NumPy only, no widget.
-- `PaintWidget`: the picture with the map over it, painted on in the browser (static/editor.js).
-  Where anywidget is absent, `PlainPaint` does its work with sliders and buttons.
-- `AttentionEditor`: one of the two, with controls, scores and buttons around it.
-
-A session is a `LiveSession`, or anything with its methods. Maps are arrays [gh, gw] over
-the patches; a painted map holds NaN where nobody painted. Rows and columns are counted from 1 on
-the screen; blocks and heads from 0, as in an `AttentionEdit`.
+Maps are arrays [gh, gw] over the patches; a painted map holds NaN where nobody painted. Rows and
+columns are counted from 1 on the screen; blocks and heads from 0, as in an `AttentionEdit`.
 """
 
 from __future__ import annotations
@@ -23,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
-import numpy as np
 
 from lib.edit import AttentionEdit
 from lib.widgets import brush
 from lib.widgets.brush import PaintWidget, PlainPaint
-from lib.widgets.controller import EditorController, Session
+from lib.widgets.controller import EditorController, Outcome, Session
 from lib.widgets.controls import (
     Panel,
     figure_html,
@@ -85,21 +79,19 @@ def scores_html(rows: Iterable[dict[str, Any]]) -> str:
     return table_html(("class", "", "before", "after", "points"), lines, "ae-scores")
 
 
-def attention_html(maps: dict[str, np.ndarray], class_token: dict[str, float]) -> str:
-    """Softmax maps over the picture, each brightest where it is highest, and their figures.
-
-    Both dicts have the keys "before" and "after".
-    """
+def attention_html(before: Outcome, after: Outcome, block: int) -> str:
+    """Softmax maps over the picture, each brightest where it is highest, and their figures."""
+    maps = {"before": before.attention[block], "after": after.attention[block]}
     figures = "".join(
         figure_html(heat_url(values), f"softmax attention {when} the edit", when)
         for when, values in maps.items()
     )
-    tops = {when: float(values.max()) for when, values in maps.items()}
-    facts = (("class token keeps", class_token, 2), ("highest cell", tops, 3))
+    kept = (before.class_token[block], after.class_token[block])
+    tops = (values.max() for values in maps.values())
+    facts = (("class token keeps", kept, 2), ("highest cell", tops, 3))
     lines = "".join(
-        f'<div class="ae-dim">{what}</div>'
-        f"<div>{found['before']:.{digits}f} → <b>{found['after']:.{digits}f}</b></div>"
-        for what, found, digits in facts
+        f'<div class="ae-dim">{what}</div><div>{old:.{digits}f} → <b>{new:.{digits}f}</b></div>'
+        for what, (old, new), digits in facts
     )
     return f'<div class="ae-figures">{figures}<div>{lines}</div></div>'
 
@@ -275,13 +267,8 @@ class AttentionEditor(Panel):
 
     def _ladder(self) -> None:
         rows = [
-            (
-                escape(rung["rung"]),
-                escape(rung["prediction"]),
-                f"{rung['probability']:.3f}",
-                f"{rung['p_true']:.3f}",
-            )
-            for rung in self.controller.ladder()
+            (escape(rung), escape(prediction), f"{share:.3f}", f"{p_true:.3f}")
+            for rung, prediction, share, p_true in map(dict.values, self.controller.ladder())
         ]
         head = ("rung", "prediction", "probability", "true class")
         self._html["ladder"].value = table_html(head, rows, "ae-table")
@@ -352,17 +339,11 @@ class AttentionEditor(Panel):
 
     def _result_html(self) -> str:
         controller = self.controller
-        before, after = controller.outcome()
-        block = controller.block
-        found = {"before": before, "after": after}
-        attention = attention_html(
-            {when: outcome.attention[block] for when, outcome in found.items()},
-            {when: float(outcome.class_token[block]) for when, outcome in found.items()},
-        )
+        attention = attention_html(*controller.outcome(), controller.block)
         return (
             f'<p class="ae-summary">{escape(controller.summary())}</p>'
             f"{scores_html(controller.score_rows())}"
-            f"<h4>Softmax attention of block {block}</h4>{attention}"
+            f"<h4>Softmax attention of block {controller.block}</h4>{attention}"
         )
 
 

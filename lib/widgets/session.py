@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -13,7 +12,6 @@ import torch
 from lib.data.dataset import BirdDataset
 from lib.data.maps import box_map
 from lib.edit import (
-    LADDER,
     AttentionEdit,
     resolve_blocks,
     sigmoid_attention,
@@ -109,31 +107,6 @@ class LiveSession:
             attention=mass[:, self.num_prefix :].unflatten(-1, self.grid).numpy(),
             class_token=mass[:, 0].numpy(),
         )
-
-    def ladder(self, index: int, edit: AttentionEdit) -> list[dict[str, str | float]]:
-        """The same edit made in ever more of the model, whatever scope the edit itself names.
-
-        Returns:
-            for no edit, the last block, the last two, all blocks, and all rows of all blocks:
-            rung, prediction (class name), probability (of the prediction), p_true (of the true
-            class).
-        """
-        label = int(self.dataset.table["label"].iloc[self._position(index)])
-        rungs = {"no edit": None}
-        rungs |= {rung: replace(edit, **scope) for rung, scope in LADDER.items()}
-        steps = []
-        for rung, wider in rungs.items():
-            probabilities = self.outcome(index, wider).probabilities
-            best = int(probabilities.argmax())
-            steps.append(
-                {
-                    "rung": rung,
-                    "prediction": self.classes[best],
-                    "probability": float(probabilities[best]),
-                    "p_true": float(probabilities[label]),
-                }
-            )
-        return steps
 
     def _run_trunk(self, index: int) -> LiveImage:
         return LiveImage(self.model, self.dataset[index]["image"])

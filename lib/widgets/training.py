@@ -33,11 +33,9 @@ from lib.widgets.session import LiveSession
 
 COUNTS = (1, 5, 25)  # corrections to pick from, beside all of them
 
-# The groups of `Teacher.before_after` in the words of the reader.
+# Groups of `Teacher.before_after` in the words of the reader, where those are others.
 GROUPS = {
     "corrected": "corrected pictures",
-    "held out, same classes": "held out, same classes",
-    "held out, other classes": "held out, other classes",
     "replayed": "replayed training pictures (forgetting)",
 }
 
@@ -134,26 +132,26 @@ class TeachPanel(Panel):
         """Teaches in a thread; what the button does."""
         if self._thread is not None and self._thread.is_alive():
             return
-        corrections, teacher = self._prepare()
+        corrections = self._prepare()
         # Session and widgets belong to the kernel's own thread: results go back to it.
         loop = asyncio.get_event_loop()
 
         def work() -> None:
             try:
-                done = self._work(corrections, teacher)
+                done = self._work(corrections)
             except Exception as error:
                 loop.call_soon_threadsafe(self.fail, error)
             else:
-                loop.call_soon_threadsafe(self.act, lambda: self._finish(teacher, *done))
+                loop.call_soon_threadsafe(self.act, lambda: self._finish(*done))
 
         self._thread = threading.Thread(target=work, name="teach", daemon=True)
         self._thread.start()
 
     def teach(self) -> TeachReport:
         """Teaches now and returns when it is done: for a notebook cell."""
-        corrections, teacher = self._prepare()
+        corrections = self._prepare()
         try:
-            self._finish(teacher, *self._work(corrections, teacher))
+            self._finish(*self._work(corrections))
         finally:
             self._enable(busy=False)
         return self.report
@@ -171,7 +169,8 @@ class TeachPanel(Panel):
     def _corrections(self) -> list[Correction]:
         return load_corrections(self.folder)[0] if self.folder.is_dir() else []
 
-    def _prepare(self) -> tuple[list[Correction], Teacher]:
+    def _prepare(self) -> list[Correction]:
+        """The corrections to teach; the teacher and the controls are ready for it."""
         self.refresh()
         found = self._corrections()
         if not found:
@@ -184,11 +183,12 @@ class TeachPanel(Panel):
         self._enable(busy=True)
         self._bar.max, self._bar.value, self._result.value = config.steps, 0, ""
         count = self.controls["count"].value
-        return (found[-count:] if count else found), self._teacher
+        return found[-count:] if count else found
 
     def _work(
-        self, corrections: list[Correction], teacher: Teacher
+        self, corrections: list[Correction]
     ) -> tuple[TeachReport, pd.DataFrame | None, list[Example]]:
+        teacher = self._teacher
         report = teacher.teach(corrections, self._progress, self._stop.is_set)
         if report.cancelled:
             return report, None, []
@@ -204,11 +204,7 @@ class TeachPanel(Panel):
         self._words.value = f"step {step} of {steps}: {told}"
 
     def _finish(
-        self,
-        teacher: Teacher,
-        report: TeachReport,
-        table: pd.DataFrame | None,
-        examples: list[Example],
+        self, report: TeachReport, table: pd.DataFrame | None, examples: list[Example]
     ) -> None:
         self.report = report
         if table is None:
@@ -217,7 +213,7 @@ class TeachPanel(Panel):
             return
         self.table = table
         self._before.append(self.session.model)
-        self.session.replace_model(copy.deepcopy(teacher.model))
+        self.session.replace_model(copy.deepcopy(self._teacher.model))
         left_out = [f"picture {image} left out: {reason}" for image, reason in report.skipped]
         told = f"taught {len(report.used)} correction(s) in {report.seconds:.1f} s"
         self._words.value = escape("; ".join([told, *left_out]))
@@ -240,7 +236,7 @@ def comparison_html(table: pd.DataFrame) -> str:
     measures = [name.removesuffix(" before") for name in table if name.endswith(" before")]
     lines = []
     for group, row in table.iterrows():
-        cells = [escape(GROUPS[group]), str(int(row["pictures"]))]
+        cells = [escape(GROUPS.get(group, group)), str(int(row["pictures"]))]
         for name in measures:
             before, after = row[f"{name} before"], row[f"{name} after"]
             known = not (np.isnan(before) or np.isnan(after))
@@ -254,10 +250,11 @@ def examples_html(examples: list[Example]) -> str:
     """What was asked for and the softmax attention before and after, a row of figures a group."""
     parts = []
     for group in dict.fromkeys(example.group for example in examples):
+        name = escape(GROUPS.get(group, group))
         cards = "".join(_card(example) for example in examples if example.group == group)
         drawn = "" if group == "corrected" else ", drawn at random"
         parts.append(
-            f"<h4>{escape(GROUPS[group])}{drawn}: softmax attention of the last block</h4>"
+            f"<h4>{name}{drawn}: softmax attention of the last block</h4>"
             f'<div class="teach-cards">{cards}</div>'
         )
     return "".join(parts)

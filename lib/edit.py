@@ -98,7 +98,7 @@ class AttentionEdit:
         mask, values = _mask(self.mask), self.values
         if not isinstance(values, Tensor):
             try:
-                values = torch.tensor(np.asarray(values, dtype=np.float32), device=mask.device)
+                values = torch.from_numpy(np.array(values, dtype=np.float32))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"values is {brief(values)}; give numbers, one a cell") from error
         elif values.dtype != torch.float64:
@@ -109,7 +109,7 @@ class AttentionEdit:
                 "give one value a cell"
             )
         values = torch.where(mask, values.to(mask.device), 0.0)
-        low, high = values.aminmax()
+        low, high = (end.item() for end in values.aminmax())
         if not (low >= 0 and high <= 1):  # NaN is outside too
             worst = values[~((values >= 0) & (values <= 1))][0].item()
             raise ValueError(f"values holds {worst:g} on an edited cell; give 0 to 1")
@@ -127,8 +127,8 @@ class AttentionEdit:
         if not isinstance(other, AttentionEdit):
             return NotImplemented
         return (
-            np.array_equal(self.mask.cpu(), other.mask.cpu())
-            and np.array_equal(self.values.cpu(), other.values.cpu())
+            torch.equal(self.mask.cpu(), other.mask.cpu())
+            and torch.equal(self.values.cpu().double(), other.values.cpu().double())
             and (self.blocks, self.heads, self.queries, self.offset)
             == (other.blocks, other.heads, other.queries, other.offset)
         )
@@ -179,12 +179,12 @@ class AttentionEdit:
 
 
 def _mask(mask: Tensor | np.ndarray) -> Tensor:
-    mask = mask.clone() if isinstance(mask, Tensor) else np.asarray(mask)
-    kind, shape = str(mask.dtype).removeprefix("torch."), list(mask.shape)
-    if kind != "bool" or 0 in shape:
+    mask = mask.clone() if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
+    if mask.dtype != torch.bool or 0 in mask.shape:
+        kind, shape = str(mask.dtype).removeprefix("torch."), list(mask.shape)
         said = f"mask is {kind} {shape}; give bool [gh, gw] or [B, gh, gw], True where edited"
         raise ValueError(said) if kind == "bool" else TypeError(said)
-    return mask if isinstance(mask, Tensor) else torch.tensor(mask)
+    return mask
 
 
 def _scope(name: str, wanted: object, words: tuple[str, ...]) -> str | tuple[int, ...]:

@@ -152,6 +152,9 @@ class EditorController:
         self._histories: dict[int, History] = {}  # by picture
         # The fingerprint is part of each key: after teaching, the model is another one.
         self._sigmoid = lru_cache(CACHED)(lambda _, *asked: session.sigmoid(*asked))
+        self._own = lru_cache(CACHED)(
+            lambda heads, *place: self._sigmoid(*place)[list(heads)].mean(axis=0)
+        )
         self._unedited = lru_cache(CACHED)(lambda _, index: session.outcome(index))
         self._edited: tuple[tuple[str, int, AttentionEdit], Outcome] | None = None
         self.open(index)
@@ -191,14 +194,16 @@ class EditorController:
     @property
     def own_by_head(self) -> np.ndarray:
         """The model's own map in the shown block, float32 [heads, gh, gw]."""
-        place = (self.index, self.block, self.scope["offset"])
-        return self._sigmoid(self.session.fingerprint, *place)
+        return self._sigmoid(*self._place)
+
+    @property
+    def _place(self) -> tuple[str, int, int, str]:
+        return self.session.fingerprint, self.index, self.block, self.scope["offset"]
 
     @property
     def own(self) -> np.ndarray:
         """`own_by_head`, the mean of the chosen heads, float32 [gh, gw]."""
-        chosen = resolve_heads(self.scope["heads"], self.session.num_heads)
-        return self.own_by_head[list(chosen)].mean(axis=0)
+        return self._own(resolve_heads(self.scope["heads"], self.session.num_heads), *self._place)
 
     @property
     def base(self) -> np.ndarray:
@@ -309,7 +314,9 @@ class EditorController:
 
         Half the sum of absolute differences, over patches and class token, mean of the heads.
         """
-        before, after = self.outcome()
+        return self._moved(*self.outcome())
+
+    def _moved(self, before: Outcome, after: Outcome) -> float:
         cells = np.abs(after.attention[self.block] - before.attention[self.block]).sum()
         kept = abs(after.class_token[self.block] - before.class_token[self.block])
         return float(cells + kept) / 2
@@ -319,10 +326,10 @@ class EditorController:
         before, after = self.outcome()
         first, now = int(before.probabilities.argmax()), int(after.probabilities.argmax())
         name, true = self.session.classes[first], self.shown.label
-        if self.edit().is_empty:
+        if before is after:
             right = "that is right" if first == true else f"it is {self.shown.class_name}"
             return f"The model says {name} ({before.probabilities[first]:.2f}); {right}."
-        share = f"{self.moved():.2f} of the attention moved."
+        share = f"{self._moved(before, after):.2f} of the attention moved."
         if first == now:
             return f"The prediction stays {name} ({after.probabilities[now]:.2f}); {share}"
         turn = " It is right now." if now == true else " It was right before." * (first == true)

@@ -1,4 +1,4 @@
-"""The mathematics of an attention edit: pure tensors, no model.
+"""An attention edit and its mathematics: arrays in, tensors inside, no model.
 
 A query row of attention logits `x` (scaled by 1/sqrt(head dim)) is read by a person through a
 sigmoid, s = sigmoid(x - c) in (0, 1), edited there, and carried back through the inverse sigmoid,
@@ -9,16 +9,22 @@ the constant c (`offset`) and the rule that an unedited cell keeps its own logit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 # An edit of exactly 0 or 1 has an infinite logit; it is clamped to EPS and 1 - EPS, which is
 # -13.8 and +13.8 and representable in float32 on both sides.
 EPS = 1e-6
+
+_brief = reprlib.Repr()
+_brief.maxstring = 80
+brief = _brief.repr  # quotes what somebody gave without repeating megabytes of it
 
 # The same edit, wider rung by rung: where it is made. One class row of one block at first.
 LADDER: dict[str, dict[str, str]] = {
@@ -62,7 +68,7 @@ def sigmoid_attention(logits: Tensor, offset: str, num_prefix: int) -> Tensor:
     return torch.sigmoid(centred[..., num_prefix:])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionEdit:
     """What a person asks of the attention: where, which values, and in which part of the model.
 
@@ -71,30 +77,71 @@ class AttentionEdit:
     - `[P]` or `[gh, gw]`: the same edit for every image of the batch,
     - `[B, P]` or `[B, gh, gw]`: one edit an image,
     - `[B, H, P]`: one edit an image and head, H = all heads of the model.
+
+    Both may be NumPy arrays, and are tensors afterwards: copies on the mask's device. Indices of
+    blocks and heads are sorted, so that two edits that ask for the same compare equal.
+
+    Raises:
+        TypeError, ValueError: names the field, what it holds, and what it may hold.
     """
 
-    mask: Tensor  # bool; True where the cell is edited
-    values: Tensor | float  # wanted sigmoid attention in [0, 1], shaped like mask; or one number
-    blocks: Literal["last", "last2", "all"] | tuple[int, ...] = "last"
-    heads: Literal["all"] | tuple[int, ...] = "all"
+    mask: Tensor | np.ndarray  # bool; True where the cell is edited
+    # Wanted sigmoid attention in [0, 1], shaped like mask, or one number; kept in float32 (tensors
+    # of float64 as they are), 0 where nothing is edited.
+    values: Tensor | np.ndarray | float
+    blocks: str | Sequence[int] = "last"  # "last", "last2", "all", or indices (-1: the last)
+    heads: str | Sequence[int] = "all"  # "all" or indices (-1: the last)
     queries: Literal["cls", "all"] = "cls"  # rows the classifier reads, or the rows of all tokens
-    offset: Literal["none", "centred"] = "none"
+    offset: Literal["none", "centred"] = "none"  # see `row_offset`
 
     def __post_init__(self) -> None:
-        if self.mask.dtype != torch.bool:
-            raise TypeError(f"mask is {self.mask.dtype}; pass a bool tensor, True where edited")
-        values = torch.as_tensor(self.values, device=self.mask.device)
-        values = values.double() if values.dtype == torch.float64 else values.float()
-        values = values.broadcast_to(self.mask.shape)
-        asked = values[self.mask]
-        if not bool(((asked >= 0) & (asked <= 1)).all()):
-            worst = asked[~((asked >= 0) & (asked <= 1))][0].item()
-            raise ValueError(f"an edited value is {worst:g}; sigmoid attention is between 0 and 1")
-        if self.queries not in ("cls", "all"):
-            raise ValueError(f'queries is "{self.queries}"; use "cls" or "all"')
-        if self.offset not in ("none", "centred"):
-            raise ValueError(f'offset is "{self.offset}"; use "none" or "centred"')
-        object.__setattr__(self, "values", values)
+        mask, values = _mask(self.mask), self.values
+        if not isinstance(values, Tensor):
+            try:
+                values = torch.from_numpy(np.array(values, dtype=np.float32))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"values is {brief(values)}; give numbers, one a cell") from error
+        elif values.dtype != torch.float64:
+            values = values.float()
+        if values.ndim and values.shape != mask.shape:
+            raise ValueError(
+                f"values is {list(values.shape)}, but mask is {list(mask.shape)}; "
+                "give one value a cell"
+            )
+        values = torch.where(mask, values.to(mask.device), 0.0)
+        low, high = (end.item() for end in values.aminmax())
+        if not (low >= 0 and high <= 1):  # NaN is outside too
+            worst = values[~((values >= 0) & (values <= 1))][0].item()
+            raise ValueError(f"values holds {worst:g} on an edited cell; give 0 to 1")
+        for name, words in (("queries", ("cls", "all")), ("offset", ("none", "centred"))):
+            if getattr(self, name) not in words:
+                raise ValueError(f"{name} is {brief(getattr(self, name))}; use {_either(words)}")
+        vars(self).update(  # frozen for everybody else
+            mask=mask,
+            values=values,
+            blocks=_scope("blocks", self.blocks, ("last", "last2", "all")),
+            heads=_scope("heads", self.heads, ("all",)),
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, AttentionEdit):
+            return NotImplemented
+        return (
+            torch.equal(self.mask.cpu(), other.mask.cpu())
+            and torch.equal(self.values.cpu().double(), other.values.cpu().double())
+            and (self.blocks, self.heads, self.queries, self.offset)
+            == (other.blocks, other.heads, other.queries, other.offset)
+        )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(gh, gw) of an edit on `[gh, gw]`: the patches of the model."""
+        return tuple(self.mask.shape)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no cell is edited."""
+        return not self.mask.any()
 
     def per_head(self, batch: int, heads: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Mask and values for one forward pass.
@@ -131,6 +178,40 @@ class AttentionEdit:
         return mask.expand(batch, heads, patches), values.expand(batch, heads, patches)
 
 
+def _mask(mask: Tensor | np.ndarray) -> Tensor:
+    mask = mask.clone() if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
+    if mask.dtype != torch.bool or 0 in mask.shape:
+        kind, shape = str(mask.dtype).removeprefix("torch."), list(mask.shape)
+        said = f"mask is {kind} {shape}; give bool [gh, gw] or [B, gh, gw], True where edited"
+        raise ValueError(said) if kind == "bool" else TypeError(said)
+    return mask
+
+
+def _scope(name: str, wanted: object, words: tuple[str, ...]) -> str | tuple[int, ...]:
+    """A word as it is, or indices as a sorted tuple of int."""
+    if isinstance(wanted, str) and wanted in words:
+        return wanted
+    if isinstance(wanted, tuple | list) and wanted and all(map(is_index, wanted)):
+        indices = tuple(sorted(int(index) for index in wanted))
+        if len(set(indices)) == len(indices):
+            return indices
+    raise ValueError(f"{name} is {brief(wanted)}; use {_either(words)} or different indices")
+
+
+def is_index(value: object) -> bool:
+    """Whether a value is a whole number; True and False are none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def is_share(value: object) -> bool:
+    """Whether a value is a number from 0 to 1; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _either(words: Iterable[str]) -> str:
+    return " or ".join(f'"{word}"' for word in words)
+
+
 def resolve_blocks(blocks: str | tuple[int, ...], depth: int) -> tuple[int, ...]:
     """Block names to indices: "last", "last2", "last4", "all", or indices (negative from the end).
 
@@ -139,13 +220,7 @@ def resolve_blocks(blocks: str | tuple[int, ...], depth: int) -> tuple[int, ...]
     """
     counts = {"last": 1, "last2": 2, "last4": 4, "all": depth}
     words = {word: tuple(range(max(depth - n, 0), depth)) for word, n in counts.items()}
-    if isinstance(blocks, str):
-        if blocks not in words:
-            raise ValueError(
-                f'blocks is "{blocks}"; use "last", "last2", "last4", "all" or indices'
-            )
-        return words[blocks]
-    return _indices("block", blocks, depth)
+    return _in_model("block", blocks, words, depth)
 
 
 def resolve_heads(heads: str | tuple[int, ...], count: int) -> tuple[int, ...]:
@@ -154,14 +229,16 @@ def resolve_heads(heads: str | tuple[int, ...], count: int) -> tuple[int, ...]:
     Raises:
         ValueError: for an unknown word or an index outside the model.
     """
-    if isinstance(heads, str):
-        if heads != "all":
-            raise ValueError(f'heads is "{heads}"; use "all" or indices')
-        return tuple(range(count))
-    return _indices("head", heads, count)
+    return _in_model("head", heads, {"all": tuple(range(count))}, count)
 
 
-def _indices(what: str, wanted: tuple[int, ...], count: int) -> tuple[int, ...]:
+def _in_model(
+    what: str, wanted: str | tuple[int, ...], words: dict[str, tuple[int, ...]], count: int
+) -> tuple[int, ...]:
+    if isinstance(wanted, str):
+        if wanted not in words:
+            raise ValueError(f'{what}s is "{wanted}"; use {_either(words)} or indices')
+        return words[wanted]
     for index in wanted:
         if not -count <= index < count:
             raise ValueError(f"{what} {index} is named, but the model has {count} {what}s")

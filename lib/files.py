@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -75,3 +75,29 @@ def make_folder(path: Path) -> None:
         raise StorageError(
             f"{path} cannot be made ({error.strerror}); name a folder that can be written"
         ) from error
+
+
+@contextmanager
+def claimed(paths: Iterable[Path]) -> Iterator[Path]:
+    """The first of these paths where nothing is, nobody else's while the context lasts.
+
+    Several processes may claim at once. Who makes the mark beside a path owns it, the others go on
+    to the next. Only the owner makes the file, so looking for it after the claim is safe.
+
+    Raises:
+        StorageError: all are taken.
+    """
+    path = None
+    for path in paths:
+        mark = path.with_name(f".{path.name}.part")
+        try:
+            mark.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        try:
+            if not path.exists():
+                yield path
+                return
+        finally:
+            mark.unlink(missing_ok=True)
+    raise StorageError(f"no name is free up to {path}; use another folder")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import re
@@ -23,13 +22,13 @@ from hypothesis.extra import numpy as hnp
 from lib.data.corrections import (
     MAX_BYTES,
     Correction,
-    Edit,
-    FeedbackError,
+    CorrectionError,
     Skipped,
     _to_fields,
     load_corrections,
     save_correction,
 )
+from lib.edit import AttentionEdit
 
 ROOT = Path(__file__).resolve().parents[1]
 TIME = "2026-08-01T12:34:56Z"
@@ -38,8 +37,8 @@ VALUES = np.array([[0.25, 0, 0], [0, 0, 1]], np.float32)
 PNG = b"\x89PNG\r\n\x1a\n and what follows"
 
 
-def edit(**fields) -> Edit:
-    return Edit(**{"mask": MASK, "values": VALUES, **fields})
+def edit(**fields) -> AttentionEdit:
+    return AttentionEdit(**{"mask": MASK, "values": VALUES, **fields})
 
 
 def correction(**fields) -> Correction:
@@ -59,9 +58,9 @@ indices = st.lists(st.integers(0, 40), min_size=1, max_size=5, unique=True).map(
 
 
 @st.composite
-def edits(draw) -> Edit:
+def edits(draw) -> AttentionEdit:
     shape = draw(st.tuples(st.integers(1, 6), st.integers(1, 6)))
-    return Edit(
+    return AttentionEdit(
         mask=draw(hnp.arrays(bool, shape)),
         values=draw(hnp.arrays(np.float32, shape, elements=st.floats(0, 1, width=32))),
         blocks=draw(st.sampled_from(["last", "last2", "all"]) | indices),
@@ -71,80 +70,20 @@ def edits(draw) -> Edit:
     )
 
 
-# ------------------------------------------------------------------------------------------ edits
+# ------------------------------------------------------------------------------------ corrections
 
 
-def test_an_edit_copies_its_arrays_and_clears_what_is_not_masked():
-    mask, values = MASK.copy(), np.full((2, 3), 0.5)
-    values[0, 1] = np.nan  # not masked: nobody asks for it
-    found = Edit(mask, values)
-    mask[:], values[:] = True, 0.9
-    assert found.mask.tolist() == MASK.tolist()
-    assert found.values.tolist() == [[0.5, 0, 0], [0, 0, 0.5]]
-    assert found.mask.dtype == bool and found.values.dtype == np.float32
-    assert found.grid == (2, 3)
-    for array in (found.mask, found.values):
-        with pytest.raises(ValueError, match="read-only"):
-            array[0, 0] = 0
-
-
-def test_an_edit_is_empty_where_no_cell_is_masked():
-    assert edit(mask=np.zeros((2, 3), bool)).is_empty
-    assert not edit().is_empty
-
-
-def test_equal_edits_compare_equal_and_others_do_not():
-    assert edit() == edit() == copy.deepcopy(edit())
-    assert edit(heads=[2, 0], blocks=np.array([3, -1]).tolist()) == edit(
-        heads=(0, np.int64(2)), blocks=(-1, 3)
-    )
+def test_equal_corrections_compare_equal_and_others_do_not():
     assert correction() == correction()
-    other_mask = MASK.copy()
-    other_mask[0, 1] = True  # its value is 0, so only the mask differs
     for fields in (
-        {"mask": other_mask},
-        {"values": VALUES / 2},
         {"mask": MASK.T, "values": VALUES.T},
+        {"values": VALUES / 2},
         {"blocks": "all"},
         {"heads": (1,)},
         {"queries": "all"},
         {"offset": "centred"},
     ):
-        assert edit(**fields) != edit()
         assert correction(edit=edit(**fields)) != correction()
-    assert edit() != "an edit"
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"mask": MASK.astype(int)}, "mask is int64 [2, 3]; give bool [gh, gw]"),
-        ({"mask": MASK.ravel()}, "mask is bool [6]; give bool [gh, gw]"),
-        ({"mask": np.zeros((0, 3), bool)}, "mask is bool [0, 3]"),
-        ({"values": VALUES.T}, "values is [3, 2], but mask is [2, 3]; give one value a cell"),
-        ({"values": VALUES.ravel()}, "values is [6], but mask is [2, 3]"),
-        ({"values": "half"}, "values is 'half'; give numbers"),
-        ({"values": VALUES + 0.5}, "values holds 1.5 on an edited cell; give 0 to 1"),
-        ({"values": VALUES - 0.5}, "values holds -0.25 on an edited cell"),
-        ({"values": np.full((2, 3), np.nan)}, "values holds nan on an edited cell"),
-        ({"values": np.full((2, 3), np.inf)}, "values holds inf on an edited cell"),
-        ({"blocks": "first"}, 'blocks is \'first\'; use "last" or "last2" or "all" or different'),
-        ({"blocks": ()}, "blocks is ()"),
-        ({"blocks": (1, 1)}, "blocks is (1, 1)"),
-        ({"blocks": 3}, "blocks is 3"),
-        ({"blocks": (True,)}, "blocks is (True,)"),
-        ({"heads": (0.0,)}, "heads is (0.0,)"),
-        ({"heads": ()}, 'heads is (); use "all" or different indices from 0'),
-        ({"heads": (-1, 0)}, "heads is (-1, 0)"),
-        ({"heads": (0, 0)}, "heads is (0, 0)"),
-        ({"heads": "last"}, "heads is 'last'"),
-        ({"queries": "patches"}, 'queries is \'patches\'; use "cls" or "all"'),
-        ({"offset": None}, 'offset is None; use "none" or "centred"'),
-    ],
-)
-def test_an_edit_that_makes_no_sense_is_refused(fields, message):
-    with pytest.raises(FeedbackError, match=re.escape(message)):
-        edit(**fields)
 
 
 def test_a_correction_of_now_has_the_time_in_utc_and_seconds():
@@ -171,11 +110,19 @@ def test_times_of_any_zone_are_kept_in_utc(time):
         ({"image_id": ""}, "image_id is empty; name the picture"),
         ({"image_id": 7}, "image_id is 7; give a text"),
         ({"author": None}, "author is None; give a text"),
-        ({"edit": "look left"}, "edit is a str; give an Edit"),
+        ({"edit": "look left"}, "edit is a str; give an AttentionEdit"),
+        (
+            {"edit": AttentionEdit(MASK.ravel(), VALUES.ravel())},
+            "mask is bool [6]; give bool [gh, gw]",
+        ),
+        (
+            {"edit": AttentionEdit(MASK, VALUES, heads=(-1, 0))},
+            'heads is [-1, 0]; use "all" or different indices from 0',
+        ),
     ],
 )
 def test_a_correction_that_makes_no_sense_is_refused(fields, message):
-    with pytest.raises(FeedbackError, match=re.escape(message)):
+    with pytest.raises(CorrectionError, match=re.escape(message)):
         correction(**fields)
 
 
@@ -204,7 +151,7 @@ def test_what_was_saved_is_loaded(given_edit, image_id, class_name, author, note
         assert re.fullmatch(name, path.name) and path.parent == Path(folder)
         assert path.read_bytes().count(b"\n") == 1
         (loaded,), skipped = load_corrections(folder)
-    rounded = np.round(given_edit.values.astype(np.float64), 4)
+    rounded = np.round(given_edit.values.numpy().astype(np.float64), 4)
     assert loaded == replace(saved, edit=replace(given_edit, values=rounded))
     assert skipped == []
 
@@ -255,7 +202,7 @@ def test_ids_that_look_alike_made_safe_do_not_meet(tmp_path):
 
 
 def test_a_correction_too_large_to_load_is_not_saved(tmp_path):
-    with pytest.raises(FeedbackError, match=r"'7' takes 4\.2 MB, but a file may have 4\.2 MB"):
+    with pytest.raises(CorrectionError, match=r"'7' takes 4\.2 MB, but a file may have 4\.2 MB"):
         save_correction(correction(note="n" * MAX_BYTES), tmp_path)
     assert names(tmp_path) == []
 
@@ -384,18 +331,18 @@ def test_a_missing_folder_and_an_empty_one(tmp_path):
         ({"values": ["1", *[None] * 4, 1]}, "values holds '1' at 0; expected 0 to 1"),
         ({"blocks": "first"}, "blocks is 'first'; use"),
         ({"blocks": [1.5]}, "blocks is [1.5]; use"),
-        ({"blocks": 1}, "blocks is 1; expected a text or a list"),
+        ({"blocks": 1}, "blocks is 1; use"),
         ({"heads": []}, "heads is []; use"),
         ({"heads": [-1]}, "heads is [-1]; use"),
         ({"queries": "q" * 10**6}, "queries is 'qqq"),
         ({"offset": "left"}, "offset is 'left'; use"),
-        ({"image_id": 7}, "image_id is 7; expected a text"),
+        ({"image_id": 7}, "image_id is 7; give a text"),
         ({"image_id": ""}, "image_id is empty"),
         ({"time": "noon"}, "time is 'noon'; give ISO 8601"),
         *(({name: ...}, f"{name} is missing") for name in ("image_id", "class_name", "grid")),
         *(({name: ...}, f"{name} is missing") for name in ("mask", "values", "blocks", "heads")),
         *(({name: ...}, f"{name} is missing") for name in ("queries", "offset", "model", "note")),
-        *(({name: None}, f"{name} is None; expected a text") for name in ("author", "time")),
+        *(({name: None}, f"{name} is None; give a text") for name in ("author", "time")),
     ],
 )
 def test_a_damaged_file_is_skipped_with_the_reason(tmp_path, changes, reason):
@@ -484,44 +431,33 @@ def test_other_files_are_none_of_its_business(tmp_path):
     assert load_corrections(tmp_path) == ([correction()], [])
 
 
-def test_corrections_of_another_model_or_data_set_are_skipped(tmp_path):
+def test_corrections_on_another_grid_are_skipped(tmp_path):
     big = edit(mask=np.ones((4, 4), bool), values=np.ones((4, 4)))
-    ours, grid, model, unknown = (
-        save_correction(one, tmp_path)
-        for one in (
-            at(1, image_id="1"),
-            at(2, image_id="2", edit=big),
-            at(3, image_id="3", model="cd34"),
-            at(4, image_id="<b>4"),
-        )
-    )
-    loaded, skipped = load_corrections(tmp_path, (2, 3), "ab12", ["1", "2", "3"])
+    ours = save_correction(at(1, image_id="1"), tmp_path)
+    grid = save_correction(at(2, image_id="2", edit=big), tmp_path)
+    loaded, skipped = load_corrections(tmp_path, (2, 3))
     assert loaded == [at(1, image_id="1")] and ours.exists()
-    assert skipped == [
-        Skipped(grid, "grid is 4 x 4, but the model has 2 x 3 patches"),
-        Skipped(model, "model is 'cd34', but the weights are 'ab12'"),
-        Skipped(unknown, "image_id is '<b>4', which is not in the data set"),
-    ]
-    assert len(load_corrections(tmp_path)[0]) == 4  # nothing given, nothing compared
+    assert skipped == [Skipped(grid, "grid is 4 x 4, but the model has 2 x 3 patches")]
+    assert len(load_corrections(tmp_path)[0]) == 2  # nothing given, nothing compared
 
 
 def test_the_newest_usable_correction_of_a_picture_counts(tmp_path):
     scopes = [{}, {"heads": (1,)}, {"blocks": "all"}, {}]
     in_order = [at(second, edit=edit(**scope)) for second, scope in enumerate(scopes)]
     others = [at(9, image_id="8"), at(0, image_id="6")]
-    stale = at(30, model="cd34")
+    stale = at(30, edit=edit(mask=MASK.T, values=VALUES.T))
     paths = {}
     for name, one in zip("abcde", [*reversed(in_order), stale], strict=True):
         # Saved in no order of time, and renamed: the time inside the file counts
         paths[one.time] = save_correction(one, tmp_path).rename(tmp_path / f"{name}.json")
     for one in others:
         save_correction(one, tmp_path)
-    loaded, skipped = load_corrections(tmp_path, model="ab12")
+    loaded, skipped = load_corrections(tmp_path, grid=(2, 3))
     assert loaded == [others[1], in_order[3], others[0]]
     winner = paths[in_order[3].time].name
     assert skipped == [
         *(Skipped(paths[one.time], f"replaced by {winner}") for one in in_order[2::-1]),
-        Skipped(paths[stale.time], "model is 'cd34', but the weights are 'ab12'"),
+        Skipped(paths[stale.time], "grid is 3 x 2, but the model has 2 x 3 patches"),
     ]
 
 

@@ -1,7 +1,11 @@
-"""The mathematics of an edit, on tensors."""
+"""The mathematics of an edit, on tensors, and what an edit may be."""
 
 from __future__ import annotations
 
+import copy
+import re
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -17,6 +21,8 @@ from lib.edit import (
     sigmoid_attention,
 )
 
+MASK = np.array([[True, False, False], [False, False, True]])
+VALUES = np.array([[0.25, 0, 0], [0, 0, 1]], np.float32)
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 OFFSETS = ["none", "centred"]
 
@@ -138,7 +144,7 @@ def test_edit_shapes_reach_the_heads_that_are_named():
         (lambda m: AttentionEdit(m, 0.0, offset="mean"), ValueError, "mean"),
         (lambda m: AttentionEdit(m, 0.0).per_head(1, 2, (3, 3)), ValueError, "3 x 3"),
         (lambda m: AttentionEdit(m, 0.0, heads=(4,)).per_head(1, 4, (2, 2)), ValueError, "head 4"),
-        (lambda m: AttentionEdit(m, 0.0, heads=()).per_head(1, 4, (2, 2)), ValueError, "no head"),
+        (lambda m: resolve_heads((), 4), ValueError, "no head"),
         (lambda m: resolve_blocks("first", 4), ValueError, "first"),
         (lambda m: resolve_blocks((4,), 4), ValueError, "block 4"),
         (lambda m: resolve_heads("some", 4), ValueError, "some"),
@@ -164,3 +170,91 @@ def test_blocks_by_name_and_from_the_end():
     assert resolve_blocks("last2", 1) == (0,)
     assert resolve_blocks("all", 3) == (0, 1, 2)
     assert resolve_blocks((-1, 0, 3), 4) == (0, 3)
+
+
+# --------------------------------------------------------------------------------- what it may be
+
+
+def edit(**fields) -> AttentionEdit:
+    return AttentionEdit(**{"mask": MASK, "values": VALUES, **fields})
+
+
+@pytest.mark.parametrize("given", [np.asarray, torch.tensor])
+def test_an_edit_copies_its_arrays_and_clears_what_is_not_masked(given):
+    mask, values = given(MASK.copy()), given(np.full((2, 3), 0.5, np.float32))
+    values[0, 1] = np.nan  # not masked: nobody asks for it
+    found = AttentionEdit(mask, values)
+    mask[:], values[:] = True, 0.9
+    assert found.mask.tolist() == MASK.tolist()
+    assert found.values.tolist() == [[0.5, 0, 0], [0, 0, 0.5]]
+    assert found.mask.dtype == torch.bool and found.values.dtype == torch.float32
+    assert found.grid == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        (VALUES.astype(float), torch.float32),
+        (torch.tensor(VALUES).half(), torch.float32),
+        (torch.tensor(VALUES).double(), torch.float64),
+        (0.5, torch.float32),
+    ],
+)
+def test_values_are_kept_in_float32_unless_a_tensor_asks_for_more(values, dtype):
+    assert edit(values=values).values.dtype == dtype
+
+
+def test_an_edit_is_empty_where_no_cell_is_masked():
+    assert edit(mask=np.zeros((2, 3), bool)).is_empty
+    assert not edit().is_empty
+
+
+def test_equal_edits_compare_equal_and_others_do_not():
+    assert edit() == edit() == copy.deepcopy(edit())
+    assert edit(heads=[2, 0], blocks=np.array([3, -1]).tolist()) == edit(
+        heads=(0, np.int64(2)), blocks=(-1, 3)
+    )
+    other_mask = MASK.copy()
+    other_mask[0, 1] = True  # its value is 0, so only the mask differs
+    for fields in (
+        {"mask": other_mask},
+        {"values": VALUES / 2},
+        {"mask": MASK.T, "values": VALUES.T},
+        {"blocks": "all"},
+        {"heads": (1,)},
+        {"queries": "all"},
+        {"offset": "centred"},
+    ):
+        assert edit(**fields) != edit()
+    assert edit() != "an edit"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mask": MASK.astype(int)}, "mask is int64 [2, 3]; give bool [gh, gw]"),
+        ({"mask": torch.tensor(MASK).int()}, "mask is int32 [2, 3]; give bool [gh, gw]"),
+        ({"mask": np.zeros((0, 3), bool)}, "mask is bool [0, 3]"),
+        ({"values": VALUES.T}, "values is [3, 2], but mask is [2, 3]; give one value a cell"),
+        ({"values": VALUES.ravel()}, "values is [6], but mask is [2, 3]"),
+        ({"values": "half"}, "values is 'half'; give numbers"),
+        ({"values": VALUES + 0.5}, "values holds 1.5 on an edited cell; give 0 to 1"),
+        ({"values": VALUES - 0.5}, "values holds -0.25 on an edited cell"),
+        ({"values": np.full((2, 3), np.nan)}, "values holds nan on an edited cell"),
+        ({"values": np.full((2, 3), np.inf)}, "values holds inf on an edited cell"),
+        ({"blocks": "first"}, 'blocks is \'first\'; use "last" or "last2" or "all" or different'),
+        ({"blocks": ()}, "blocks is ()"),
+        ({"blocks": (1, 1)}, "blocks is (1, 1)"),
+        ({"blocks": 3}, "blocks is 3"),
+        ({"blocks": (True,)}, "blocks is (True,)"),
+        ({"heads": (0.0,)}, "heads is (0.0,)"),
+        ({"heads": ()}, 'heads is (); use "all" or different indices'),
+        ({"heads": (0, 0)}, "heads is (0, 0)"),
+        ({"heads": "last"}, "heads is 'last'"),
+        ({"queries": "patches"}, 'queries is \'patches\'; use "cls" or "all"'),
+        ({"offset": None}, 'offset is None; use "none" or "centred"'),
+    ],
+)
+def test_an_edit_that_makes_no_sense_is_refused(fields, message):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        edit(**fields)

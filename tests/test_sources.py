@@ -15,12 +15,13 @@ from scipy.io import savemat
 
 from lib.config import DataConfig
 from lib.data import splits
-from lib.data.corrections import Correction, Edit, save_correction
+from lib.data.corrections import Correction, save_correction
 from lib.data.cub import CUB2011, gaze_files
 from lib.data.dataset import make_dataset, read_records
 from lib.data.maps import box_map, fixation_map
 from lib.data.pictures import picture_size, read_picture
 from lib.data.sources import choose_split
+from lib.edit import AttentionEdit
 
 GRID = (3, 4)
 PLAIN = (0.0,) * 3, (1.0,) * 3
@@ -291,7 +292,7 @@ def corrections(folder: Path, image_id: int) -> Path:
     mask[0, 0] = mask[-1, -1] = True
     values = np.zeros(GRID, np.float32)
     values[-1, -1] = 1
-    edit = Edit(mask, values)
+    edit = AttentionEdit(mask, values)
     save_correction(Correction.now(str(image_id), edit, "0123", "me"), folder)
     (folder / "broken.json").write_text("{")
     return folder

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.config import DataConfig, preset
-from lib.data.corrections import Edit, load_corrections, save_correction
+from lib.data.corrections import load_corrections, save_correction
 from lib.data.dataset import BirdDataset, decoy_cover, make_dataset
+from lib.edit import AttentionEdit
 from lib.evaluation.per_image import per_image
 from lib.experiments.simulate import shuffled, simulated_corrections, simulated_teaching
 from lib.losses import CORRECTION_LOSSES, HALF, LOSSES, correction_loss, mass
@@ -220,7 +221,9 @@ def test_every_architecture_can_be_taught(any_model):
     images = images_for(any_model, 3)
     cells = np.zeros(any_model.grid, bool)
     cells.flat[:3] = True
-    edit = Edit(cells, np.where(cells, [0.0] * (cells.shape[1] - 1) + [0.9], 0), blocks="all")
+    edit = AttentionEdit(
+        cells, np.where(cells, [0.0] * (cells.shape[1] - 1) + [0.9], 0), blocks="all"
+    )
     asked = targets([edit], any_model, 1)
     tokens, labels = any_model.tokens(images, 1), torch.tensor([1, 4])
     found = teach_terms(
@@ -297,8 +300,8 @@ def test_blocks_heads_and_offset_of_an_edit_are_kept(model):
     mask = np.zeros((8, 8), bool)
     mask[2, 3] = True
     edits = [
-        Edit(mask, 0.2 * mask, blocks=(0, 2), heads=(1,)),
-        Edit(~mask, 0.7 * ~mask, blocks="all", offset="centred"),
+        AttentionEdit(mask, 0.2 * mask, blocks=(0, 2), heads=(1,)),
+        AttentionEdit(~mask, 0.7 * ~mask, blocks="all", offset="centred"),
     ]
     asked = targets(edits, model, start=1)
     assert asked["share"].tolist() == [[[0, 0], [0, 1]], [[0.25, 0.25], [0.25, 0.25]]]
@@ -354,7 +357,9 @@ def test_corrections_that_cannot_be_taught_are_named_with_the_reason(model, bird
     bad = []
     for name, (cells, scope, _) in wrong.items():
         image_id = name if name == "nowhere" else other.image_id
-        bad.append(replace(other, image_id=image_id, edit=Edit(cells, 0.5 * cells, **scope)))
+        bad.append(
+            replace(other, image_id=image_id, edit=AttentionEdit(cells, 0.5 * cells, **scope))
+        )
     before = state(model)
     teacher = Teacher(model, birds, QUICK)
     with pytest.raises(NothingToTeach, match=r"none of the 6 corrections .*nowhere.*paint"):
@@ -473,7 +478,7 @@ def test_pictures_without_decoys_or_fixations_are_compared_by_cc(cub):
     mask[0] = True
     birds = simulated_corrections(toy("train", 1), [0])
     correction = replace(
-        birds[0], image_id=str(train.table["image_id"][0]), edit=Edit(mask, 0.9 * mask)
+        birds[0], image_id=str(train.table["image_id"][0]), edit=AttentionEdit(mask, 0.9 * mask)
     )
     teacher.teach([correction])
     table = teacher.before_after(test)
@@ -499,10 +504,10 @@ def test_simulated_corrections_paint_decoy_and_bird_and_can_be_saved(birds, tmp_
         edit = correction.edit
         assert correction.author == "simulated" and correction.model == "abcd"
         assert correction.image_id == str(birds.table["image_id"][index])
-        decoy = (decoy_cover(birds)[index] > 0.1).numpy().reshape(8, 8)
-        human = birds[index]["human"].numpy().reshape(8, 8)
+        decoy = (decoy_cover(birds)[index] > 0.1).reshape(8, 8)
+        human = birds[index]["human"].reshape(8, 8)
         assert decoy.any() and (edit.values[decoy] == 0).all() and edit.mask[decoy].all()
-        assert np.array_equal(edit.mask, decoy | (human >= 0.3))
+        assert torch.equal(edit.mask, decoy | (human >= 0.3))
         assert (edit.values[edit.mask & ~decoy] == np.float32(0.9)).all()
         save_correction(correction, tmp_path)
     loaded, skipped = load_corrections(tmp_path, grid=birds.grid)

@@ -213,7 +213,7 @@ def painted_maps(folder: Path) -> dict[int, Painted]:
     for file in skipped:
         warnings.warn(f"{file.path} is skipped: {file.reason}", stacklevel=2)
     return {
-        int(one.image_id): Painted(one.edit.values, one.edit.mask)
+        int(one.image_id): Painted(one.edit.values.numpy(), one.edit.mask.numpy())
         for one in corrections
         if one.image_id.isdigit()
     }

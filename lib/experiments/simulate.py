@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from lib.data.corrections import Correction, Edit
+from lib.data.corrections import Correction
 from lib.data.dataset import BirdDataset, conflicting_decoys, decoy_cover
+from lib.edit import AttentionEdit
 from lib.evaluation.per_image import per_image
 from lib.evaluation.tables import summarise
 from lib.model.vit import SigmoidViT
@@ -46,9 +47,10 @@ def simulated_corrections(
         high = (dataset[index]["human"] >= 0.3) & ~low & (not only_low)
         mask, values = (low | high).reshape(dataset.grid), 0.9 * high.reshape(dataset.grid)
         row = dataset.table.iloc[index]
-        edit = Edit(mask.numpy(), values.numpy(), blocks=blocks)
+        edit = AttentionEdit(mask, values, blocks=blocks)
         image_id, class_name = str(row["image_id"]), str(row["class_name"])
-        corrections.append(Correction.now(image_id, edit, model, "simulated", class_name))
+        made = Correction.now(image_id, edit, model, "simulated", class_name=class_name)
+        corrections.append(made)
     return corrections
 
 

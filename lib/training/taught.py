@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from lib.data.corrections import Edit
 from lib.data.dataset import conflicting_decoys
+from lib.edit import AttentionEdit
 from lib.evaluation import metrics
 from lib.model.predict import predict
 from lib.model.vit import SigmoidViT
@@ -36,7 +36,7 @@ class Example:
     image_id: str
     image: np.ndarray  # uint8 [H, W, 3]
     class_name: str
-    edit: Edit | None  # what was asked of a corrected picture
+    edit: AttentionEdit | None  # what was asked of a corrected picture
     predicted: dict[str, str]  # class names
     attention: dict[str, np.ndarray]  # float32 [gh, gw], last block's softmax, mean of heads
 
@@ -120,7 +120,10 @@ def _seen(model: SigmoidViT, group: Group) -> dict[str, Tensor]:
 
 
 def examples(
-    models: dict[str, SigmoidViT], found: dict[str, Group], edits: dict[str, Edit], most: int
+    models: dict[str, SigmoidViT],
+    found: dict[str, Group],
+    edits: dict[str, AttentionEdit],
+    most: int,
 ) -> list[Example]:
     """The last `most` pictures of the first two groups; `edits` are those taught, by image id."""
     shown = []

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lib.config import TrainConfig
-from lib.data.corrections import Correction, Edit
+from lib.data.corrections import Correction
 from lib.data.dataset import BirdDataset
-from lib.edit import resolve_blocks, resolve_heads
+from lib.edit import AttentionEdit, resolve_blocks, resolve_heads
 from lib.losses import CORRECTION_LOSSES, HALF, correction_loss
 from lib.model.vit import SigmoidViT
 from lib.training.learning import (
@@ -392,7 +392,7 @@ def teach_terms(
     return F.cross_entropy(scores[:count].float(), replayed["label"]), attention
 
 
-def targets(edits: Sequence[Edit], model: SigmoidViT, start: int) -> dict[str, Tensor]:
+def targets(edits: Sequence[AttentionEdit], model: SigmoidViT, start: int) -> dict[str, Tensor]:
     """Edits as what the loss needs, C of them.
 
     Returns:
@@ -406,8 +406,8 @@ def targets(edits: Sequence[Edit], model: SigmoidViT, start: int) -> dict[str, T
         heads = list(resolve_heads(edit.heads, model.num_heads))
         one[np.ix_(blocks, heads)] = 1 / (len(blocks) * len(heads))
     return {
-        "wanted": torch.from_numpy(np.stack([edit.values for edit in edits])).flatten(1),
-        "painted": torch.from_numpy(np.stack([edit.mask for edit in edits])).flatten(1),
+        "wanted": torch.stack([edit.values for edit in edits]).flatten(1),
+        "painted": torch.stack([edit.mask for edit in edits]).flatten(1),
         "centred": torch.tensor([edit.offset == "centred" for edit in edits]),
         "share": share[:, start:],
     }

@@ -6,9 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
@@ -16,6 +15,7 @@ import numpy as np
 import traitlets
 
 from lib.widgets.controller import EditorController
+from lib.widgets.controls import STATIC, in_row, make_slider, wide
 from lib.widgets.pixels import (
     COLOURS,
     OPACITY,
@@ -29,8 +29,6 @@ try:
     import anywidget
 except ImportError:  # the tool then has the plain brush
     anywidget = None
-
-STATIC = Path(__file__).parent / "static"
 
 
 def _listed(values: np.ndarray) -> list[float | None]:
@@ -178,27 +176,3 @@ class PlainPaint(widgets.VBox):
 
     def _rectangle(self, controller: EditorController) -> None:
         controller.paint(self.cells, self.brush_value.value)
-
-
-def wide() -> dict[str, Any]:
-    """Style of a control that fills its column, labels aligned."""
-    layout = widgets.Layout(width="auto", min_width="0")
-    return {"layout": layout, "style": {"description_width": "84px"}}
-
-
-def make_slider(text: str, value: float, top: float, step: float = 0.01) -> widgets.FloatSlider:
-    return widgets.FloatSlider(
-        value, description=text, min=0, max=top, step=step, readout_format=".2f", **wide()
-    )
-
-
-def in_row(children: Iterable[widgets.Widget], name: str = "ae-row") -> widgets.HBox:
-    row = widgets.HBox(list(children))
-    row.add_class(name)
-    return row
-
-
-def in_column(children: Iterable[widgets.Widget], name: str) -> widgets.VBox:
-    column = widgets.VBox(list(children))
-    column.add_class(name)
-    return column

@@ -1,35 +1,66 @@
 """The attention editor: paint where the model should look, and see at once what that changes.
 
 `attention_editor(session)` is the whole tool for a notebook. It has three layers, each of use
-without the one after it:
+without the one after it: `EditorController` (all state, the history and the words), `PaintWidget`
+or `PlainPaint` (the picture to paint on), `AttentionEditor` (controls and scores around it).
 
-- `EditorController`: all state, the history and the words; NumPy only, no widget.
-- `PaintWidget`: the picture with the map over it, painted on in the browser (static/editor.js).
-  Where anywidget is absent, `PlainPaint` does its work with sliders and buttons.
-- `AttentionEditor`: one of the two, with controls, scores and buttons around it.
-
-A session is a `LiveSession`, or anything with its methods. Maps are arrays [gh, gw] over
-the patches; a painted map holds NaN where nobody painted. Rows and columns are counted from 1 on
-the screen; blocks and heads from 0, as in an `Edit`.
+Maps are arrays [gh, gw] over the patches; a painted map holds NaN where nobody painted. Rows and
+columns are counted from 1 on the screen; blocks and heads from 0, as in an `AttentionEdit`.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
-import numpy as np
 
-from lib.data.corrections import Edit
+from lib.edit import AttentionEdit
 from lib.widgets import brush
-from lib.widgets.brush import STATIC, PaintWidget, PlainPaint, in_column, in_row, make_slider, wide
-from lib.widgets.controller import EditorController
+from lib.widgets.brush import PaintWidget, PlainPaint
+from lib.widgets.controller import EditorController, Outcome, Session
+from lib.widgets.controls import (
+    Panel,
+    figure_html,
+    in_column,
+    in_row,
+    make_slider,
+    style_sheet,
+    table_html,
+    wide,
+)
 from lib.widgets.pixels import coloured, data_url, heat_url, png
+
+# Buttons below the picture: text, what they do, and a hint.
+OPERATIONS = {
+    "undo": ("Undo", EditorController.undo, "one stroke back"),
+    "redo": ("Redo", EditorController.redo, "one stroke forward again"),
+    "reset": ("Reset", EditorController.reset, "back to the model's own map"),
+    "only_here": (
+        "Only here",
+        EditorController.only_here,
+        "a low value on every cell that is not painted",
+    ),
+    "copy_human": ("Copy human map", EditorController.copy_human, "paint where people looked"),
+    "copy_box": ("Copy box", EditorController.copy_box, "paint the bounding box"),
+}
+
+# Menus of the scope: text, and entries with their values.
+MENUS = {
+    "blocks": {
+        "last block": "last",
+        "last two blocks": "last2",
+        "all blocks": "all",
+        "the shown block": "shown",
+    },
+    "queries": {"class token": "cls", "all tokens": "all"},
+    "offset": {"centred": "centred", "none (the paper)": "none"},
+}
+SLIDERS = ("strength", "sharpness", "suppression")
 
 
 def scores_html(rows: Iterable[dict[str, Any]]) -> str:
@@ -41,59 +72,37 @@ def scores_html(rows: Iterable[dict[str, Any]]) -> str:
             f'<div class="ae-bar ae-{when}" style="width:{100 * row[when]:.1f}%"></div>'
             for when in ("before", "after")
         )
-        numbers = f"<td>{row['before']:.2f}</td><td><b>{row['after']:.2f}</b></td>"
         change = f"{row['change']:+.1f}" if abs(row["change"]) >= 0.05 else "0.0"
-        lines.append(
-            f'<tr><th scope="row">{escape(row["class"])} {mark}</th>'
-            f'<td class="ae-bars">{bars}</td>{numbers}<td>{change}</td></tr>'
-        )
-    head = "".join(f'<th scope="col">{text}</th>' for text in ("before", "after", "points"))
-    return (
-        '<table class="ae-scores"><thead><tr><th scope="col">class</th>'
-        f"<td></td>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-    )
+        numbers = (f"{row['before']:.2f}", f"<b>{row['after']:.2f}</b>", change)
+        title = f"{escape(row['class'])} {mark}"
+        lines.append((title, f'<div class="ae-bars">{bars}</div>', *numbers))
+    return table_html(("class", "", "before", "after", "points"), lines, "ae-scores")
 
 
-def attention_html(maps: dict[str, np.ndarray], class_token: dict[str, float]) -> str:
-    """Softmax maps over the picture, each brightest where it is highest, and their figures.
-
-    Both dicts have the keys "before" and "after".
-    """
+def attention_html(before: Outcome, after: Outcome, block: int) -> str:
+    """Softmax maps over the picture, each brightest where it is highest, and their figures."""
+    maps = {"before": before.attention[block], "after": after.attention[block]}
     figures = "".join(
-        f'<figure><div class="ae-thumb"><img src="{heat_url(values)}" '
-        f'alt="softmax attention {when} the edit"></div><figcaption>{when}</figcaption></figure>'
+        figure_html(heat_url(values), f"softmax attention {when} the edit", when)
         for when, values in maps.items()
     )
-    tops = {when: float(values.max()) for when, values in maps.items()}
-    facts = (("class token keeps", class_token, 2), ("highest cell", tops, 3))
+    kept = (before.class_token[block], after.class_token[block])
+    tops = (values.max() for values in maps.values())
+    facts = (("class token keeps", kept, 2), ("highest cell", tops, 3))
     lines = "".join(
-        f'<div class="ae-dim">{what}</div>'
-        f"<div>{found['before']:.{digits}f} → <b>{found['after']:.{digits}f}</b></div>"
-        for what, found, digits in facts
+        f'<div class="ae-dim">{what}</div><div>{old:.{digits}f} → <b>{new:.{digits}f}</b></div>'
+        for what, (old, new), digits in facts
     )
     return f'<div class="ae-figures">{figures}<div>{lines}</div></div>'
 
 
-def table_html(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows with the same keys as a small table."""
-    head = "".join(f'<th scope="col">{escape(str(name))}</th>' for name in rows[0])
-    body = "".join(f"<tr>{''.join(map(_cell, row.values()))}</tr>" for row in rows)
-    return f'<table class="ae-table"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-
-
-def _cell(value: Any) -> str:
-    shown = f"{value:.3f}" if isinstance(value, float) else str(value)
-    return f"<td>{escape(shown)}</td>"
-
-
-class AttentionEditor(widgets.VBox):
+class AttentionEditor(Panel):
     """The tool that `attention_editor` makes.
 
     Attributes:
         controller: the `EditorController`; after changing it from Python, call `refresh`.
         paint: the `PaintWidget`, or the `PlainPaint`.
-        errors: every exception of a callback, in order; the last one is shown in red.
-        controls: the sliders, menus and buttons by name.
+        errors, controls: see `Panel`.
     """
 
     def __init__(
@@ -104,11 +113,11 @@ class AttentionEditor(widgets.VBox):
         on_teach: Callable[[EditorController], None] | None,
         plain: bool,
     ) -> None:
-        self.controller, self.errors = controller, []
-        self.controls: dict[str, widgets.Widget] = {}
+        super().__init__()
+        self.controller = controller
         self._folder, self._author, self._on_teach = Path(folder), author, on_teach
         self._busy = False  # the tool itself sets its controls; nobody moved them
-        self._laddered: Edit | None = None  # the edit that the shown ladder belongs to
+        self._laddered: AttentionEdit | None = None  # the edit that the shown ladder belongs to
         self._titled: int | None = None  # the picture that the title names
         self._mark = f"ae-{uuid.uuid4().hex[:8]}"  # ties the style of the picture to this tool
         if plain:
@@ -118,21 +127,25 @@ class AttentionEditor(widgets.VBox):
             self.paint = PaintWidget(
                 on_stroke=lambda cells, stroke: self._operate(lambda c: c.stroke(cells, stroke)),
                 on_action=lambda action: self._operate(act[action]),
-                on_error=self._fail,
+                on_error=self.fail,
             )
         names = ("title", "result", "ladder", "notice", "error")
         self._html = {name: widgets.HTML(layout=widgets.Layout(width="auto")) for name in names}
+        dismiss = self.button("dismiss", "Dismiss", self._dismiss)
+        self._error_row = in_row([self._html["error"], dismiss], "ae-error")
+        self._dismiss()
+        buttons = [
+            self.button(name, text, partial(operation, controller), tooltip)
+            for name, (text, operation, tooltip) in OPERATIONS.items()
+        ]
         parts = [
-            in_column([self.paint, *self._paint_buttons()], "ae-left"),
+            in_column([self.paint, in_row(buttons)], "ae-left"),
             in_column([self._html["result"]], "ae-result"),
             in_column(self._settings(), "ae-settings"),
             in_column(self._keeping(), "ae-keeping"),
         ]
-        children = [self._header(), self._error_line(), in_row(parts, "ae-columns")]
-        if plain:  # nobody else brings the style
-            style = (STATIC / "editor.css").read_text(encoding="utf-8")
-            children.insert(0, widgets.HTML(f"<style>{style}</style>"))
-        super().__init__(children)
+        style = [style_sheet()] if plain else []  # else the brush brings it
+        self.children = [*style, self._header(), self._error_row, in_row(parts, "ae-columns")]
         self.add_class("ae-tool")
         self.add_class(self._mark)
         self._show()
@@ -150,77 +163,29 @@ class AttentionEditor(widgets.VBox):
             style={"description_width": "50px"},
         )
         self._watch("picture", number, self.controller.open)
-        previous = self._button("previous", "Previous", lambda: self._step(-1))
-        following = self._button("next", "Next", lambda: self._step(1))
+        previous = self.button("previous", "Previous", lambda: self._step(-1))
+        following = self.button("next", "Next", lambda: self._step(1))
         return in_row([previous, number, following, self._html["title"]], "ae-header")
 
-    def _error_line(self) -> widgets.Widget:
-        dismiss = self._button("dismiss", "Dismiss", self._dismiss)
-        self._error_row = in_row([self._html["error"], dismiss], "ae-error")
-        self._error_row.layout.display = "none"
-        return self._error_row
-
-    def _paint_buttons(self) -> list[widgets.Widget]:
-        operations = {
-            "undo": ("Undo", EditorController.undo, "one stroke back"),
-            "redo": ("Redo", EditorController.redo, "one stroke forward again"),
-            "reset": ("Reset", EditorController.reset, "back to the model's own map"),
-            "only_here": (
-                "Only here",
-                EditorController.only_here,
-                "a low value on every cell that is not painted",
-            ),
-            "copy_human": (
-                "Copy human map",
-                EditorController.copy_human,
-                "paint where people looked",
-            ),
-            "copy_box": ("Copy box", EditorController.copy_box, "paint the bounding box"),
-        }
-        made = [
-            self._button(name, text, partial(operation, self.controller), tooltip)
-            for name, (text, operation, tooltip) in operations.items()
-        ]
-        return [in_row(made)]
-
     def _settings(self) -> list[widgets.Widget]:
-        sliders = {
-            "strength": make_slider("Strength", 1.0, 1.0),
-            "sharpness": make_slider("Sharpness", 1.0, 4.0, 0.1),
-            "suppression": make_slider("Background", 0.0, 1.0),
-        }
-        for name, slider in sliders.items():
+        limits = {"Strength": (1.0, 1.0), "Sharpness": (1.0, 4.0, 0.1), "Background": (0.0, 1.0)}
+        sliders = [make_slider(text, *numbers) for text, numbers in limits.items()]
+        for name, slider in zip(SLIDERS, sliders, strict=True):
             self._watch(name, slider, partial(setattr, self.controller, name))
         depth = self.controller.session.depth
-        blocks = [(f"{k}{' (last)' * (k == depth - 1)}", k) for k in range(depth)]
+        blocks = {f"{k}{' (last)' * (k == depth - 1)}": k for k in range(depth)}
+        scope = self.controller.set_scope
         menus = {
             "block": ("Shown block", blocks, self._show_block),
-            "blocks": (
-                "Edit in",
-                [
-                    ("last block", "last"),
-                    ("last two blocks", "last2"),
-                    ("all blocks", "all"),
-                    ("the shown block", "shown"),
-                ],
-                self._set_blocks,
-            ),
-            "queries": (
-                "Queries",
-                [("class token", "cls"), ("all tokens", "all")],
-                lambda queries: self.controller.set_scope(queries=queries),
-            ),
-            "offset": (
-                "Offset",
-                [("centred", "centred"), ("none (the paper)", "none")],
-                lambda offset: self.controller.set_scope(offset=offset),
-            ),
+            "blocks": ("Edit in", MENUS["blocks"], self._set_blocks),
+            "queries": ("Queries", MENUS["queries"], lambda chosen: scope(queries=chosen)),
+            "offset": ("Offset", MENUS["offset"], lambda chosen: scope(offset=chosen)),
         }
-        for name, (text, options, callback) in menus.items():
-            menu = widgets.Dropdown(options=options, description=text, **wide())
+        for name, (text, entries, callback) in menus.items():
+            menu = widgets.Dropdown(options=list(entries.items()), description=text, **wide())
             self._watch(name, menu, callback)
         grid = in_row([self.controls[name] for name in menus], "ae-menus")
-        return [*sliders.values(), grid, *self._heads()]
+        return [*sliders, grid, *self._heads()]
 
     def _heads(self) -> list[widgets.Widget]:
         """A chip a head, and on request its map above it. No chip pressed means all of them."""
@@ -242,14 +207,14 @@ class AttentionEditor(widgets.VBox):
         note = widgets.Text(description="Note", placeholder="why, for the saved file", **wide())
         self.controls["note"] = note
         buttons = [
-            self._button("ladder", "Ladder", self._ladder, "the same edit in more of the model"),
-            self._button("save", "Save correction", self._save, f"to the folder {self._folder}"),
+            self.button("ladder", "Ladder", self._ladder, "the same edit in more of the model"),
+            self.button("save", "Save correction", self._save, f"to the folder {self._folder}"),
         ]
         buttons[1].button_style = "primary"
         if self._on_teach is not None:
             teach = partial(self._on_teach, self.controller)
             tooltip = "train on the saved corrections"
-            buttons.append(self._button("teach", "Teach", teach, tooltip))
+            buttons.append(self.button("teach", "Teach", teach, tooltip))
         return [note, in_row(buttons), self._html["notice"], self._html["ladder"]]
 
     def _watch(self, name: str, control: widgets.Widget, callback: Callable[[Any], None]) -> None:
@@ -258,42 +223,30 @@ class AttentionEditor(widgets.VBox):
 
         def changed(change: Any) -> None:
             if not self._busy:
-                self._guarded(partial(callback, change["new"]))
-                self.refresh()
+                self.act(partial(callback, change["new"]))
 
         control.observe(changed, "value")
 
-    def _button(
-        self, name: str, text: str, callback: Callable[[], None], tooltip: str = ""
-    ) -> widgets.Button:
-        button = widgets.Button(description=text, tooltip=tooltip)
-        button.on_click(lambda _: (self._guarded(callback), self.refresh()))
-        self.controls[name] = button
-        return button
+    # -- callbacks
 
-    # -- errors
+    def act(self, callback: Callable[[], object]) -> None:
+        """Calls back; whatever becomes of it, the state is then shown."""
+        super().act(callback)
+        super().act(self._show)
 
-    def _guarded(self, callback: Callable[[], None]) -> None:
-        try:
-            callback()
-        except Exception as error:
-            self._fail(error)
+    def refresh(self) -> None:
+        """Shows the state of the controller, after it or the session's model was changed."""
+        self.act(lambda: None)
 
-    def _fail(self, error: Exception) -> None:
-        self.errors.append(error)
-        text = escape(f"{type(error).__name__}: {error}")
-        self._html["error"].value = f'<span role="alert">{text}</span>'
+    def show_error(self, html: str) -> None:
+        self._html["error"].value = html
         self._error_row.layout.display = None
 
     def _dismiss(self) -> None:
         self._error_row.layout.display = "none"
 
-    # -- what the controls do
-
     def _operate(self, operation: Callable[[EditorController], None]) -> None:
-        """An operation on the controller; whatever becomes of it, its state is then shown."""
-        self._guarded(partial(operation, self.controller))
-        self.refresh()
+        self.act(partial(operation, self.controller))
 
     def _step(self, by: int) -> None:
         self.controller.open((self.controller.index + by) % len(self.controller.session))
@@ -313,9 +266,12 @@ class AttentionEditor(widgets.VBox):
         self.controller.set_scope(heads=pressed or "all")
 
     def _ladder(self) -> None:
-        names = {"p_true": "true class"}
-        rungs = [{names.get(k, k): v for k, v in rung.items()} for rung in self.controller.ladder()]
-        self._html["ladder"].value = table_html(rungs)
+        rows = [
+            (escape(rung), escape(prediction), f"{share:.3f}", f"{p_true:.3f}")
+            for rung, prediction, share, p_true in map(dict.values, self.controller.ladder())
+        ]
+        head = ("rung", "prediction", "probability", "true class")
+        self._html["ladder"].value = table_html(head, rows, "ae-table")
         self._laddered = self.controller.edit()
 
     def _save(self) -> None:
@@ -326,10 +282,6 @@ class AttentionEditor(widgets.VBox):
         self._html["notice"].value = f"Saved as {escape(str(path))}"
 
     # -- showing
-
-    def refresh(self) -> None:
-        """Shows the state of the controller, after it or the session's model was changed."""
-        self._guarded(self._show)
 
     def _show(self) -> None:
         controller = self.controller
@@ -354,7 +306,7 @@ class AttentionEditor(widgets.VBox):
             blocks = None
         values = {"picture": controller.index, "block": controller.block, "blocks": blocks}
         values |= {name: scope[name] for name in ("queries", "offset")}
-        values |= {k: getattr(controller, k) for k in ("strength", "sharpness", "suppression")}
+        values |= {name: getattr(controller, name) for name in SLIDERS}
         values["all_heads"] = scope["heads"] == "all"
         for head in range(controller.session.num_heads):
             values[f"head_{head}"] = scope["heads"] != "all" and head in scope["heads"]
@@ -369,8 +321,7 @@ class AttentionEditor(widgets.VBox):
     def _show_heads(self) -> None:
         visible = self.controls["head_maps"].value
         controller = self.controller
-        place = (controller.index, controller.block, controller.scope["offset"])
-        maps = controller.session.sigmoid_heads(*place) if visible else []
+        maps = controller.own_by_head if visible else []
         for thumb in self._thumbs:
             thumb.layout.display = None if visible else "none"
         for thumb, values in zip(self._thumbs, maps, strict=False):
@@ -388,22 +339,16 @@ class AttentionEditor(widgets.VBox):
 
     def _result_html(self) -> str:
         controller = self.controller
-        before, after = controller.outcome()
-        block = controller.block
-        found = {"before": before, "after": after}
-        attention = attention_html(
-            {when: outcome.attention[block] for when, outcome in found.items()},
-            {when: float(outcome.class_token[block]) for when, outcome in found.items()},
-        )
+        attention = attention_html(*controller.outcome(), controller.block)
         return (
             f'<p class="ae-summary">{escape(controller.summary())}</p>'
             f"{scores_html(controller.score_rows())}"
-            f"<h4>Softmax attention of block {block}</h4>{attention}"
+            f"<h4>Softmax attention of block {controller.block}</h4>{attention}"
         )
 
 
 def attention_editor(
-    session: Any,
+    session: Session,
     index: int = 0,
     folder: str | Path = "corrections",
     author: str = "anonymous",

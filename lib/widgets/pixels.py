@@ -8,7 +8,8 @@ import io
 import numpy as np
 from PIL import Image, ImageDraw
 
-EPS = 1e-6  # two sigmoid values this close are the same; lib.edit has the same bound
+from lib.edit import EPS
+
 PREVIEW_SIDE = 448  # pixels of the longer side of a saved preview
 OPACITY = 0.55  # of the map over the picture
 

@@ -3,49 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 import pandas as pd
 import torch
 
-from lib.data.corrections import Edit
 from lib.data.dataset import BirdDataset
 from lib.data.maps import box_map
 from lib.edit import (
-    LADDER,
     AttentionEdit,
     resolve_blocks,
-    resolve_heads,
     sigmoid_attention,
 )
 from lib.model.live import LiveImage
 from lib.model.vit import SigmoidViT
+from lib.widgets.controller import Outcome, Shown
 
 KEPT_IMAGES = 8  # pictures a LiveSession keeps; one of a ViT-S/16 at 224 pixels takes 14 MB
-
-
-@dataclass(frozen=True)
-class Shown:
-    """One picture of a data set, as the editor shows it."""
-
-    index: int  # position in the data set
-    image_id: str
-    image: np.ndarray  # uint8 [H, W, 3], RGB, as large as the model sees it
-    label: int
-    class_name: str
-    human: np.ndarray | None  # float32 [gh, gw] in [0, 1], NaN where not known; None: no map
-    box: np.ndarray | None  # float32 [gh, gw], share of the cell in the bird's box; None: no box
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a model makes of a picture, after an edit if there is one."""
-
-    probabilities: np.ndarray  # float32 [classes]
-    attention: np.ndarray  # float32 [depth, gh, gw]: class row's softmax on patches, mean of heads
-    class_token: np.ndarray  # float32 [depth]: what the class row keeps on the class token itself
 
 
 class LiveSession:
@@ -107,63 +82,31 @@ class LiveSession:
             box=self._box(row),
         )
 
-    def sigmoid(
-        self,
-        index: int,
-        block: int,
-        heads: str | tuple[int, ...] = "all",
-        offset: str = "none",
-    ) -> np.ndarray:
-        """Sigmoid attention of the class row before any edit, mean of heads: float32 [gh, gw]."""
-        chosen = resolve_heads(heads, self.num_heads)
-        return self.sigmoid_heads(index, block, offset)[list(chosen)].mean(axis=0)
-
-    def sigmoid_heads(self, index: int, block: int, offset: str = "none") -> np.ndarray:
+    def sigmoid(self, index: int, block: int, offset: str) -> np.ndarray:
         """Sigmoid attention of the class row before any edit: float32 [heads, gh, gw]."""
         rows = self._live(self._position(index)).rows
         (block,) = resolve_blocks((block,), self.depth)
         read = sigmoid_attention(rows[block].float(), offset, self.num_prefix)
         return read.unflatten(-1, self.grid).numpy()
 
-    def outcome(self, index: int, edit: Edit | None = None) -> Outcome:
+    def outcome(self, index: int, edit: AttentionEdit | None = None) -> Outcome:
         """Prediction and attention under an edit, or without one.
 
         Raises:
             ValueError: the edit is for another grid, or names a block or head that is not there.
         """
-        live = self._live(self._position(index))
-        scores, rows = live.run(None if edit is None else self._attention_edit(edit))
+        if edit is not None and edit.grid != self.grid:
+            raise ValueError(
+                f"the edit is on {edit.grid[0]} x {edit.grid[1]} patches, but the model has "
+                f"{self.grid[0]} x {self.grid[1]}; paint it again on this model's grid"
+            )
+        scores, rows = self._live(self._position(index)).run(edit)
         mass = torch.softmax(rows.float(), dim=-1).mean(dim=1)  # [depth, N]
         return Outcome(
             probabilities=torch.softmax(scores.float(), dim=-1).numpy(),
             attention=mass[:, self.num_prefix :].unflatten(-1, self.grid).numpy(),
             class_token=mass[:, 0].numpy(),
         )
-
-    def ladder(self, index: int, edit: Edit) -> list[dict[str, str | float]]:
-        """The same edit made in ever more of the model, whatever scope the edit itself names.
-
-        Returns:
-            for no edit, the last block, the last two, all blocks, and all rows of all blocks:
-            rung, prediction (class name), probability (of the prediction), p_true (of the true
-            class).
-        """
-        label = int(self.dataset.table["label"].iloc[self._position(index)])
-        rungs = {"no edit": None}
-        rungs |= {rung: replace(edit, **scope) for rung, scope in LADDER.items()}
-        steps = []
-        for rung, wider in rungs.items():
-            probabilities = self.outcome(index, wider).probabilities
-            best = int(probabilities.argmax())
-            steps.append(
-                {
-                    "rung": rung,
-                    "prediction": self.classes[best],
-                    "probability": float(probabilities[best]),
-                    "p_true": float(probabilities[label]),
-                }
-            )
-        return steps
 
     def _run_trunk(self, index: int) -> LiveImage:
         return LiveImage(self.model, self.dataset[index]["image"])
@@ -172,15 +115,6 @@ class LiveSession:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} is asked for; the data set has 0 to {len(self) - 1}")
         return int(index)
-
-    def _attention_edit(self, edit: Edit) -> AttentionEdit:
-        if edit.grid != self.grid:
-            raise ValueError(
-                f"the edit is on {edit.grid[0]} x {edit.grid[1]} patches, but the model has "
-                f"{self.grid[0]} x {self.grid[1]}; paint it again on this model's grid"
-            )
-        scope = (edit.blocks, edit.heads, edit.queries, edit.offset)
-        return AttentionEdit(torch.tensor(edit.mask), torch.tensor(edit.values), *scope)
 
     def _box(self, row: pd.Series) -> np.ndarray | None:
         corners = [row.get(name, np.nan) for name in ("x0", "y0", "x1", "y1")]

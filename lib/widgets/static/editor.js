@@ -16,7 +16,7 @@ const round = (x) => (x === null ? null : Math.round(x * 1e4) / 1e4);
 
 // ---------------------------------------------------------------------------------- arithmetic
 
-/** What the edit makes of a painted cell: EditorController._asked, for one cell. */
+/** What the edit makes of a painted cell: asked_map of controller.py, for one cell. */
 export function asked(value, own, strength, sharpness) {
   let wanted = value;
   if (sharpness !== 1) {

@@ -1,8 +1,8 @@
-"""Teach from the notebook: pick saved corrections, train for seconds, compare, take it back.
+"""Training in a notebook: curves that move meanwhile, and teaching by saved corrections.
 
-`TeachPanel` stands beside the attention editor. It teaches a copy of the session's model, in a
-thread of its own, so that painting goes on meanwhile. When it is done, the session gets the taught
-model, and the editor shows what that one sees.
+`TeachPanel` stands beside the attention editor: pick corrections, train for seconds, compare, take
+it back. It teaches a copy of the session's model, in a thread of its own, so that painting goes on
+meanwhile. When it is done, the session gets the taught model, and the editor shows what that sees.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from html import escape
@@ -18,27 +19,53 @@ from pathlib import Path
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
+from IPython.display import display
 
+from lib import figures
 from lib.data.corrections import Correction, load_corrections
 from lib.data.dataset import BirdDataset
 from lib.model.vit import SigmoidViT
+from lib.training.state import Progress
 from lib.training.teach import Example, TeachConfig, Teacher, TeachReport
-from lib.widgets.brush import STATIC
+from lib.widgets.controls import Panel, figure_html, style_sheet, table_html
 from lib.widgets.pixels import coloured, data_url, heat_url, png
 from lib.widgets.session import LiveSession
 
 COUNTS = (1, 5, 25)  # corrections to pick from, beside all of them
 
-# The groups of `Teacher.before_after` in the words of the reader.
+# Groups of `Teacher.before_after` in the words of the reader, where those are others.
 GROUPS = {
     "corrected": "corrected pictures",
-    "held out, same classes": "held out, same classes",
-    "held out, other classes": "held out, other classes",
     "replayed": "replayed training pictures (forgetting)",
 }
 
 
-class TeachPanel(widgets.VBox):
+class LiveCurves:
+    """Draws loss and accuracy while a model trains: `train_run(..., watch=LiveCurves())`.
+
+    Args:
+        seconds: least time between two drawings; the end of an epoch is always drawn.
+    """
+
+    def __init__(self, seconds: float = 2.0) -> None:
+        self.seconds = seconds
+        self._epochs, self._drawn, self._handle = 0, float("-inf"), None
+
+    def __call__(self, progress: Progress) -> None:
+        """Draws what there is, in the place of what was drawn before."""
+        steps, history = progress.steps, progress.history
+        if len(history) == self._epochs and time.monotonic() - self._drawn < self.seconds:
+            return
+        self._epochs, self._drawn = len(history), time.monotonic()
+        figure = figures.training_curves(pd.DataFrame(steps), pd.DataFrame(history))
+        if self._handle is None:
+            self._handle = display(figure, display_id=True)
+        elif self._handle:
+            self._handle.update(figure)
+        figures.plt.close(figure)  # else the notebook draws it once more at the end of the cell
+
+
+class TeachPanel(Panel):
     """Controls of the teaching, and its results.
 
     Args:
@@ -50,9 +77,8 @@ class TeachPanel(widgets.VBox):
 
     Attributes:
         on_change: called when the session has another model, e.g. the editor's `refresh`.
-        errors: every exception, in order; the last one is shown in red.
         report, table: of the last teaching; None before it.
-        controls: the menus and buttons by name.
+        errors, controls: see `Panel`.
     """
 
     def __init__(
@@ -63,50 +89,34 @@ class TeachPanel(widgets.VBox):
         folder: str | Path,
         config: TeachConfig | None = None,
     ) -> None:
+        super().__init__()
         self.session, self.folder = session, Path(folder)
         self._replay, self._held_out = replay, held_out
         self._config = config or TeachConfig()
         self.on_change: Callable[[], None] = lambda: None
-        self.errors: list[Exception] = []
         self.report: TeachReport | None = None
         self.table: pd.DataFrame | None = None
         self._teacher: Teacher | None = None  # keeps the tokens of its frozen blocks
         self._before: list[SigmoidViT] = []  # the session's models before each teaching
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
-        self.controls = self._make_controls()
+        style = {"description_width": "initial"}
+        deep = [("the last block", 1), ("the last two blocks", 2), ("all blocks", session.depth)]
+        self.controls["count"] = widgets.Dropdown(description="Corrections", style=style)
+        self.controls["blocks"] = widgets.Dropdown(
+            options=deep, value=self._config.last_blocks, description="Teach", style=style
+        )
+        self.button("teach", "Teach", self.start).button_style = "primary"
+        self.button("cancel", "Cancel", self._stop.set)
+        self.button("undo", "Undo teaching", self.undo)
         self._bar = widgets.IntProgress(min=0, max=1, layout=widgets.Layout(width="auto"))
         self._words, self._result = widgets.HTML(), widgets.HTML()
         row = widgets.HBox(list(self.controls.values()))
         row.layout.flex_flow = "row wrap"
-        style = widgets.HTML(
-            f"<style>{(STATIC / 'editor.css').read_text(encoding='utf-8')}</style>"
-        )
-        super().__init__([style, row, self._bar, self._words, self._result])
+        self.children = [style_sheet(), row, self._bar, self._words, self._result]
         self.add_class("teach-panel")
+        self._enable(busy=False)
         self.refresh()
-
-    def _make_controls(self) -> dict[str, widgets.Widget]:
-        style = {"description_width": "initial"}
-        depth = self.session.depth
-        deep = [("the last block", 1), ("the last two blocks", 2), ("all blocks", depth)]
-        controls: dict[str, widgets.Widget] = {
-            "count": widgets.Dropdown(description="Corrections", style=style),
-            "blocks": widgets.Dropdown(
-                options=deep, value=self._config.last_blocks, description="Teach", style=style
-            ),
-        }
-        actions = {
-            "teach": ("Teach", self.start),
-            "cancel": ("Cancel", self._stop.set),
-            "undo": ("Undo teaching", self.undo),
-        }
-        for name, (text, action) in actions.items():
-            button = widgets.Button(description=text, disabled=name != "teach")
-            button.on_click(lambda _, action=action: self._guarded(action))
-            controls[name] = button
-        controls["teach"].button_style = "primary"
-        return controls
 
     def refresh(self) -> None:
         """Counts the saved corrections again."""
@@ -122,28 +132,28 @@ class TeachPanel(widgets.VBox):
         """Teaches in a thread; what the button does."""
         if self._thread is not None and self._thread.is_alive():
             return
-        corrections, teacher = self._prepare()
+        corrections = self._prepare()
         # Session and widgets belong to the kernel's own thread: results go back to it.
         loop = asyncio.get_event_loop()
 
         def work() -> None:
             try:
-                done = self._work(corrections, teacher)
+                done = self._work(corrections)
             except Exception as error:
-                loop.call_soon_threadsafe(self._fail, error)
+                loop.call_soon_threadsafe(self.fail, error)
             else:
-                loop.call_soon_threadsafe(self._guarded, lambda: self._finish(teacher, *done))
+                loop.call_soon_threadsafe(self.act, lambda: self._finish(*done))
 
         self._thread = threading.Thread(target=work, name="teach", daemon=True)
         self._thread.start()
 
     def teach(self) -> TeachReport:
         """Teaches now and returns when it is done: for a notebook cell."""
-        corrections, teacher = self._prepare()
+        corrections = self._prepare()
         try:
-            self._finish(teacher, *self._work(corrections, teacher))
+            self._finish(*self._work(corrections))
         finally:
-            self._free()
+            self._enable(busy=False)
         return self.report
 
     def undo(self) -> None:
@@ -151,7 +161,7 @@ class TeachPanel(widgets.VBox):
         self.session.replace_model(self._before.pop())
         self._teacher = None  # its model is not the session's any more
         self._words.value, self._result.value = "Taken back: the model is as before.", ""
-        self._free()
+        self._enable(busy=False)
         self.on_change()
 
     # -- one teaching
@@ -159,7 +169,8 @@ class TeachPanel(widgets.VBox):
     def _corrections(self) -> list[Correction]:
         return load_corrections(self.folder)[0] if self.folder.is_dir() else []
 
-    def _prepare(self) -> tuple[list[Correction], Teacher]:
+    def _prepare(self) -> list[Correction]:
+        """The corrections to teach; the teacher and the controls are ready for it."""
         self.refresh()
         found = self._corrections()
         if not found:
@@ -169,15 +180,15 @@ class TeachPanel(widgets.VBox):
             model = copy.deepcopy(self.session.model)
             self._teacher = Teacher(model, self._replay, config, self.session.dataset)
         self._stop.clear()
-        for name in ("teach", "cancel", "undo"):
-            self.controls[name].disabled = name != "cancel"
+        self._enable(busy=True)
         self._bar.max, self._bar.value, self._result.value = config.steps, 0, ""
         count = self.controls["count"].value
-        return (found[-count:] if count else found), self._teacher
+        return found[-count:] if count else found
 
     def _work(
-        self, corrections: list[Correction], teacher: Teacher
+        self, corrections: list[Correction]
     ) -> tuple[TeachReport, pd.DataFrame | None, list[Example]]:
+        teacher = self._teacher
         report = teacher.teach(corrections, self._progress, self._stop.is_set)
         if report.cancelled:
             return report, None, []
@@ -193,98 +204,77 @@ class TeachPanel(widgets.VBox):
         self._words.value = f"step {step} of {steps}: {told}"
 
     def _finish(
-        self,
-        teacher: Teacher,
-        report: TeachReport,
-        table: pd.DataFrame | None,
-        examples: list[Example],
+        self, report: TeachReport, table: pd.DataFrame | None, examples: list[Example]
     ) -> None:
         self.report = report
         if table is None:
             self._words.value = "Cancelled: the model is as before."
-            self._free()
+            self._enable(busy=False)
             return
         self.table = table
         self._before.append(self.session.model)
-        self.session.replace_model(copy.deepcopy(teacher.model))
+        self.session.replace_model(copy.deepcopy(self._teacher.model))
         left_out = [f"picture {image} left out: {reason}" for image, reason in report.skipped]
         told = f"taught {len(report.used)} correction(s) in {report.seconds:.1f} s"
         self._words.value = escape("; ".join([told, *left_out]))
-        self._result.value = table_html(table) + examples_html(examples)
-        self._free()
+        self._result.value = comparison_html(table) + examples_html(examples)
+        self._enable(busy=False)
         self.on_change()
 
-    def _free(self) -> None:
-        for name, enabled in (("teach", True), ("cancel", False), ("undo", bool(self._before))):
+    def _enable(self, busy: bool) -> None:
+        usable = {"teach": not busy, "cancel": busy, "undo": bool(self._before) and not busy}
+        for name, enabled in usable.items():
             self.controls[name].disabled = not enabled
 
-    def _guarded(self, action: Callable[[], object]) -> None:
-        try:
-            action()
-        except Exception as error:
-            self._fail(error)
-
-    def _fail(self, error: Exception) -> None:
-        self.errors.append(error)
-        text = escape(f"{type(error).__name__}: {error}")
-        colour = "var(--jp-error-color1, #b00020)"
-        self._words.value = f'<span role="alert" style="color: {colour}">{text}</span>'
-        self._free()
+    def show_error(self, html: str) -> None:
+        self._words.value = html
+        self._enable(busy=False)
 
 
-def table_html(table: pd.DataFrame) -> str:
+def comparison_html(table: pd.DataFrame) -> str:
     """`Teacher.before_after` with one cell a measure: before → after."""
     measures = [name.removesuffix(" before") for name in table if name.endswith(" before")]
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ["", "pictures", *measures])
     lines = []
     for group, row in table.iterrows():
-        cells = [f"<td>{int(row['pictures'])}</td>"]
+        cells = [escape(GROUPS.get(group, group)), str(int(row["pictures"]))]
         for name in measures:
             before, after = row[f"{name} before"], row[f"{name} after"]
             known = not (np.isnan(before) or np.isnan(after))
-            cells.append(f"<td>{before:.2f} → <b>{after:.2f}</b></td>" if known else "<td></td>")
-        lines.append(f'<tr><th scope="row">{escape(GROUPS[group])}</th>{"".join(cells)}</tr>')
-    return (
-        f'<table class="ae-scores teach-table"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table>"
-    )
+            cells.append(f"{before:.2f} → <b>{after:.2f}</b>" if known else "")
+        lines.append(cells)
+    head = ["", "pictures", *map(escape, measures)]
+    return table_html(head, lines, "ae-scores teach-table")
 
 
 def examples_html(examples: list[Example]) -> str:
     """What was asked for and the softmax attention before and after, a row of figures a group."""
     parts = []
     for group in dict.fromkeys(example.group for example in examples):
+        name = escape(GROUPS.get(group, group))
         cards = "".join(_card(example) for example in examples if example.group == group)
         drawn = "" if group == "corrected" else ", drawn at random"
         parts.append(
-            f"<h4>{escape(GROUPS[group])}{drawn}: softmax attention of the last block</h4>"
+            f"<h4>{name}{drawn}: softmax attention of the last block</h4>"
             f'<div class="teach-cards">{cards}</div>'
         )
     return "".join(parts)
 
 
 def _card(example: Example) -> str:
-    ground = f"background-image:url({data_url(png(example.image))})"
-
-    def figure(heat: str, what: str, caption: str) -> str:
-        return (
-            f'<figure><div class="ae-thumb" style="{ground}"><img src="{heat}" alt="{what}"></div>'
-            f"<figcaption>{caption}</figcaption></figure>"
-        )
-
-    figures = []
+    picture = data_url(png(example.image))
+    parts = []
     if example.edit is not None:  # only what was painted lies over the picture
         opacity = np.where(example.edit.mask, 215, 0).astype(np.uint8)[..., None]
         asked = data_url(png(np.concatenate([coloured(example.edit.values), opacity], axis=-1)))
-        figures.append(figure(asked, "the painted cells", "painted"))
+        parts.append(figure_html(asked, "the painted cells", "painted", picture))
     for when in ("before", "after"):
         said = example.predicted[when]
         mark, verdict = ("✓", "right") if said == example.class_name else ("✗", "wrong")
         caption = f'{when}<br><span class="teach-{verdict}">{mark} {escape(said)}</span>'
-        heat = heat_url(example.attention[when])
-        figures.append(figure(heat, f"softmax attention {when} teaching", caption))
+        what = f"softmax attention {when} teaching"
+        parts.append(figure_html(heat_url(example.attention[when]), what, caption, picture))
     return (
         f'<div class="teach-card"><b>{escape(example.class_name)}</b> '
         f'<span class="ae-dim">{escape(example.image_id)}</span>'
-        f'<div class="ae-figures">{"".join(figures)}</div></div>'
+        f'<div class="ae-figures">{"".join(parts)}</div></div>'
     )

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import CUB_UNSEEN, tiny_vit
-from lib.data.records import Record
 from test_live import rows_after
 
 from lib.config import DataConfig
 from lib.data.dataset import BirdDataset, make_dataset
+from lib.data.sources import Record
 from lib.edit import AttentionEdit, sigmoid_attention
 from lib.model.live import LiveImage
 from lib.model.vit import SigmoidViT

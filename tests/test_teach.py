@@ -535,7 +535,7 @@ def test_simulated_teaching_measures_every_model_and_leaves_the_first_alone(mode
     # Each starts from the same model: taught alone, it becomes what it is in a row of others.
     alone = Teacher(model, held_out)
     alone.teach(simulated_corrections(held_out, conflicting[:5]))
-    assert found.loc["5 corrections", "nss"] == per_image(model, birds)["nss"].mean()
+    assert found.loc["5 corrections", "nss"] == per_image(model, birds)["nss"].astype(float).mean()
     most = len(conflicting)
     with pytest.raises(ValueError, match=f"{most + 1} corrections are asked for, but only {most}"):
         simulated_teaching(model, held_out, birds, [most + 1])

@@ -157,7 +157,7 @@ def in_turns(
         number: pd.Series({way: turn() for way, turn in ways.items()})
         for number in tqdm(range(1 - thrown_away, rounds + 1), desc="rounds", leave=False)
     }
-    table = pd.concat(found).rename_axis(["round", *names]).loc[1:].rename(value).reset_index()
+    table = pd.concat(found).rename_axis(["round", *names]).loc[1:].reset_index(name=value)
     same = ["round", *(name for name in names if name != "way")]
     return table.assign(ratio=table[value] / table.groupby(same)[value].transform("first"))
 

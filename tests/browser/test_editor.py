@@ -314,7 +314,7 @@ def test_a_correction_is_saved_and_loads_again(tool, lab):
     assert not skipped
     assert correction.author == "Ada" and correction.note == "the <i>wing</i>"
     assert correction.edit.mask.all() and correction.edit.blocks == "last"
-    high = {(int(r), int(c)) for r, c in np.argwhere(correction.edit.values > 0.5)}
+    high = {(int(r), int(c)) for r, c in (correction.edit.values > 0.5).argwhere()}
     assert high == painted
     np.testing.assert_allclose(correction.edit.values, tool.painted(), atol=1e-4)
     assert correction.model == tool.notebook.python("print(session.fingerprint)").strip()
@@ -351,7 +351,7 @@ def test_the_ladder_makes_the_same_edit_in_more_of_the_model(tool):
     tool.press("Ladder")
     rungs = tool.element.locator(".ae-table tbody tr")
     rungs.nth(4).wait_for()
-    table = [row.locator("td").all_inner_texts() for row in rungs.all()]
+    table = [row.locator("th, td").all_inner_texts() for row in rungs.all()]
     assert [row[0] for row in table] == [
         *("no edit", "last block", "last two", "all blocks", "all blocks, all rows")
     ]

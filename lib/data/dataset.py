@@ -25,10 +25,9 @@ from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 from lib.config import DataConfig
-from lib.data.cache import DecodedImages, decoded_images
 from lib.data.cub import CUB2010, CUB2011
 from lib.data.maps import HumanSource, box_map, fixation_counts, human_map, to_grid
-from lib.data.pictures import read_picture
+from lib.data.pictures import DecodedImages, decoded_images, read_picture
 from lib.data.sources import CLASS_FOLDERS, DataSet, Record
 from lib.data.splits import PARTS, Part
 from lib.data.toy.birds import toy_records
@@ -62,7 +61,7 @@ class BirdDataset(Dataset):
     bit for bit what decoding gives, or for training with a shorter side from which the smallest
     crop still has the pixels of the model's input. A training crop is then another draw than
     without the cache, and differs from the same crop of the original by a resampling error (see
-    lib/data/cache.py).
+    lib/data/pictures.py).
 
     Attributes:
         classes: class names by label.

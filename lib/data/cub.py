@@ -65,14 +65,11 @@ def list_cub2010(root: Path) -> Listing:
 
 def _list_by_lists(home: Path) -> Listing:
     train, test = (
-        [line.strip() for line in read_text(home / "lists" / name).splitlines() if line.strip()]
-        for name in ("train.txt", "test.txt")
+        [PurePosixPath(line.strip()) for line in read_text(path).splitlines() if line.strip()]
+        for path in (home / "lists" / "train.txt", home / "lists" / "test.txt")
     )
-    class_of = {path: PurePosixPath(path).parent.name for path in (*train, *test)}
-    names = tuple(sorted(set(class_of.values())))
-    rows = [
-        Row(path, names.index(class_of[path]), PurePosixPath(path).stem) for path in (*train, *test)
-    ]
+    names = tuple(sorted({path.parent.name for path in (*train, *test)}))
+    rows = [Row(str(p), names.index(p.parent.name), p.stem) for p in (*train, *test)]
     is_train = [True] * len(train) + [False] * len(test)
     return as_listing(home, home / "images", rows, names, by_flag(rows, names, is_train))
 
@@ -203,13 +200,14 @@ def gaze_files(folder: Path, runs: Literal["all"] | tuple[int, ...]) -> list[Pat
         raise FileNotFoundError(
             f"{folder / 'data_5runs'}/Fixation_run*.txt is missing; {DATA_REMEDY}."
         )
-    missing = [run for run in (() if runs == "all" else runs) if run not in found]
+    wanted = sorted(found) if runs == "all" else sorted(set(runs))
+    missing = [run for run in wanted if run not in found]
     if missing:
         raise FileNotFoundError(
             f"{folder / 'data_5runs'}/Fixation_run{missing[0]}.txt is missing; "
             f"there are runs {', '.join(map(str, sorted(found)))}."
         )
-    return [found[run] for run in sorted(found) if runs == "all" or run in runs]
+    return [found[run] for run in wanted]
 
 
 @lru_cache(maxsize=4)

@@ -189,24 +189,21 @@ def gaze_of(config: DataConfig, listing: Listing) -> Callable[[Row], HumanSource
 
 def gaze_files(folder: Path, runs: Literal["all"] | tuple[int, ...]) -> list[Path]:
     """The gaze files of CUB-GHA: data_5runs/Fixation_run<n>.txt, or Fixation.txt with all runs."""
-    found = {}
-    for path in (folder / "data_5runs").glob("Fixation_run*.txt"):
+    home, found = folder / "data_5runs", {}
+    for path in home.glob("Fixation_run*.txt"):
         number = path.stem.removeprefix("Fixation_run")
         if number.isdigit():
             found[int(number)] = path
     if runs == "all" and not found and (folder / "Fixation.txt").is_file():
         return [folder / "Fixation.txt"]
     if not found:
-        raise FileNotFoundError(
-            f"{folder / 'data_5runs'}/Fixation_run*.txt is missing; {DATA_REMEDY}."
-        )
-    wanted = sorted(found) if runs == "all" else sorted(set(runs))
-    missing = [run for run in wanted if run not in found]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder / 'data_5runs'}/Fixation_run{missing[0]}.txt is missing; "
-            f"there are runs {', '.join(map(str, sorted(found)))}."
-        )
+        raise FileNotFoundError(f"{home}/Fixation_run*.txt is missing; {DATA_REMEDY}.")
+    wanted = sorted(found if runs == "all" else set(runs))
+    for run in wanted:
+        if run not in found:
+            there = ", ".join(map(str, sorted(found)))
+            name = f"{home}/Fixation_run{run}.txt"
+            raise FileNotFoundError(f"{name} is missing; there are runs {there}.")
     return [found[run] for run in wanted]
 
 

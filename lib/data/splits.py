@@ -51,9 +51,6 @@ class Split:
     val: tuple[Row, ...] = ()  # empty: none are named, the reader carves them from train
 
 
-# ----------------------------------------------------------------------------------------- making
-
-
 def per_class(
     rows: Sequence[Row],
     label_list: Sequence[str],
@@ -167,9 +164,6 @@ def _divide(rows: Sequence[Row], chosen: set[int]) -> tuple[tuple[Row, ...], tup
     return tuple(tuple(rows[i] for i in sorted(which)) for which in (chosen, others))
 
 
-# -------------------------------------------------------------------------------------- the file
-
-
 def write_split(split: Split, path: str | Path) -> None:
     """Write a split as JSON; the folder is made where it is missing.
 
@@ -277,9 +271,6 @@ def _inside_images(text: str, label_list: Sequence[str]) -> str:
     # The drive letter of a file made on Windows may be cut off with the prefix, but not be left
     leaves = ".." in parts or path.is_absolute() or PureWindowsPath(str(path)).drive
     return "" if leaves or not inside else str(path)
-
-
-# ----------------------------------------------------------------------------------------- checks
 
 
 def _check(rows: Sequence[Row], label_list: Sequence[str]) -> None:

@@ -147,8 +147,6 @@ def _choose(
     return known[label], label, decoy
 
 
-# ---------------------------------------------------------------------------------------- records
-
 TOY_FIRST_ID = {"train": 0, "val": 100_000, "test": 200_000}  # an id names one drawn bird only
 
 # Drawn once a process: a comparison reads the same split for every run. Not to be changed.
@@ -169,10 +167,9 @@ def toy_records(config: DataConfig, part: Part) -> tuple[list[Record], list[str]
     records = []
     for i, image_id in enumerate(range(TOY_FIRST_ID[part], TOY_FIRST_ID[part] + count)):
         box = tuple(birds.boxes[i])
-        places = np.column_stack([birds.parts[i], np.ones(len(birds.parts[i]), np.float32)])
-        readers = (looks for looks in birds.gaze[i] if len(looks))
+        places = np.pad(birds.parts[i], [(0, 0), (0, 1)], constant_values=1)  # [A, 3]
         sources = {
-            "gaze": tuple(Recording(image_id, width, height, looks) for looks in readers),
+            "gaze": tuple(Recording(image_id, width, height, looks) for looks in birds.gaze[i]),
             "boxes": Box(box, width, height),
             "parts": (Recording(image_id, width, height, places),),
             "corrections": painted.get(image_id),

@@ -213,9 +213,8 @@ class Scene:
     @cached_property
     def parts(self) -> dict[str, tuple[float, float]]:
         """Where each deciding mark sits: name in ATTRIBUTES -> (x, y)."""
-        (cx, cy), marks = self.centre, self._local[1]
-        at = {name: marks[name][0].tolist() for name in ATTRIBUTES}
-        return {name: (x * self.scale + cx, y * self.scale + cy) for name, (x, y) in at.items()}
+        at = {name: self._local[1][name][0] * self.scale + self.centre for name in ATTRIBUTES}
+        return {name: tuple(place.tolist()) for name, place in at.items()}
 
     @cached_property
     def box(self) -> tuple[float, float, float, float]:

@@ -14,8 +14,8 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as v2
 
 from lib.config import RunConfig, from_json
-from lib.data.cache import decoded_images
 from lib.data.corrections import load_corrections
+from lib.data.pictures import decoded_images
 from lib.experiments.compare import load_trials
 from lib.experiments.evaluate import measure_runs
 from lib.training import tokens

@@ -13,7 +13,6 @@ from lib.data.splits import (
     Split,
     SplitError,
     by_flag,
-    carve,
     per_class,
     read_split,
     with_validation,
@@ -39,6 +38,12 @@ def make_rows(counts):
     return [
         Row(f"{names[k]}/{j}.jpg", k, str(number)) for number, (k, j) in enumerate(pairs, start=1)
     ]
+
+
+def carve(rows, share, seed):
+    """Rows that stay for training, and those that are taken for validation."""
+    split = with_validation(Split(tuple(rows), (), ()), share, seed)
+    return list(split.train), list(split.val)
 
 
 def of_class(rows, label):

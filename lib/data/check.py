@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -70,29 +71,22 @@ class Report:
 
     def details(self) -> pd.DataFrame:
         """One row a finding: problem, part, where, detail."""
-        columns = ["problem", "part", "where", "detail"]
-        return pd.DataFrame([vars(finding) for finding in self.findings], columns=columns)
+        return pd.DataFrame(list(self.findings), columns=["problem", "part", "where", "detail"])
 
     def table(self) -> pd.DataFrame:
         """One row a problem that was looked for: how often it was found, by part."""
-        rows = []
-        for problem, stops in PROBLEMS.items():
-            cases = [finding for finding in self.findings if finding.problem == problem]
-            counts = {part: sum(case.part == part for case in cases) for part in PARTS}
-            stop = "yes" if stops and cases else ""
-            rows.append({"problem": problem, **counts, "stops training": stop})
-        return pd.DataFrame(rows).set_index("problem")
+        found = Counter((finding.problem, finding.part) for finding in self.findings)
+        rows = {problem: [found[problem, part] for part in PARTS] for problem in PROBLEMS}
+        table = pd.DataFrame.from_dict(rows, "index", columns=PARTS).rename_axis("problem")
+        stop = table.any(axis=1) & pd.Series(PROBLEMS)
+        return table.assign(**{"stops training": np.where(stop, "yes", "")})
 
     def examples(self) -> list[str]:
         """The first case of every problem that was found, in words."""
-        first: dict[str, Finding] = {}
-        for finding in self.findings:
-            first.setdefault(finding.problem, finding)
-        return [
-            " ".join(filter(None, (f"{problem}:", first[problem].where, first[problem].detail)))
-            for problem in PROBLEMS
-            if problem in first
-        ]
+        first = {finding.problem: finding for finding in reversed(self.findings)}
+        found = [first[problem] for problem in PROBLEMS if problem in first]
+        words = [(f"{one.problem}:", one.where, one.detail) for one in found]
+        return [" ".join(filter(None, of_one)) for of_one in words]
 
 
 def check_data(config: DataConfig, grid: tuple[int, int]) -> Report:
@@ -112,8 +106,7 @@ def check_data(config: DataConfig, grid: tuple[int, int]) -> Report:
     everything = [(part, record) for part, records in parts.items() for record in records]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = pool.map(lambda pair: _examine(*pair, config, grid), everything)
-        bar = tqdm(found, desc="checking", total=len(everything), unit="picture", leave=False)
-        examined = list(bar)
+        examined = list(tqdm(found, "checking", len(everything), unit="picture", leave=False))
     findings += [finding for some, _ in examined for finding in some]
     findings += _same_files(everything, [digest for _, digest in examined])
     findings += _empty_classes(parts, names)
@@ -197,12 +190,9 @@ def _same_files(
     """Pictures that are byte for byte another one, told by the worst that this means."""
     first: dict[str, tuple[str, Record]] = {}
     for (part, record), digest in zip(everything, digests, strict=True):
-        if not digest:
+        other_part, other = first.setdefault(digest, (part, record))
+        if not digest or other is record:
             continue
-        if digest not in first:
-            first[digest] = (part, record)
-            continue
-        other_part, other = first[digest]
         detail = f"same as {_name(other)} in {other_part}"
         if other.label != record.label:
             problem = "picture: same file with another label"
@@ -216,28 +206,24 @@ def _same_files(
 def _empty_classes(parts: dict[str, list[Record]], names: Sequence[str]) -> Iterator[Finding]:
     for part in ("train", "test"):
         present = {record.label for record in parts.get(part, ())}
-        if present:
-            for label, name in enumerate(names):
-                if label not in present:
-                    problem = f"class: no {'training' if part == 'train' else 'test'} picture"
-                    yield Finding(problem, part, name)
+        problem = f"class: no {'training' if part == 'train' else 'test'} picture"
+        for label, name in enumerate(names if present else ()):
+            if label not in present:
+                yield Finding(problem, part, name)
 
 
 def _balance(
     parts: dict[str, list[Record]], mapped: dict[str, int], names: Sequence[str]
 ) -> pd.DataFrame:
-    rows = []
+    rows = {}
     for part, records in parts.items():
         counts = np.bincount([record.label for record in records], minlength=len(names))
-        rows.append(
-            {
-                "part": part,
-                "pictures": len(records),
-                "with a map": mapped[part],
-                "classes": int((counts > 0).sum()),
-                "fewest a class": int(counts.min()),
-                "median": float(np.median(counts)),
-                "most a class": int(counts.max()),
-            }
-        )
-    return pd.DataFrame(rows).set_index("part") if rows else pd.DataFrame()
+        rows[part] = {
+            "pictures": len(records),
+            "with a map": mapped[part],
+            "classes": int((counts > 0).sum()),
+            "fewest a class": int(counts.min()),
+            "median": float(np.median(counts)),
+            "most a class": int(counts.max()),
+        }
+    return pd.DataFrame(list(rows.values()), index=pd.Index(rows, name="part"))

@@ -65,14 +65,11 @@ def list_cub2010(root: Path) -> Listing:
 
 def _list_by_lists(home: Path) -> Listing:
     train, test = (
-        [line.strip() for line in read_text(home / "lists" / name).splitlines() if line.strip()]
-        for name in ("train.txt", "test.txt")
+        [PurePosixPath(line.strip()) for line in read_text(path).splitlines() if line.strip()]
+        for path in (home / "lists" / "train.txt", home / "lists" / "test.txt")
     )
-    class_of = {path: PurePosixPath(path).parent.name for path in (*train, *test)}
-    names = tuple(sorted(set(class_of.values())))
-    rows = [
-        Row(path, names.index(class_of[path]), PurePosixPath(path).stem) for path in (*train, *test)
-    ]
+    names = tuple(sorted({path.parent.name for path in (*train, *test)}))
+    rows = [Row(str(p), names.index(p.parent.name), p.stem) for p in (*train, *test)]
     is_train = [True] * len(train) + [False] * len(test)
     return as_listing(home, home / "images", rows, names, by_flag(rows, names, is_train))
 
@@ -192,24 +189,22 @@ def gaze_of(config: DataConfig, listing: Listing) -> Callable[[Row], HumanSource
 
 def gaze_files(folder: Path, runs: Literal["all"] | tuple[int, ...]) -> list[Path]:
     """The gaze files of CUB-GHA: data_5runs/Fixation_run<n>.txt, or Fixation.txt with all runs."""
-    found = {}
-    for path in (folder / "data_5runs").glob("Fixation_run*.txt"):
+    home, found = folder / "data_5runs", {}
+    for path in home.glob("Fixation_run*.txt"):
         number = path.stem.removeprefix("Fixation_run")
         if number.isdigit():
             found[int(number)] = path
     if runs == "all" and not found and (folder / "Fixation.txt").is_file():
         return [folder / "Fixation.txt"]
     if not found:
-        raise FileNotFoundError(
-            f"{folder / 'data_5runs'}/Fixation_run*.txt is missing; {DATA_REMEDY}."
-        )
-    missing = [run for run in (() if runs == "all" else runs) if run not in found]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder / 'data_5runs'}/Fixation_run{missing[0]}.txt is missing; "
-            f"there are runs {', '.join(map(str, sorted(found)))}."
-        )
-    return [found[run] for run in sorted(found) if runs == "all" or run in runs]
+        raise FileNotFoundError(f"{home}/Fixation_run*.txt is missing; {DATA_REMEDY}.")
+    wanted = sorted(found if runs == "all" else set(runs))
+    for run in wanted:
+        if run not in found:
+            there = ", ".join(map(str, sorted(found)))
+            name = f"{home}/Fixation_run{run}.txt"
+            raise FileNotFoundError(f"{name} is missing; there are runs {there}.")
+    return [found[run] for run in wanted]
 
 
 @lru_cache(maxsize=4)

@@ -25,10 +25,9 @@ from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 from lib.config import DataConfig
-from lib.data.cache import DecodedImages, decoded_images
 from lib.data.cub import CUB2010, CUB2011
 from lib.data.maps import HumanSource, box_map, fixation_counts, human_map, to_grid
-from lib.data.pictures import read_picture
+from lib.data.pictures import DecodedImages, decoded_images, read_picture
 from lib.data.sources import CLASS_FOLDERS, DataSet, Record
 from lib.data.splits import PARTS, Part
 from lib.data.toy.birds import toy_records
@@ -58,11 +57,10 @@ class BirdDataset(Dataset):
     the maximum can be below 1, and a map is all 0 (and valid) where the crop missed everything
     that people looked at. See `lib.data.maps.human_map` for where maps come from.
 
-    With `config.cache` the pictures are decoded once and kept in that folder: squeezed, which is
-    bit for bit what decoding gives, or for training with a shorter side from which the smallest
-    crop still has the pixels of the model's input. A training crop is then another draw than
-    without the cache, and differs from the same crop of the original by a resampling error (see
-    lib/data/cache.py).
+    With `config.cache` the pictures are decoded once and kept in that folder: squeezed, or for
+    training with a shorter side from which the smallest crop still has the pixels of the model's
+    input. A training crop is then another draw than without the cache; lib/data/pictures.py says
+    how exact it is.
 
     Attributes:
         classes: class names by label.
@@ -144,12 +142,11 @@ class BirdDataset(Dataset):
     def _map(
         self, source: HumanSource | None, size: tuple[int, int] | None, fine: int
     ) -> tuple[Tensor, Tensor]:
-        config = self.config
         if size is None and isinstance(source, Path):
             source = None  # the picture cannot be read either, and reading the item says so
-        shown = tuple(config.image_size)
+        config = self.config
         style = (config.sigma, config.sigma_unit, config.weight)
-        return human_map(source, size, self.grid, *style, fine, shown)
+        return human_map(source, size, self.grid, *style, fine, tuple(config.image_size))
 
     def _tell_missing(self) -> None:
         missing = [r.image_id for r, has in zip(self.records, self.has_map, strict=True) if not has]
@@ -269,10 +266,9 @@ class BirdDataset(Dataset):
         who looked at this image, 0 where nobody did or the map is no gaze.
         """
         record = self.records[index]
-        maps = torch.zeros(len(record.gaze), math.prod(self.grid))
-        for row, look in zip(maps, record.gaze, strict=True):
-            row.copy_(self._map((look,), record.size, 1)[0].flatten())
-        return maps, self._counts(index)
+        counts = self._counts(index)
+        maps = [self._map((look,), record.size, 1)[0].flatten() for look in record.gaze]
+        return torch.stack(maps) if maps else torch.zeros_like(counts), counts
 
 
 _random_crop = lru_cache(maxsize=256)(v2.RandomResizedCrop)  # made once, not for every picture

@@ -25,8 +25,6 @@ from tqdm.auto import tqdm
 from lib.files import disk_is_full, move_into_place
 
 BLOCK = 1 << 20  # bytes read at once, at most
-LONGEST_WAIT = 60.0  # seconds between two requests
-HEADERS = {"User-Agent": "sigmoid-attention-vit"}  # some servers refuse urllib's own name
 BAR = {"unit": "B", "unit_scale": True, "leave": False}
 AGAIN = "run the same command again"
 DAMAGED = (tarfile.TarError, zlib.error, EOFError, ValueError)  # what tarfile raises on such files
@@ -108,9 +106,6 @@ def download(name: str, folder: str | Path) -> list[Path]:
     return targets
 
 
-# ------------------------------------------------------------------------------------------ fetch
-
-
 def fetch_file(
     source: Published,
     folder: str | Path,
@@ -172,7 +167,7 @@ def _fill(part: Path, source: Published, attempts: int, timeout: float, wait: fl
                 remedy = f"check the connection and {AGAIN}, it goes on where it stopped"
                 what = f"{error} ({attempts} attempts without progress)"
                 raise _FinalError(f"{what}; {remedy}") from error
-            time.sleep(min(wait * 2**failures, LONGEST_WAIT))
+            time.sleep(min(wait * 2**failures, 60.0))
 
 
 def _request(part: Path, source: Published, timeout: float) -> None:
@@ -194,7 +189,9 @@ def _request(part: Path, source: Published, timeout: float) -> None:
 
 
 def _open(part: Path, source: Published, timeout: float) -> http.client.HTTPResponse:
-    headers = HEADERS | ({"Range": f"bytes={_size(part)}-"} if _size(part) else {})
+    headers = {"User-Agent": "sigmoid-attention-vit"}  # some servers refuse urllib's own name
+    if _size(part):
+        headers["Range"] = f"bytes={_size(part)}-"
     try:
         request = urllib.request.Request(source.url, headers=headers)
         return urllib.request.urlopen(request, timeout=timeout)
@@ -239,9 +236,6 @@ def _mismatch(path: Path, source: Published) -> str | None:
         if digest.hexdigest() != source.md5:
             return f"its md5 is {digest.hexdigest()} where {source.md5} is expected"
     return None
-
-
-# ---------------------------------------------------------------------------------------- extract
 
 
 def extract(archive: str | Path, folder: str | Path, top: str) -> Path:

@@ -147,12 +147,6 @@ def read_map(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
         raise
     except (OSError, SyntaxError, EOFError, ValueError) as error:  # Pillow and NumPy, broken files
         raise MapError(f"{path} cannot be read as a map: {error}; make it again.") from error
-    values, known = _unit_values(path, values)
-    return torch.from_numpy(values), torch.from_numpy(known & opaque)
-
-
-def _unit_values(path: Path, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of a map file, scaled to [0, 1] by their type, and which of them are numbers."""
     if values.ndim != 2 or not values.size:
         raise MapError(f"{path} has the shape {values.shape}; a map is one array [height, width].")
     known = np.ones(values.shape, dtype=bool)
@@ -170,7 +164,7 @@ def _unit_values(path: Path, values: np.ndarray) -> tuple[np.ndarray, np.ndarray
         raise MapError(
             f"{path} holds {values.dtype}; save bool, uint8, uint16, or float from 0 to 1."
         )
-    return values.astype(np.float32), known
+    return torch.from_numpy(values.astype(np.float32)), torch.from_numpy(known & opaque)
 
 
 def _refuse_other_geometry(
@@ -243,15 +237,12 @@ def fixation_map(
     position, weights = _in_frame(fixations, size, grid, weight)
     # Only the window of cells around a fixation that its Gaussian can reach: the cost does not grow
     # with the grid, which the fine maps for training are large in. Distances are in sigmas.
-    row, row_distance = _window(position[:, 0], truncate * sigmas[0], grid[0])  # [F, K] both
-    column, column_distance = _window(position[:, 1], truncate * sigmas[1], grid[1])
-    row_distance, column_distance = row_distance / sigmas[0], column_distance / sigmas[1]
+    row, down = _window(position[:, 0], sigmas[0], truncate, grid[0])  # [F, K] both
+    column, across = _window(position[:, 1], sigmas[1], truncate, grid[1])
     # Outer products over the windows, [F, K, L]
-    distance = row_distance[:, :, None] ** 2 + column_distance[:, None, :] ** 2  # squared
+    distance = down[:, :, None] ** 2 + across[:, None, :] ** 2  # squared
     values = weights[:, None, None] * np.exp(-0.5 * distance)
-    rows, columns = (row >= 0) & (row < grid[0]), (column >= 0) & (column < grid[1])
-    inside = rows[:, :, None] & columns[:, None, :]
-    keep = inside & (distance <= truncate**2 + 1e-9)
+    keep = distance <= truncate**2 + 1e-9
     flat = row[:, :, None] * grid[1] + column[:, None, :]
     total = np.bincount(flat[keep], weights=values[keep], minlength=grid[0] * grid[1])
     peak = total.max()
@@ -273,12 +264,17 @@ def _in_frame(
     return position[inside], weights[inside]
 
 
-def _window(position: np.ndarray, radius: float, cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the cells around each position [F, K] and the distance of their centres."""
-    extent = min(np.ceil(radius), cells)
-    reach = np.arange(-extent, extent + 1)
-    index = np.floor(position)[:, None] + reach
-    return index.astype(np.int64), index + 0.5 - position[:, None]
+def _window(
+    position: np.ndarray, sigma: float, truncate: float, cells: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the cells around each position [F, K], and how many sigmas off their centres are.
+
+    A cell that does not exist is infinitely far.
+    """
+    extent = min(np.ceil(truncate * sigma), cells)
+    index = np.floor(position)[:, None] + np.arange(-extent, extent + 1)
+    distance = (index + 0.5 - position[:, None]) / sigma
+    return index.astype(np.int64), np.where((index >= 0) & (index < cells), distance, np.inf)
 
 
 def box_map(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -20,7 +20,7 @@ from lib.config import DataConfig, file_md5
 from lib.data.corrections import load_corrections
 from lib.data.maps import Box, HumanSource, Painted, Recording
 from lib.data.pictures import DATA_REMEDY, picture_size
-from lib.data.splits import PARTS, Part, Row, Split, per_class, read_split, with_validation
+from lib.data.splits import Part, Row, Split, per_class, read_split, with_validation
 
 MAP_EXTENSIONS = (".npy", ".png", ".jpg", ".jpeg")
 Corners = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of the picture
@@ -97,19 +97,16 @@ class DataSet:
         parts = self.parts and self.parts(listing)
         records = []
         for row in tqdm(rows, desc=f"{part} records", delay=1.0, leave=False):
-            path, source = listing.images / row.path, human(row)
-            is_gaze = isinstance(source, tuple) and source
-            records.append(
-                Record(
-                    image_id=listing.ids[row.path],
-                    label=row.label,
-                    image=path,
-                    human=source,
-                    boxes={"": corners(row)} if corners else {},
-                    size=source[0].size if is_gaze else picture_size(path),
-                    parts=parts(row) if parts else None,
-                )
+            record = Record(
+                image_id=listing.ids[row.path],
+                label=row.label,
+                image=listing.images / row.path,
+                human=human(row),
+                boxes={"": corners(row)} if corners else {},
+                parts=parts(row) if parts else None,
             )
+            size = record.gaze[0].size if record.gaze else picture_size(record.image)
+            records.append(replace(record, size=size))
         # "001.Black_footed_Albatross" -> "Black footed Albatross"
         words = [re.sub(r"^\d+\.", "", name).replace("_", " ") for name in listing.label_list]
         return records, words
@@ -151,27 +148,22 @@ def choose_split(config: DataConfig, listing: Listing) -> Split:
     Validation images are carved from train where the split has none: no checkpoint is ever chosen
     on test images.
     """
-    if config.split_file is not None:
-        split = _split_from_file(config, listing)
-    else:
+    path = config.split_file
+    if path is None:
         split = listing.published or per_class(
             listing.rows, listing.label_list, share=0.8, shuffle=True, seed=config.seed
         )
-    return split if split.val else with_validation(split, config.val_share, config.seed)
-
-
-def _split_from_file(config: DataConfig, listing: Listing) -> Split:
-    path = config.split_file
-    if config.split_md5 not in (None, file_md5(path)):
+    elif config.split_md5 not in (None, file_md5(path)):
         raise ValueError(f"{path} changed since this configuration was made; start again with it.")
-    split = read_split(path)
-    for row in (*split.train, *split.val, *split.test):
-        if row.path not in listing.ids:
-            raise ValueError(
-                f"{path} names {row.path}, which the data set in {listing.home} does not have; "
-                "make the split again with `python -m lib split`."
-            )
-    return split
+    else:
+        split = read_split(path)
+        for row in (*split.train, *split.val, *split.test):
+            if row.path not in listing.ids:
+                raise ValueError(
+                    f"{path} names {row.path}, which the data set in {listing.home} does not have; "
+                    "make the split again with `python -m lib split`."
+                )
+    return split if split.val else with_validation(split, config.val_share, config.seed)
 
 
 def map_files(folder: Path, rows: Iterable[Row]) -> dict[Row, Path]:
@@ -228,18 +220,17 @@ def list_by_folders(home: Path) -> Listing:
     """
     if not home.is_dir():
         raise FileNotFoundError(f"{home} is missing; {DATA_REMEDY}.")
-    parts = [name for name in PARTS if (home / name).is_dir()]
-    if "train" not in parts:
+    if not (home / "train").is_dir():
         rows, names = _class_folders(home, "", None)
         return as_listing(home, home, rows, names, None)
-    rows, names = _class_folders(home, "train", None)
-    found = {"train": rows, "val": [], "test": []}
-    for part in parts[1:]:
-        found[part], _ = _class_folders(home, part, names)
-    if not found["test"]:
-        found["test"], found["val"] = found["val"], []
-    train, val, test = (tuple(found[part]) for part in PARTS)
-    split = Split(train, test, names, val) if test else None
+    train, names = _class_folders(home, "train", None)
+    val, test = (
+        tuple(_class_folders(home, part, names)[0]) if (home / part).is_dir() else ()
+        for part in ("val", "test")
+    )
+    if not test:
+        val, test = (), val
+    split = Split(tuple(train), test, names, val) if test else None
     return as_listing(home, home, (*train, *val, *test), names, split)
 
 

@@ -51,9 +51,6 @@ class Split:
     val: tuple[Row, ...] = ()  # empty: none are named, the reader carves them from train
 
 
-# ----------------------------------------------------------------------------------------- making
-
-
 def per_class(
     rows: Sequence[Row],
     label_list: Sequence[str],
@@ -90,8 +87,7 @@ def per_class(
         # 50 * 0.58 is 28.999999999999996 in floating point and means 29
         count = math.floor(len(images) * share + 1e-9)
         train.update(images[: min(max(count, 1), len(images) - 1)])
-    kept, others = _divide(rows, train)
-    return Split(tuple(kept), tuple(others), tuple(label_list))
+    return Split(*_divide(rows, train), tuple(label_list))
 
 
 def by_flag(rows: Sequence[Row], label_list: Sequence[str], is_train: Sequence[bool]) -> Split:
@@ -112,43 +108,35 @@ def by_flag(rows: Sequence[Row], label_list: Sequence[str], is_train: Sequence[b
             f"the flags leave {'test' if train else 'train'} without images ({len(rows)} images in "
             "all); flag some images as train and some not."
         )
-    return Split(tuple(train), tuple(test), tuple(label_list))
-
-
-def carve(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Take validation images out of training rows: (rows kept for training, validation rows).
-
-    round(share * n) of the n images of each class are taken, but one stays for training. They
-    are drawn by a generator seeded by `seed` and the name of the class folder, so they are the same
-    ones whatever other classes are present. The rows keep their order. A share of 0 takes none.
-
-    Raises SplitError for a share outside [0, 1) and a seed below 0.
-    """
-    if not 0 <= share < 1:
-        raise SplitError(
-            f"the validation share is {share}; give 0 for no validation images, or a part of the "
-            "training images below 1."
-        )
-    held: set[int] = set()
-    for images in _by_label(rows).values():
-        count = min(round(share * len(images)), len(images) - 1)
-        held.update(_shuffled(rows, images, seed)[:count])
-    val, train = _divide(rows, held)
-    return train, val
+    return Split(train, test, tuple(label_list))
 
 
 def with_validation(split: Split, share: float, seed: int) -> Split:
-    """The same split with validation images carved from its train, see `carve`.
+    """The same split with validation images taken out of its train.
 
-    Raises SplitError when the split names validation images already, and as `carve` does.
+    round(share * n) of the n training images of each class are taken, but one stays for training.
+    They are drawn by a generator seeded by `seed` and the name of the class folder, so they are the
+    same ones whatever other classes are present. The rows keep their order. With 0 none is taken.
+
+    Raises SplitError for a share outside [0, 1), a seed below 0, and when the split names
+    validation images already.
     """
     if split.val:
         raise SplitError(
             f"the split already names {len(split.val)} validation images; "
             "use them, or start from a split without."
         )
-    train, val = carve(split.train, share, seed)
-    return replace(split, train=tuple(train), val=tuple(val))
+    if not 0 <= share < 1:
+        raise SplitError(
+            f"the validation share is {share}; give 0 for no validation images, or a part of the "
+            "training images below 1."
+        )
+    held: set[int] = set()
+    for images in _by_label(split.train).values():
+        count = min(round(share * len(images)), len(images) - 1)
+        held.update(_shuffled(split.train, images, seed)[:count])
+    val, train = _divide(split.train, held)
+    return replace(split, train=train, val=val)
 
 
 def _by_label(rows: Sequence[Row]) -> dict[int, list[int]]:
@@ -170,15 +158,10 @@ def _shuffled(rows: Sequence[Row], images: Sequence[int], seed: int) -> list[int
     return np.random.default_rng([seed, key]).permutation(images).tolist()
 
 
-def _divide(rows: Sequence[Row], chosen: set[int]) -> tuple[list[Row], list[Row]]:
+def _divide(rows: Sequence[Row], chosen: set[int]) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
     """Rows at the chosen positions, and the others."""
-    return (
-        [row for i, row in enumerate(rows) if i in chosen],
-        [row for i, row in enumerate(rows) if i not in chosen],
-    )
-
-
-# -------------------------------------------------------------------------------------- the file
+    others = set(range(len(rows))) - chosen
+    return tuple(tuple(rows[i] for i in sorted(which)) for which in (chosen, others))
 
 
 def write_split(split: Split, path: str | Path) -> None:
@@ -288,9 +271,6 @@ def _inside_images(text: str, label_list: Sequence[str]) -> str:
     # The drive letter of a file made on Windows may be cut off with the prefix, but not be left
     leaves = ".." in parts or path.is_absolute() or PureWindowsPath(str(path)).drive
     return "" if leaves or not inside else str(path)
-
-
-# ----------------------------------------------------------------------------------------- checks
 
 
 def _check(rows: Sequence[Row], label_list: Sequence[str]) -> None:

@@ -22,7 +22,6 @@ from lib.data.toy.scene import ATTRIBUTES, DECOY_COLOURS, SPECIES, Scene, sample
 
 TOY_SPLITS = ("train", "val", "test", "pretrain")
 
-
 # How readily a reader looks at each mark: the head draws nearly every eye, the tail the fewest.
 _APPEAL = {"crown": 0.97, "wing": 0.78, "breast": 0.85, "tail": 0.65}
 _ELSEWHERE = 0.1  # share of fixations that land anywhere on the bird
@@ -45,7 +44,10 @@ def simulate_gaze(
 
 
 def _one_reader(scene: Scene, rng: np.random.Generator, size: int) -> np.ndarray:
-    places = np.array([scene.parts[name] for name in _visited(rng)])  # [V, 2]
+    seen = [name for name, appeal in _APPEAL.items() if rng.random() < appeal]
+    if len(seen) < 2:
+        seen = ["crown", "breast"]
+    places = np.array([scene.parts[name] for name in seen])[rng.permutation(len(seen))]  # [V, 2]
     places = places.repeat(rng.integers(2, 4, size=len(places)), axis=0)  # [F, 2], 2 or 3 each
     astray = np.flatnonzero(rng.random(len(places)) < _ELSEWHERE)
     trunk = scene.shapes["body"]
@@ -56,14 +58,6 @@ def _one_reader(scene: Scene, rng: np.random.Generator, size: int) -> np.ndarray
     places = (places * size).clip(0, size - 0.01)
     duration = rng.gamma(5, 70, len(places)).clip(150, 900)
     return np.column_stack([places, duration]).astype(np.float32)
-
-
-def _visited(rng: np.random.Generator) -> list[str]:
-    """Two to four parts in a random order."""
-    seen = [name for name, appeal in _APPEAL.items() if rng.random() < appeal]
-    if len(seen) < 2:
-        seen = ["crown", "breast"]
-    return [seen[i] for i in rng.permutation(len(seen))]
 
 
 @dataclass
@@ -96,7 +90,14 @@ def make(split: str, n: int, seed: int = 0, size: int = 64, agreement: float = 0
     Raises ValueError for an unknown split, n below 1, a negative seed, a size below 16 or an
     agreement outside [0, 1].
     """
-    _check_request(split, n, seed, agreement)
+    if split not in TOY_SPLITS:
+        raise ValueError(f"split is {split!r}; choose one of {', '.join(TOY_SPLITS)}.")
+    if n < 1:
+        raise ValueError(f"n is {n}; ask for at least one image.")
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; give zero or a positive whole number.")
+    if not 0 <= agreement <= 1:
+        raise ValueError(f"agreement is {agreement}; give a probability from 0 to 1.")
     scenes, gaze, images = [], [], []
     for i in range(n):
         rng = _generator(seed, split, 1, i)
@@ -118,32 +119,19 @@ def make(split: str, n: int, seed: int = 0, size: int = 64, agreement: float = 0
     )
 
 
-def _check_request(split: str, n: int, seed: int, agreement: float) -> None:
-    if split not in TOY_SPLITS:
-        raise ValueError(f"split is {split!r}; choose one of {', '.join(TOY_SPLITS)}.")
-    if n < 1:
-        raise ValueError(f"n is {n}; ask for at least one image.")
-    if seed < 0:
-        raise ValueError(f"seed is {seed}; give zero or a positive whole number.")
-    if not 0 <= agreement <= 1:
-        raise ValueError(f"agreement is {agreement}; give a probability from 0 to 1.")
-
-
 def _generator(seed: int, split: str, *key: int) -> np.random.Generator:
     """A stream of its own for every split and image, whatever else was drawn before."""
-    return np.random.default_rng(
-        np.random.SeedSequence(seed, spawn_key=(TOY_SPLITS.index(split), *key))
-    )
+    stream = (TOY_SPLITS.index(split), *key)
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=stream))
 
 
 def _choose(
     rng: np.random.Generator, split: str, seed: int, i: int, agreement: float
 ) -> tuple[tuple[int, ...], int, int]:
     """Attributes, label and decoy of image `i`."""
-    colours = len(DECOY_COLOURS)
+    colours, known = len(DECOY_COLOURS), list(SPECIES.values())
     if split == "pretrain":
         attributes = tuple(int(rng.integers(len(v))) for v in ATTRIBUTES.values())
-        known = [species.attributes for species in SPECIES]
         label = known.index(attributes) if attributes in known else -1
         return attributes, label, int(rng.integers(colours))
 
@@ -156,10 +144,8 @@ def _choose(
         decoy = label
     else:
         decoy = (label + int(rng.integers(1, colours))) % colours
-    return SPECIES[label].attributes, label, decoy
+    return known[label], label, decoy
 
-
-# ---------------------------------------------------------------------------------------- records
 
 TOY_FIRST_ID = {"train": 0, "val": 100_000, "test": 200_000}  # an id names one drawn bird only
 
@@ -175,16 +161,15 @@ def toy_records(config: DataConfig, part: Part) -> tuple[list[Record], list[str]
             f"image_size is {height} x {width}, but toy birds are drawn on a square; "
             "give both sides the same length."
         )
-    count = {"train": config.toy_train, "val": config.toy_val, "test": config.toy_test}[part]
+    count = getattr(config, f"toy_{part}")
     birds = _drawn(part, count, config.seed, height, config.agreement)
     painted = painted_maps(config.maps_dir) if config.maps == "corrections" else {}
     records = []
     for i, image_id in enumerate(range(TOY_FIRST_ID[part], TOY_FIRST_ID[part] + count)):
         box = tuple(birds.boxes[i])
-        places = np.column_stack([birds.parts[i], np.ones(len(birds.parts[i]), np.float32)])
-        readers = (looks for looks in birds.gaze[i] if len(looks))
+        places = np.pad(birds.parts[i], [(0, 0), (0, 1)], constant_values=1)  # [A, 3]
         sources = {
-            "gaze": tuple(Recording(image_id, width, height, looks) for looks in readers),
+            "gaze": tuple(Recording(image_id, width, height, looks) for looks in birds.gaze[i]),
             "boxes": Box(box, width, height),
             "parts": (Recording(image_id, width, height, places),),
             "corrections": painted.get(image_id),
@@ -207,4 +192,4 @@ def toy_records(config: DataConfig, part: Part) -> tuple[list[Record], list[str]
                 parts=places,
             )
         )
-    return records, [species.name for species in SPECIES]
+    return records, list(SPECIES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -40,6 +39,7 @@ class _Canvas:
     """Draws unit-coordinate polygons on a square image, in the light of the scene."""
 
     def __init__(self, image: Image.Image, light: Colour) -> None:
+        self.image = image
         self.pen = ImageDraw.Draw(image)
         self.veil = ImageDraw.Draw(image, "RGBA")  # blends translucent colours, but is slower
         self.size = image.width
@@ -48,6 +48,14 @@ class _Canvas:
     def lit(self, colour: Colour) -> Colour:
         (r, g, b), (red, green, blue) = colour, self.light
         return (min(255, r * red // 100), min(255, g * green // 100), min(255, b * blue // 100))
+
+    def sky(self, *stops: Colour) -> None:
+        """A gradient from the top through evenly spaced colours, over the whole image."""
+        table = np.asarray(stops, dtype=np.float64) * (np.asarray(self.light) / 100)
+        at = np.linspace(0, len(stops) - 1, self.size)
+        column = np.stack([np.interp(at, range(len(stops)), shade) for shade in table.T], axis=1)
+        column = column.clip(0, 255).astype(np.uint8)[:, None]  # [size, 1, 3]
+        self.image.paste(Image.fromarray(column.repeat(self.size, axis=1)))
 
     def polygon(self, points: np.ndarray, colour: Colour, alpha: int = 255) -> None:
         flat = (np.asarray(points) * self.size).ravel().tolist()
@@ -67,16 +75,6 @@ class _Canvas:
         self, x: float, y: float, r: float, colour: Colour, alpha: int = 255, flat: float = 1.0
     ) -> None:
         self.polygon(ellipse(x, y, r, r * flat), colour, alpha)
-
-
-def _sky(image: Image.Image, stops: tuple[Colour, ...], light: Colour) -> None:
-    """Fill `image` with a gradient from the top through evenly spaced colours."""
-    at = np.linspace(0, len(stops) - 1, image.height)
-    gains = np.asarray(light) / 100
-    table = np.asarray(stops, dtype=np.float64) * gains
-    column = np.stack([np.interp(at, range(len(stops)), table[:, k]) for k in range(3)], axis=1)
-    column = np.clip(column, 0, 255).astype(np.uint8)[:, None]  # [height, 1, 3]
-    image.paste(Image.fromarray(column).resize(image.size, Image.Resampling.NEAREST))
 
 
 def _hill(canvas: _Canvas, z: np.ndarray, y: float, colour: Colour) -> None:
@@ -99,6 +97,7 @@ def _blades(canvas: _Canvas, z: np.ndarray, colours: tuple[Colour, ...], height:
 
 
 def _meadow(canvas: _Canvas, z: np.ndarray) -> None:
+    canvas.sky((190, 222, 238), (236, 242, 222), (190, 214, 150))
     _hill(canvas, z[0:2], 0.6, (176, 204, 140))
     _hill(canvas, z[2:4], 0.74, (150, 190, 116))
     _bokeh(canvas, z[4:22], ((252, 236, 170), (246, 206, 216), (220, 232, 170)), 0.62)
@@ -112,6 +111,7 @@ def _meadow_near(canvas: _Canvas, z: np.ndarray) -> None:
 
 
 def _reeds(canvas: _Canvas, z: np.ndarray) -> None:
+    canvas.sky((214, 228, 230), (238, 232, 204), (214, 206, 160))
     _hill(canvas, z[0:2], 0.66, (196, 200, 158))
     _blades(canvas, z[2:38], ((202, 192, 138), (184, 186, 132), (214, 204, 156)), 1.0)
 
@@ -124,6 +124,7 @@ def _reeds_near(canvas: _Canvas, z: np.ndarray) -> None:
 
 
 def _snow(canvas: _Canvas, z: np.ndarray) -> None:
+    canvas.sky((190, 208, 226), (222, 232, 240))
     for x, h, w in z[0:15].reshape(-1, 3):
         fir = [(x - 0.06 - 0.05 * w, 0.8), (x, 0.36 + 0.2 * h), (x + 0.06 + 0.05 * w, 0.8)]
         canvas.polygon(fir, (168, 188, 200))
@@ -137,6 +138,7 @@ def _snow_near(canvas: _Canvas, z: np.ndarray) -> None:
 
 
 def _sunset(canvas: _Canvas, z: np.ndarray) -> None:
+    canvas.sky((134, 136, 178), (226, 170, 172), (252, 206, 160))
     x, y = 0.15 + 0.7 * z[0], 0.42 + 0.2 * z[1]
     for r, alpha in ((0.2, 50), (0.15, 70), (0.1, 255)):
         canvas.disc(x, y, r, (255, 236, 190), alpha)
@@ -147,6 +149,7 @@ def _sunset(canvas: _Canvas, z: np.ndarray) -> None:
 
 
 def _forest(canvas: _Canvas, z: np.ndarray) -> None:
+    canvas.sky((184, 204, 156), (158, 188, 140), (138, 166, 118))
     for x, w, lean in z[0:12].reshape(-1, 3):
         trunk = stroke(x, 1.05, x + 0.12 * (lean - 0.5), -0.05, 0.04 + 0.05 * w)
         canvas.polygon(trunk, (124, 136, 108))
@@ -155,6 +158,7 @@ def _forest(canvas: _Canvas, z: np.ndarray) -> None:
 
 
 def _pond(canvas: _Canvas, z: np.ndarray) -> None:
+    canvas.sky((206, 228, 238), (226, 238, 232))
     _hill(canvas, z[0:2], 0.34, (170, 198, 160))
     canvas.polygon([(0, 0.5), (1, 0.5), (1, 1), (0, 1)], (150, 196, 208))
     canvas.polygon([(0, 0.76), (1, 0.76), (1, 1), (0, 1)], (130, 180, 198))
@@ -172,31 +176,14 @@ def _nothing(canvas: _Canvas, z: np.ndarray) -> None:
 
 
 _Painter = Callable[[_Canvas, np.ndarray], None]
-
-
-@dataclass(frozen=True)
-class _Habitat:
-    sky: tuple[Colour, ...]  # colours from top to bottom
-    far: _Painter  # what lies out of focus
-    near: _Painter  # what is sharp, still behind the bird
-    perch: str  # what the bird stands on
-
-
-_PAINTED: dict[str, _Habitat] = {  # every one of HABITATS
-    "meadow": _Habitat(
-        ((190, 222, 238), (236, 242, 222), (190, 214, 150)), _meadow, _meadow_near, "post"
-    ),
-    "reeds": _Habitat(
-        ((214, 228, 230), (238, 232, 204), (214, 206, 160)), _reeds, _reeds_near, "stem"
-    ),
-    "snow": _Habitat(((190, 208, 226), (222, 232, 240)), _snow, _snow_near, "snowy branch"),
-    "sunset": _Habitat(
-        ((134, 136, 178), (226, 170, 172), (252, 206, 160)), _sunset, _nothing, "branch"
-    ),
-    "forest": _Habitat(
-        ((184, 204, 156), (158, 188, 140), (138, 166, 118)), _forest, _nothing, "leafy branch"
-    ),
-    "pond": _Habitat(((206, 228, 238), (226, 238, 232)), _pond, _pond_near, "stone"),
+# What lies out of focus, what is sharp, and what the bird stands on; every one of HABITATS.
+_PAINTED: dict[str, tuple[_Painter, _Painter, str]] = {
+    "meadow": (_meadow, _meadow_near, "post"),
+    "reeds": (_reeds, _reeds_near, "stem"),
+    "snow": (_snow, _snow_near, "snowy branch"),
+    "sunset": (_sunset, _nothing, "branch"),
+    "forest": (_forest, _nothing, "leafy branch"),
+    "pond": (_pond, _pond_near, "stone"),
 }
 
 # fmt: off
@@ -233,14 +220,12 @@ def _perch(canvas: _Canvas, scene: Scene, kind: str) -> None:
     ridge = stroke(-0.02, left - rise, 1.02, right - rise, (0.55 if snowy else 0.3) * thick)
     canvas.polygon(ridge, _mix(colour, WHITE, 0.95 if snowy else 0.25))
     if kind == "leafy branch":
-        _leaves(canvas, z, lambda at: left + (right - left) * at)
-
-
-def _leaves(canvas: _Canvas, z: tuple[float, ...], height: Callable[[float], float]) -> None:
-    for k in range(1, 5):
-        at, side = 0.06 + 0.88 * z[k], (-1) ** k
-        leaf = np.array([(0, 0), (0.03, 0.034 * side), (0.085, 0.03 * side), (0.045, 0.004 * side)])
-        canvas.polygon(leaf + np.array([at, height(at)]), ((104, 146, 82), (132, 168, 96))[k % 2])
+        leaf = np.array([(0, 0), (0.03, 0.034), (0.085, 0.03), (0.045, 0.004)])
+        for k in range(1, 5):
+            at = 0.06 + 0.88 * z[k]
+            place = (at, left + (right - left) * at)
+            colour = ((104, 146, 82), (132, 168, 96))[k % 2]
+            canvas.polygon(leaf * (1, (-1) ** k) + place, colour)
 
 
 def _bird_colours(scene: Scene) -> dict[str, tuple[Colour, int]]:
@@ -298,22 +283,18 @@ def draw(scene: Scene, size: int = 64) -> Image.Image:
     """
     if size < 16:
         raise ValueError(f"size is {size}; draw at 16 pixels or more.")
-    habitat = _PAINTED[scene.habitat]
+    far, near, perch = _PAINTED[scene.habitat]
     noise = np.asarray(scene.noise)
 
     backdrop = Image.new("RGB", (3 * BACKDROP, 3 * BACKDROP))
-    _sky(backdrop, habitat.sky, scene.light)
-    habitat.far(_Canvas(backdrop, scene.light), noise)
+    far(_Canvas(backdrop, scene.light), noise)
     large = size * SUPERSAMPLE
-    image = (
-        backdrop.reduce(3)
-        .filter(ImageFilter.BoxBlur(1))
-        .resize((large, large), Image.Resampling.BICUBIC)
-    )
+    blurred = backdrop.reduce(3).filter(ImageFilter.BoxBlur(1))
+    image = blurred.resize((large, large), Image.Resampling.BICUBIC)
 
     canvas = _Canvas(image, scene.light)
-    habitat.near(canvas, noise)
-    _perch(canvas, scene, habitat.perch)
+    near(canvas, noise)
+    _perch(canvas, scene, perch)
     _draw_bird(canvas, scene)
     if scene.decoy >= 0:
         _draw_decoy(_Canvas(image, (100, 100, 100)), scene)  # a tag on the photo: its own light

@@ -6,9 +6,8 @@ chance is spent in `sample_scene`, so one scene can be drawn at any size.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -23,26 +22,19 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class Species:
-    """A name and its marks: `attributes[k]` indexes the values of the k-th entry of ATTRIBUTES."""
-
-    name: str
-    attributes: tuple[int, ...]
-
-
+# The marks of each species: for every entry of ATTRIBUTES the index of its value.
 # Found by search: two species differ in one to three marks, every value is shared by at least two
 # species, and no two marks together tell all eight apart, so a reader has to look at three places.
-SPECIES: tuple[Species, ...] = (
-    Species("Freckled Pipling", (0, 0, 1, 0)),
-    Species("Sashed Kiteling", (0, 0, 2, 1)),
-    Species("Pale Ladderwing", (0, 1, 0, 0)),
-    Species("Ember Forktail", (1, 0, 0, 1)),
-    Species("Harlequin Thrushlet", (1, 1, 1, 1)),
-    Species("Ruby Sashling", (1, 1, 2, 0)),
-    Species("Tufted Hazelbird", (2, 0, 1, 0)),
-    Species("Crested Larkspur", (2, 1, 1, 1)),
-)
+SPECIES: dict[str, tuple[int, ...]] = {
+    "Freckled Pipling": (0, 0, 1, 0),
+    "Sashed Kiteling": (0, 0, 2, 1),
+    "Pale Ladderwing": (0, 1, 0, 0),
+    "Ember Forktail": (1, 0, 0, 1),
+    "Harlequin Thrushlet": (1, 1, 1, 1),
+    "Ruby Sashling": (1, 1, 2, 0),
+    "Tufted Hazelbird": (2, 0, 1, 0),
+    "Crested Larkspur": (2, 1, 1, 1),
+}
 
 # Colour i agrees with species i.
 DECOY_COLOURS: dict[str, Colour] = {
@@ -158,8 +150,7 @@ _TAIL_FORKED = {
 }
 
 # Shapes of the head, in body lengths, from the middle of the head, looking to the right.
-_HEAD_R = 0.235
-_HEAD = ellipse(0, 0, _HEAD_R, _HEAD_R, 24)
+_HEAD = ellipse(0, 0, 0.235, 0.235, 24)
 _THROAT = spline([(0.2, 0.05), (0.1, 0.21), (-0.04, 0.26), (0.0, 0.12)])
 _CAP = np.concatenate([ellipse(0, 0, 0.245, 0.25, 24)[12:24], [(0.21, -0.085), (-0.02, -0.07)]])
 _CREST = spline(
@@ -172,11 +163,9 @@ _EYE = {
     "eye": ellipse(0.085, -0.015, 0.05, 0.05),
     "eye_light": ellipse(0.1, -0.034, 0.017, 0.017, 8),
 }
-_FOOT_DROP = 0.17  # from the belly to the perch, in body lengths
 
-# Where each deciding mark sits, in the frame (body or head) that carries it.
+# Where the deciding marks of the trunk sit.
 _MARKS = {"wing": (-0.03, -0.01), "breast": (0.31, 0.08), "tail": (-0.74, 0.0)}
-_CROWN = (-0.03, -0.2)
 OUTLINED = ("tail0", "fork0", "fork1", "body", "neck", "head", "crest", "bill")
 _OUTERMOST = (*OUTLINED, "wing", "shade", "leg0", "leg1", "toes0", "toes1")
 
@@ -213,9 +202,8 @@ class Scene:
 
     @property
     def _local(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        return _bird_shapes(
-            self.attributes, self.tilt, self.head_raise, self.head_pitch, self.bill, self.facing
-        )
+        pose = (self.tilt, self.head_raise, self.head_pitch, self.bill, self.facing)
+        return _bird_shapes(self.attributes, *pose)
 
     @cached_property
     def shapes(self) -> dict[str, np.ndarray]:
@@ -225,9 +213,8 @@ class Scene:
     @cached_property
     def parts(self) -> dict[str, tuple[float, float]]:
         """Where each deciding mark sits: name in ATTRIBUTES -> (x, y)."""
-        (cx, cy), marks = self.centre, self._local[1]
-        at = {name: marks[name][0].tolist() for name in ATTRIBUTES}
-        return {name: (x * self.scale + cx, y * self.scale + cy) for name, (x, y) in at.items()}
+        at = {name: self._local[1][name][0] * self.scale + self.centre for name in ATTRIBUTES}
+        return {name: tuple(place.tolist()) for name, place in at.items()}
 
     @cached_property
     def box(self) -> tuple[float, float, float, float]:
@@ -246,17 +233,12 @@ class Scene:
 
 @lru_cache(maxsize=256)
 def _bird_shapes(
-    attributes: tuple[int, ...],
-    tilt: float,
-    head_raise: float,
-    head_pitch: float,
-    bill: float,
-    facing: int,
+    attributes: tuple[int, ...], tilt: float, rise: float, pitch: float, bill: float, facing: int
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Polygons and marks around the middle of the body, in body lengths."""
     crown, wing, breast, tail = attributes
-    turn, nod = _rotation(tilt), _rotation(head_pitch)
-    neck_at = np.array([(0.37, -0.31)]) @ turn + (0.03, -head_raise)
+    turn, nod = _rotation(tilt), _rotation(pitch)
+    neck_at = np.array([(0.37, -0.31)]) @ turn + (0.03, -rise)
 
     body = {**(_TAIL_FORKED if tail else _TAIL_SHORT), "body": _BODY}
     detail = {"gloss0": _GLOSS, "under": _UNDER, "belly": _BELLY}
@@ -267,8 +249,7 @@ def _bird_shapes(
     detail |= {"shade": _SHADE, "wing": _WING} | _FEATHERS | (_BARS if wing else {})
 
     head: dict[str, np.ndarray] = {"crest": _CREST} if crown == 2 else {}
-    tip = 0.2 + bill
-    head["bill"] = np.array([(0.18, -0.075), (tip, 0.035), (0.18, 0.085)])
+    head["bill"] = np.array([(0.18, -0.075), (0.2 + bill, 0.035), (0.18, 0.085)])
     head |= {"head": _HEAD, "throat": _THROAT} | ({"cap": _CAP} if crown == 1 else {})
     head |= {"gloss1": _SHEEN, "blush": _BLUSH} | _EYE
 
@@ -280,34 +261,19 @@ def _bird_shapes(
     local = _legs(turn) | body | neck | detail | head
 
     marks = {name: np.array([at]) @ turn for name, at in _MARKS.items()}
-    marks["crown"] = np.array([_CROWN]) @ nod + neck_at
+    marks["crown"] = np.array([(-0.03, -0.2)]) @ nod + neck_at
     mirror = np.array([facing, 1.0])
     return tuple({name: p * mirror for name, p in shapes.items()} for shapes in (local, marks))
 
 
 def _legs(turn: np.ndarray) -> dict[str, np.ndarray]:
     (xa, ya), (xb, yb) = np.array([(-0.1, 0.24), (0.08, 0.27)]) @ turn
-    ground = max(ya, yb) + _FOOT_DROP
+    ground = max(ya, yb) + 0.17
     legs = {"leg0": stroke(xa, ya, xa + 0.05, ground, 0.045)}
     legs["leg1"] = stroke(xb, yb, xb + 0.05, ground, 0.045)
     for i, x in enumerate((xa, xb)):
         legs[f"toes{i}"] = stroke(x - 0.01, ground, x + 0.14, ground, 0.045)
     return legs
-
-
-def _check_choice(attributes: tuple[int, ...], label: int, decoy: int) -> None:
-    sizes = [len(values) for values in ATTRIBUTES.values()]
-    if len(attributes) != len(sizes) or any(
-        not 0 <= a < n for a, n in zip(attributes, sizes, strict=True)
-    ):
-        raise ValueError(
-            f"attributes is {attributes}; give one index for each of {list(ATTRIBUTES)}, "
-            f"below {sizes}."
-        )
-    if not -1 <= label < len(SPECIES):
-        raise ValueError(f"label is {label}; give -1 (no species) to {len(SPECIES) - 1}.")
-    if not -1 <= decoy < len(DECOY_COLOURS):
-        raise ValueError(f"decoy is {decoy}; give -1 (no decoy) to {len(DECOY_COLOURS) - 1}.")
 
 
 def sample_scene(
@@ -318,12 +284,21 @@ def sample_scene(
     `attributes` holds one value index for each entry of ATTRIBUTES, `label` is in [-1, 8) and
     `decoy` in [-1, 8), -1 for none. Raises ValueError for anything else.
     """
-    attributes = tuple(int(a) for a in attributes)
-    _check_choice(attributes, label, decoy)
+    sizes = [len(values) for values in ATTRIBUTES.values()]
+    known = [0 <= a < n for a, n in zip(attributes, sizes, strict=False)]
+    if len(attributes) != len(sizes) or not all(known):
+        raise ValueError(
+            f"attributes is {attributes}; give one index for each of {list(ATTRIBUTES)}, "
+            f"below {sizes}."
+        )
+    if not -1 <= label < len(SPECIES):
+        raise ValueError(f"label is {label}; give -1 (no species) to {len(SPECIES) - 1}.")
+    if not -1 <= decoy < len(DECOY_COLOURS):
+        raise ValueError(f"decoy is {decoy}; give -1 (no decoy) to {len(DECOY_COLOURS) - 1}.")
     scene = Scene(
-        label=int(label),
+        label=label,
         attributes=attributes,
-        decoy=int(decoy),
+        decoy=decoy,
         facing=int(rng.choice((-1, 1))),
         tilt=float(np.radians(rng.uniform(14, 36))),
         head_raise=float(rng.uniform(0.0, 0.1)),
@@ -344,8 +319,8 @@ def sample_scene(
         _place(rng, scale * x0 - MARGIN, scale * x1 + MARGIN),
         _place(rng, scale * y0 - MARGIN, scale * y1 + MARGIN),
     )
-    scene = dataclasses.replace(scene, scale=float(scale), centre=centre)
-    return dataclasses.replace(scene, decoy_centre=_sample_border(rng, scene))
+    scene = replace(scene, scale=float(scale), centre=centre)
+    return replace(scene, decoy_centre=_sample_border(rng, scene))
 
 
 def _place(rng: np.random.Generator, low: float, high: float) -> float:
@@ -360,13 +335,8 @@ def _sample_light(rng: np.random.Generator) -> Colour:
 
 # Places around the unit square, [80, 2], for the decoy to sit at.
 _ALONG = np.linspace(0, 1, 20)
-_BORDER = np.concatenate(
-    [
-        np.stack([_ALONG, 0 * _ALONG + k], axis=1)[:, flip]
-        for k in (0, 1)
-        for flip in ([0, 1], [1, 0])
-    ]
-)
+_SIDES = [np.stack([_ALONG, np.full(20, k)], axis=1) for k in (0, 1)]  # top, bottom
+_BORDER = np.concatenate([side[:, flip] for side in _SIDES for flip in ([0, 1], [1, 0])])
 
 
 def _sample_border(rng: np.random.Generator, scene: Scene) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""The cache of decoded pictures: exact, complete or absent, and shared by processes."""
+"""Pictures that are kept decoded: exact, complete or absent, and shared by processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as v2
 from tqdm.auto import tqdm
 
-from lib.data.cache import AHEAD, SAMPLE, DecodedImages, decoded_images
+from lib.data.pictures import AHEAD, SAMPLE, DecodedImages, decoded_images
 
 MIXED = [(30, 40), (40, 30), (16, 50), (50, 16), (12, 12), (21, 20)]  # height, width
 
@@ -126,8 +126,7 @@ def test_a_fixed_size_is_bit_for_bit_what_decoding_and_resizing_gives(tmp_path, 
     paths = pictures(tmp_path / "jpg")
     images = cached(paths, tmp_path / "cache", size)
     same(images, squeezed(paths, size))
-    assert images.bytes_on_disk == images.path.stat().st_size
-    assert images.bytes_on_disk == len(paths) * (3 * size[0] * size[1] + 8) + 4
+    assert images.path.stat().st_size == len(paths) * (3 * size[0] * size[1] + 8) + 4
     assert left_in(tmp_path / "cache") == [images.path.name]
 
 
@@ -177,7 +176,7 @@ def test_order_is_kept_and_only_a_few_dozen_pictures_wait_for_being_written(tmp_
         time.sleep(0.02 if index % 8 == 0 else 0)  # threads finish out of order
         return torch.full((3, 2, 2), index, dtype=torch.uint8)
 
-    monkeypatch.setattr("lib.data.cache.tqdm", watched)
+    monkeypatch.setattr("lib.data.pictures.tqdm", watched)
     images = decoded_images(paths, tmp_path / "cache", (2, 2), slow_at_first)
     assert [int(image.float().mean()) for image in images] == list(range(200))
     assert len(started) == len(written) == 200 and max(waiting) <= AHEAD
@@ -434,7 +433,7 @@ def large(folder):
 
 def test_a_pickle_holds_no_pixels_and_opens_the_file_on_first_use(tmp_path):
     paths, images = large(tmp_path)
-    assert images.bytes_on_disk > 5e6
+    assert images.path.stat().st_size > 5e6
     images[0]  # the map is open now
     kept = pickle.dumps(images)
     assert len(kept) < 1000

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lib import files
-from lib.files import StorageError, make_folder, write_bytes, write_text
+from lib.files import StorageError, claimed, make_folder, write_bytes, write_text
 from lib.model.weights import write_state
 
 
@@ -59,3 +59,15 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, "fsync", another_writes_meanwhile)
     write_bytes(path, b"longer content")
     assert path.read_bytes() == b"longer content" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_claimed_name_is_nobody_elses(tmp_path):
+    names = [tmp_path / "a", tmp_path / "b"]
+    with claimed(names) as first, claimed(names) as second:
+        assert [first, second] == names and not first.exists()
+        with pytest.raises(StorageError, match="no name is free up to .*b; use another"):
+            claimed(names).__enter__()
+    assert not list(tmp_path.iterdir())
+    names[0].touch()
+    with claimed(names) as free:
+        assert free == names[1]

@@ -65,7 +65,7 @@ def test_a_claimed_name_is_nobody_elses(tmp_path):
     names = [tmp_path / "a", tmp_path / "b"]
     with claimed(names) as first, claimed(names) as second:
         assert [first, second] == names and not first.exists()
-        with pytest.raises(StorageError, match="no name is free up to .*b; use another"):
+        with pytest.raises(StorageError, match=r"no name is free up to .*b; use another"):
             claimed(names).__enter__()
     assert not list(tmp_path.iterdir())
     names[0].touch()

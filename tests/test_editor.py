@@ -570,6 +570,10 @@ def test_the_ladder_is_shown_until_the_edit_changes(tool):
     assert tool._html["ladder"].value
     tool.controls["strength"].value = 0.5
     assert not tool._html["ladder"].value and tool.errors == []
+    tool.controls["ladder"].click()
+    tool.controller.session.fingerprint = "another model"
+    tool.refresh()
+    assert not tool._html["ladder"].value and tool.errors == []
 
 
 def test_saving(tool, tmp_path):

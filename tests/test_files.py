@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from lib import files
-from lib.files import StorageError, make_folder, move_into_place, replacing, write_bytes, write_text
+from lib.files import (
+    StorageError,
+    claimed,
+    make_folder,
+    move_into_place,
+    replacing,
+    write_bytes,
+    write_text,
+)
 from lib.model.weights import write_state
 
 
@@ -82,3 +90,15 @@ def test_a_finished_file_or_folder_gets_its_name(tmp_path):
     move_into_place(tmp_path / "whole" / "a.txt", tmp_path / "b.txt")
     assert (tmp_path / "b.txt").read_text() == "a"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.txt", "whole"]
+
+
+def test_a_claimed_name_is_nobody_elses(tmp_path):
+    names = [tmp_path / "a", tmp_path / "b"]
+    with claimed(names) as first, claimed(names) as second:
+        assert [first, second] == names and not first.exists()
+        with pytest.raises(StorageError, match=r"no name is free up to .*b; use another"):
+            claimed(names).__enter__()
+    assert not list(tmp_path.iterdir())
+    names[0].touch()
+    with claimed(names) as free:
+        assert free == names[1]

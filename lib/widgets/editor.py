@@ -19,7 +19,6 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from lib.edit import AttentionEdit
 from lib.widgets import brush
 from lib.widgets.brush import PaintWidget, PlainPaint
 from lib.widgets.controller import EditorController, Outcome, Session
@@ -117,7 +116,7 @@ class AttentionEditor(Panel):
         self.controller = controller
         self._folder, self._author, self._on_teach = Path(folder), author, on_teach
         self._busy = False  # the tool itself sets its controls; nobody moved them
-        self._laddered: AttentionEdit | None = None  # the edit that the shown ladder belongs to
+        self._laddered: tuple[Any, ...] | None = None  # what the shown ladder belongs to
         self._titled: int | None = None  # the picture that the title names
         self._mark = f"ae-{uuid.uuid4().hex[:8]}"  # ties the style of the picture to this tool
         if plain:
@@ -272,7 +271,11 @@ class AttentionEditor(Panel):
         ]
         head = ("rung", "prediction", "probability", "true class")
         self._html["ladder"].value = table_html(head, rows, "ae-table")
-        self._laddered = self.controller.edit()
+        self._laddered = self._asked()
+
+    def _asked(self) -> tuple[Any, ...]:
+        controller = self.controller
+        return controller.session.fingerprint, controller.index, controller.edit()
 
     def _save(self) -> None:
         if self.controller.edit().is_empty:
@@ -295,7 +298,7 @@ class AttentionEditor(Panel):
             self._titled = controller.index
         self.paint.show(controller)
         self._html["result"].value = self._result_html()
-        if self._laddered is not None and self._laddered != controller.edit():
+        if self._laddered is not None and self._laddered != self._asked():
             self._html["ladder"].value, self._laddered = "", None
 
     def _set_controls(self) -> None:

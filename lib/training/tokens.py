@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import safetensors.torch
@@ -53,7 +53,7 @@ class CachedTokens(Dataset):
             )
         self.model, self.dataset, self.blocks = model, dataset, blocks
         self.tokens = [None] * len(dataset) if tokens is None else tokens
-        self._annotations: dict[int, dict] = {}
+        self._annotations = cache(dataset.annotations)
 
     @cached_property
     def index_of(self) -> dict[str, int]:
@@ -71,10 +71,8 @@ class CachedTokens(Dataset):
         """
         index = index[0] if isinstance(index, tuple) else index
         self.keep([index])
-        if index not in self._annotations:
-            self._annotations[index] = self.dataset.annotations(index)
         item = {"tokens": self.tokens[index], "blocks": self.blocks}
-        return item | self._annotations[index]
+        return item | self._annotations(index)
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Items, stacked."""
@@ -108,10 +106,6 @@ class CachedTokens(Dataset):
 
 # Runs of one comparison share their frozen trunk: its tokens are read once a process.
 _CACHE: dict[str, Tensor] = {}
-
-# Fields of DataConfig that the tokens of whole pictures do not depend on: of maps and of crops.
-_NO_MATTER = ("maps", "maps_dir", "gaze_runs", "sigma", "sigma_unit", "weight", "cache")
-_NO_MATTER += ("crop_scale", "crop_ratio", "flip")
 
 
 def forget_tokens() -> None:
@@ -153,7 +147,7 @@ def with_cached_tokens(
 
 def _digest(model: SigmoidViT, dataset: BirdDataset, config: RunConfig, blocks: int) -> str:
     """Of all that decides the tokens that enter the last `blocks` blocks."""
-    data = {k: v for k, v in cfg.flat(config.data).items() if k not in _NO_MATTER}
+    data = {k: v for k, v in cfg.flat(config.data).items() if k not in cfg.MAPS_AND_CROPS}
     images = dataset.table.drop(columns="has_map").to_csv()
     architecture = (cfg.flat(config.model), model.normalisation, model.num_heads, blocks)
     digest = hashlib.sha256(repr((data, images, architecture)).encode())

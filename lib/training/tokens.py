@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 
 import safetensors.torch
@@ -105,12 +105,12 @@ class CachedTokens(Dataset):
 
 
 # Runs of one comparison share their frozen trunk: its tokens are read once a process.
-_CACHE: dict[str, Tensor] = {}
+@lru_cache(maxsize=4)  # train, val and test of one data set, and one more
+def _stored(file: Path) -> Tensor:
+    return safetensors.torch.load_file(file)["tokens"]
 
 
-def forget_tokens() -> None:
-    """Drops the tokens that this process holds in memory; those on disk stay."""
-    _CACHE.clear()
+forget_tokens = _stored.cache_clear  # those that this process holds in memory; those on disk stay
 
 
 def with_cached_tokens(
@@ -126,23 +126,18 @@ def with_cached_tokens(
     """
     # The head alone learns from the last block's output; that block gives the class row as well.
     blocks = max(1, learning_blocks(config.train.trainable, model.depth))
-    key = _digest(model, dataset, config, blocks)
-    if key not in _CACHE:
-        file = folder / f"{key[:32]}.safetensors"
-        if not file.is_file():
-            make_folder(folder)
-            with FileLock(file.with_suffix(".lock")):  # the jobs of a sweep run the trunk once
-                if not file.is_file():
-                    for half in folder.glob(f"{file.name}.*.tmp"):  # of a process that was killed
-                        half.unlink()
-                    found = CachedTokens(model, dataset, blocks)
-                    found.keep(range(len(dataset)), workers=config.train.workers)
-                    tokens = {"tokens": torch.stack(found.tokens)}
-                    write_bytes(file, safetensors.torch.save(tokens))
-        while len(_CACHE) >= 4:  # train, val and test of one data set, and one more
-            _CACHE.pop(next(iter(_CACHE)))
-        _CACHE[key] = safetensors.torch.load_file(file)["tokens"]
-    return CachedTokens(model, dataset, blocks, _CACHE[key])
+    file = folder / f"{_digest(model, dataset, config, blocks)[:32]}.safetensors"
+    if not file.is_file():
+        make_folder(folder)
+        with FileLock(file.with_suffix(".lock")):  # the jobs of a sweep run the trunk once
+            if not file.is_file():
+                for half in folder.glob(f"{file.name}.*.tmp"):  # of a process that was killed
+                    half.unlink()
+                found = CachedTokens(model, dataset, blocks)
+                found.keep(range(len(dataset)), workers=config.train.workers)
+                tokens = {"tokens": torch.stack(found.tokens)}
+                write_bytes(file, safetensors.torch.save(tokens))
+    return CachedTokens(model, dataset, blocks, _stored(file))
 
 
 def _digest(model: SigmoidViT, dataset: BirdDataset, config: RunConfig, blocks: int) -> str:

@@ -90,7 +90,7 @@ def assert_kept(model: SigmoidViT, cached: LiveImage, edit: AttentionEdit, rows:
     """The first edited row is that of `edit_logits`; what nobody changed keeps its bits."""
     first = resolve_blocks(edit.blocks, model.depth)[0]
     expected = rows_after(model, list(cached.rows[:, None]), edit)[first]
-    # logit(v) + c near 0 is a difference of numbers of order 1: a bit of those, not of the rest.
+    # logit(v) + c near 0 is a difference of numbers of order 1: a bit of those, not of what is left.
     assert torch.allclose(rows[first], expected, rtol=1e-6, atol=1e-6)
     kept = expected == cached.rows[first]
     assert torch.equal(rows[first][kept], expected[kept]) and kept[:, : model.num_prefix].all()

@@ -29,9 +29,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ("toy", "cub2011", "cub2010", "folder")
 
 # Words of `HumanConfig`, of which a `Sweep` compares several.
-LossName = Literal["mse", "mse_zero", "bce", "kl", "cosine", "energy"]  # see lib/losses.py
+LossName = Literal["mse", "mse_zero", "bce", "kl", "cosine", "energy"]
 Offset = Literal["none", "centred"]
-MapsOf = Literal["human", "shuffled", "mean", "box"]
+MapControl = Literal["human", "shuffled", "mean", "box"]
 MapNoise = Literal["none", "shifted", "blurred", "half_readers"]
 
 
@@ -84,14 +84,14 @@ class ModelConfig:
 class HumanConfig:
     """How the human maps enter the loss: cross entropy + lam * human attention loss."""
 
-    loss: LossName = "energy"
+    loss: LossName = "energy"  # lib/losses.py
     lam: float = 1.0  # weight of the human attention loss; 0 is the control without maps
     blocks: Literal["last", "last2", "last4", "all"] | tuple[int, ...] = "last"  # supervised blocks
     # supervised heads, the others stay free; "mean" supervises the mean of their attention
     heads: Literal["all", "mean"] | tuple[int, ...] = "all"
     offset: Offset = "none"  # constant of the sigmoid (mse, bce, cosine)
     # Controls and ablations: which maps training images have (lib/training/controls.py).
-    maps: MapsOf = "human"  # the image's own, or instead of it
+    maps: MapControl = "human"  # the image's own, or instead of it
     annotated: str = "all"  # training images that keep their map: all, a number, or 10%
     noise: MapNoise = "none"  # added to the maps
 
@@ -156,14 +156,14 @@ class TrainConfig:
 class Sweep:
     """Which HITL trainings `lib.experiments.sweep` compares: every combination of these."""
 
-    loss: tuple[LossName, ...] = ("energy",)
+    loss: tuple[LossName, ...] = ("energy",)  # of lib/losses.py
     # 0 is the control: one a seed, whatever loss, blocks, heads and offset are
     lam: tuple[float, ...] = (0.0, 0.1, 1.0)
     blocks: tuple[str, ...] = ("last",)  # last, last2, last4, all, or indices such as 8,9
     # all, half (the first ones), one, indices such as 0,2, or mean: of all heads, as one map
     heads: tuple[str, ...] = ("all",)
     offset: tuple[Offset, ...] = ("none",)  # kl and energy do not see it
-    maps: tuple[MapsOf, ...] = ("human",)
+    maps: tuple[MapControl, ...] = ("human",)
     annotated: tuple[str, ...] = ("all",)  # number or share of images that keep their map
     noise: tuple[MapNoise, ...] = ("none",)
     # all, last_block, head, or a number of blocks; empty is that of the preset. "all" is trained

@@ -28,6 +28,12 @@ T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ("toy", "cub2011", "cub2010", "folder")
 
+# Words of `HumanConfig`, of which a `Sweep` compares several.
+LossName = Literal["mse", "mse_zero", "bce", "kl", "cosine", "energy"]
+Offset = Literal["none", "centred"]
+MapControl = Literal["human", "shuffled", "mean", "box"]
+MapNoise = Literal["none", "shifted", "blurred", "half_readers"]
+
 
 @dataclass
 class DataConfig:
@@ -78,16 +84,16 @@ class ModelConfig:
 class HumanConfig:
     """How the human maps enter the loss: cross entropy + lam * human attention loss."""
 
-    loss: Literal["mse", "mse_zero", "bce", "kl", "cosine", "energy"] = "energy"  # lib/losses.py
+    loss: LossName = "energy"  # lib/losses.py
     lam: float = 1.0  # weight of the human attention loss; 0 is the control without maps
     blocks: Literal["last", "last2", "last4", "all"] | tuple[int, ...] = "last"  # supervised blocks
     # supervised heads, the others stay free; "mean" supervises the mean of their attention
     heads: Literal["all", "mean"] | tuple[int, ...] = "all"
-    offset: Literal["none", "centred"] = "none"  # constant of the sigmoid (mse, bce, cosine)
+    offset: Offset = "none"  # constant of the sigmoid (mse, bce, cosine)
     # Controls and ablations: which maps training images have (lib/training/controls.py).
-    maps: Literal["human", "shuffled", "mean", "box"] = "human"  # the image's own, or instead of it
+    maps: MapControl = "human"  # the image's own, or instead of it
     annotated: str = "all"  # training images that keep their map: all, a number, or 10%
-    noise: Literal["none", "shifted", "blurred", "half_readers"] = "none"  # added to the maps
+    noise: MapNoise = "none"  # added to the maps
 
     def __post_init__(self) -> None:
         for name in ("loss", "offset", "maps", "noise"):  # else a misspelt control is no control
@@ -150,17 +156,16 @@ class TrainConfig:
 class Sweep:
     """Which HITL trainings `lib.experiments.sweep` compares: every combination of these."""
 
-    # of lib/losses.py
-    loss: tuple[Literal["mse", "mse_zero", "bce", "kl", "cosine", "energy"], ...] = ("energy",)
+    loss: tuple[LossName, ...] = ("energy",)  # of lib/losses.py
     # 0 is the control: one a seed, whatever loss, blocks, heads and offset are
     lam: tuple[float, ...] = (0.0, 0.1, 1.0)
     blocks: tuple[str, ...] = ("last",)  # last, last2, last4, all, or indices such as 8,9
     # all, half (the first ones), one, indices such as 0,2, or mean: of all heads, as one map
     heads: tuple[str, ...] = ("all",)
-    offset: tuple[Literal["none", "centred"], ...] = ("none",)  # kl and energy do not see it
-    maps: tuple[Literal["human", "shuffled", "mean", "box"], ...] = ("human",)
+    offset: tuple[Offset, ...] = ("none",)  # kl and energy do not see it
+    maps: tuple[MapControl, ...] = ("human",)
     annotated: tuple[str, ...] = ("all",)  # number or share of images that keep their map
-    noise: tuple[Literal["none", "shifted", "blurred", "half_readers"], ...] = ("none",)
+    noise: tuple[MapNoise, ...] = ("none",)
     # all, last_block, head, or a number of blocks; empty is that of the preset. "all" is trained
     # from pictures, with crops and flips, even where the preset trains on cached tokens
     trainable: tuple[str, ...] = ()
@@ -202,6 +207,11 @@ class Evaluation:
 
 # Fields of TrainConfig that say how a run is made, and nothing about what comes out.
 HOW = ("workers", "log_every", "checkpoint_minutes", "trackers")
+
+# Fields of DataConfig that say nothing about whole pictures, whose tokens may so be shared, and
+# which runs of one evaluation may differ in: the maps, and what is done in training alone.
+MAPS_AND_CROPS = ("maps", "maps_dir", "gaze_runs", "sigma", "sigma_unit", "weight")
+MAPS_AND_CROPS += ("crop_scale", "crop_ratio", "flip", "cache")
 
 
 @dataclass

@@ -12,7 +12,6 @@ Beware of `mse` with offset "none": on sparse maps it is won mostly by pushing e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -171,14 +170,8 @@ def _hide(logits: Tensor, hidden: Tensor) -> Tensor:
     return logits.masked_fill(hidden, -1e4)
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, str], Tensor]] = {
-    "mse": mse,
-    "mse_zero": mse_zero,
-    "bce": bce,
-    "kl": kl,
-    "cosine": cosine,
-    "energy": energy,
-}
+# The losses of a whole map, by name.
+LOSSES = {loss.__name__: loss for loss in (mse, mse_zero, bce, kl, cosine, energy)}
 
 # The losses that make sense for a map of which only some cells are known, high or low ones alone.
 CORRECTION_LOSSES = {"mass": mass, "mse": mse, "bce": bce}
@@ -195,10 +188,10 @@ def correction_loss(name: str, rows: dict[int, Tensor], asked: dict[str, Tensor]
         rows: `{block: [C, H, N]}`, class-row logits of all learning blocks.
         asked: what `lib.training.teach.targets` gives.
     """
-    total = torch.zeros(())
-    for position, logits in enumerate(rows.values()):
+    per_block = []
+    for logits, share in zip(rows.values(), asked["share"].unbind(1), strict=True):
         cells = (logits.float(), asked["wanted"][:, None], asked["painted"][:, None])
         plain, centred = (CORRECTION_LOSSES[name](*cells, offset) for offset in ("none", "centred"))
         losses = torch.where(asked["centred"][:, None], centred, plain)  # [C, H]
-        total = total.to(losses) + (losses * asked["share"][:, position]).sum(dim=1).mean()
-    return total
+        per_block.append((losses * share).sum(dim=1).mean())
+    return sum(per_block)

@@ -37,7 +37,7 @@ def refuse(*_):
 def test_runs_and_cached_tokens_load_and_measure_as_they_did(kept, monkeypatch):
     """A fine-tuned run and one on cached tokens, whose test images are not run again."""
     monkeypatch.setattr(tokens, "_run_trunk", refuse)
-    monkeypatch.setattr(tokens, "_CACHE", {})
+    tokens.forget_tokens()
     trials = load_trials(["ft-s0", "hitl-s0"], kept / "runs")
     found = measure_runs(trials).set_index(["variant", "seed", "image_id"])
     images = pd.read_csv(kept / "result" / "one" / "images.csv")

@@ -47,7 +47,7 @@ def test_cached_tokens_need_a_frozen_trunk(config):
 @pytest.mark.parametrize(("trainable", "blocks"), [("head", 1), ("last_block", 1), (2, 2)])
 def test_tokens_before_the_blocks_that_learn(config, tmp_path, monkeypatch, trainable, blocks):
     """The same losses as the whole model, whatever part learns; the second time from disk."""
-    tokens._CACHE.clear()
+    tokens.forget_tokens()
     config.model.overrides["depth"] = 3
     config.ft = replace(config.ft, trainable=trainable)
     config.data = replace(config.data, crop_scale=(1.0, 1.0), flip=0.0)
@@ -63,7 +63,7 @@ def test_tokens_before_the_blocks_that_learn(config, tmp_path, monkeypatch, trai
         losses = [torch.stack(loss_terms(model, b, stage)[:2]) for b in (plain, quick)]
     assert torch.allclose(*losses, atol=1e-3)
     monkeypatch.setattr(tokens, "_run_trunk", None)  # nothing is computed any more
-    tokens._CACHE.clear()
+    tokens.forget_tokens()
     again = tokens.with_cached_tokens(model, dataset, settings, tmp_path)
     assert torch.equal(again.tokens, cached.tokens)
 

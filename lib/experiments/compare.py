@@ -19,10 +19,6 @@ from lib.config import Config, RunConfig
 from lib.training.runs import Run, bare_model, fine_tuning, human_in_the_loop, train_run
 
 Which = Literal["last", "best"]
-# Fields of DataConfig in which runs of one evaluation may differ: maps of the training (one data
-# set, its maps from one run, measures all), and what is done to training pictures alone.
-MAY_DIFFER = ("maps", "maps_dir", "gaze_runs", "sigma", "sigma_unit", "weight")
-MAY_DIFFER += ("crop_scale", "crop_ratio", "flip", "cache")
 
 
 @dataclass(frozen=True)
@@ -120,8 +116,11 @@ def _refuse_mixture(trials: Sequence[Trial]) -> None:
 
 
 def _measured_on(run: Run) -> dict[str, object]:
-    """What runs must share to be measured on the same items, by the words of a sentence."""
-    data = {k: v for k, v in cfg.flat(run.config.data).items() if k not in MAY_DIFFER}
+    """What runs must share to be measured on the same items, by the words of a sentence.
+
+    One data set, its maps from one run, measures all: they may differ in maps and crops.
+    """
+    data = {k: v for k, v in cfg.flat(run.config.data).items() if k not in cfg.MAPS_AND_CROPS}
     model = bare_model(run.config, num_classes=0)
     return {
         "their data": data,

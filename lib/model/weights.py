@@ -134,9 +134,12 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], tuple[int, int] | None]:
         if path.suffix == ".safetensors":
             state = safetensors.torch.load_file(path)
             with safetensors.safe_open(path, framework="pt") as file:
-                recorded = (file.metadata() or {}).get(GRID_KEY)
-            return state, _as_grid(recorded)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+                metadata = file.metadata() or {}
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if isinstance(state, dict):
+                state = state.get("model", state.get("state_dict", state))
+            metadata = getattr(state, "_metadata", {}).get("", {})
     except pickle.UnpicklingError as error:  # its own text advises to run the code in the file
         raise WeightsError(
             f"{path} cannot be read as weights: it holds something else than tensors, which is "
@@ -146,15 +149,10 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], tuple[int, int] | None]:
         raise WeightsError(
             f"{path} cannot be read as weights ({first_sentence(error)}); copy or save it again"
         ) from error
-    state = state.get("model", state.get("state_dict", state)) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise WeightsError(f"{path} holds no state dict of tensors; save model.state_dict()")
-    metadata = getattr(state, "_metadata", {})
-    return state, _as_grid(metadata.get("", {}).get(GRID_KEY))
-
-
-def _as_grid(text: str | None) -> tuple[int, int] | None:
-    return tuple(int(number) for number in text.split("x")) if text else None
+    grid = metadata.get(GRID_KEY)
+    return state, tuple(map(int, grid.split("x"))) if grid else None
 
 
 def first_sentence(error: Exception) -> str:

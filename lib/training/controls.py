@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
@@ -56,13 +57,18 @@ def supervised(dataset: BirdDataset, human: HumanConfig, seed: int) -> BirdDatas
         maps[order] = _to_one((maps * valid)[order].sum(0) / valid[order].sum(0).clamp(min=1))
         valid[order] = True
     elif human.maps == "box":
-        maps, valid = _boxes(dataset)
+        boxes = dataset.cover(grid=tuple(maps.shape[1:]))
+        if boxes is None:
+            raise ValueError('maps is "box", but this data set has no bounding boxes; use another')
+        valid = torch.tensor(dataset.has_map)[:, None, None].expand(maps.shape).clone()
+        maps = torch.where(valid, boxes.view(maps.shape), 0.0)
     if human.noise == "shifted":
         angles = rng.uniform(0, 2 * math.pi, len(maps))
         cells = maps.shape[-1] / dataset.grid[1]  # of a map, per patch
         for i in order:
             dy, dx = (round(SHIFT * cells * f(angles[i])) for f in (math.sin, math.cos))
-            maps[i], valid[i] = _moved(maps[i], dy, dx), True
+            moved = ndimage.shift(maps[i].numpy(), (dy, dx), order=0)  # what comes in is 0
+            maps[i], valid[i] = torch.from_numpy(moved), True
     elif human.noise == "blurred":
         sigma = [BLUR * maps.shape[-1 - axis] / dataset.grid[1 - axis] for axis in (0, 1)]
         reach = [2 * math.ceil(3 * s) + 1 for s in sigma]
@@ -89,14 +95,6 @@ def _to_one(values: Tensor) -> Tensor:
     return values / values.max().clamp(min=1e-12)
 
 
-def _moved(values: Tensor, dy: int, dx: int) -> Tensor:
-    """A map moved by cells; what leaves it is lost, and what comes in is 0."""
-    height, width = values.shape
-    moved = F.pad(values[None], [abs(dx), abs(dy)])[0]
-    top, left = abs(dy) - dy, abs(dx) - dx
-    return moved[top : top + height, left : left + width]
-
-
 def _half_of_the_readers(dataset: BirdDataset) -> tuple[Tensor, Tensor]:
     """Maps of the first half of the readers of each image, rounded up."""
     if max((len(record.gaze) for record in dataset.records), default=0) < 2:
@@ -109,15 +107,3 @@ def _half_of_the_readers(dataset: BirdDataset) -> tuple[Tensor, Tensor]:
     ]
     maps, valid = dataset.render(halved)
     return maps.float(), valid
-
-
-def _boxes(dataset: BirdDataset) -> tuple[Tensor, Tensor]:
-    """The bird's bounding box in place of each map."""
-    maps, _ = dataset.maps
-    found = dataset.cover(grid=tuple(maps.shape[1:]))
-    if found is None:
-        raise ValueError('maps is "box", but this data set has no bounding boxes; use another')
-    found = found.view(maps.shape)
-    has_map = torch.tensor(dataset.has_map)
-    valid = has_map[:, None, None].expand(found.shape).clone()
-    return torch.where(valid, found, 0.0), valid

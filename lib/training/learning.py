@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from lib.config import TrainConfig
 from lib.model.vit import SigmoidViT
 
-HEADS = ("head.", "head_dist.")  # how the parameters of timm's classifiers begin
-
 
 def learning_blocks(trainable: str | int, depth: int) -> int:
     """How many blocks at the end of the model learn: `depth` for "all", 0 for "head".
@@ -79,7 +77,7 @@ def parameter_groups(model: SigmoidViT, config: TrainConfig) -> list[dict]:
     Weight decay is for matrices only (timm's rule). With `layer_decay` d, what lies k layers below
     the head learns at d^k times `lr` (Clark et al. 2020, BEiT); the head at `head_lr_factor` times.
     """
-    heads = {id(p) for name, p in model.vit.named_parameters() if name.startswith(HEADS)}
+    heads = {id(p) for head in trained_modules(model, "head") for p in head.parameters()}
     groups = []
     for group in param_groups_layer_decay(
         model.vit,
@@ -87,11 +85,10 @@ def parameter_groups(model: SigmoidViT, config: TrainConfig) -> list[dict]:
         no_weight_decay_list=model.vit.no_weight_decay(),
         layer_decay=config.layer_decay,
     ):
-        for is_head in (False, True):
+        for is_head, scale in ((False, group["lr_scale"]), (True, config.head_lr_factor)):
             chosen = [p for p in group["params"] if (id(p) in heads) == is_head]
             if chosen:
-                lr = config.lr * (config.head_lr_factor if is_head else group["lr_scale"])
-                decay = group["weight_decay"]
+                lr, decay = config.lr * scale, group["weight_decay"]
                 groups.append({"params": chosen, "lr": lr, "peak": lr, "weight_decay": decay})
     return groups
 

@@ -280,7 +280,7 @@ def validate(
     """
     this = processes()
     own = Subset(dataset, range(this.process_index, len(dataset), this.num_processes))
-    parts: dict[str, list[Tensor]] = {}
+    parts: list[dict[str, Tensor]] = []  # one a batch; none where a process has no image at all
     for batch, scores, rows in predict(model, own, batch_size, workers):
         row = rows[model.depth - 1]
         attention = metrics.patch_attention(row, model.num_prefix)
@@ -292,10 +292,8 @@ def validate(
             "val_class_token": metrics.class_token_mass(row),
             "val_sigmoid": torch.sigmoid(row[..., model.num_prefix :].float()).mean((1, 2)),
         }
-        for key, value in found.items():
-            parts.setdefault(key, []).append(value.cpu())
-    gathered = gather_object([{key: torch.cat(values) for key, values in parts.items()}])
-    gathered = [part for part in gathered if part]  # a process may have no image at all
-    whole = {key: torch.cat([part[key] for part in gathered]) for key in gathered[0]}
+        parts.append({key: value.cpu() for key, value in found.items()})
+    parts = gather_object(parts)
+    whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     order = whole.pop("index").argsort()  # the order of a sum is part of its last digits
     return {key: values[order].nanmean().item() for key, values in whole.items()}

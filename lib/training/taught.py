@@ -76,11 +76,10 @@ def compare(
         if not len(group.indices):
             continue
         group.pictures.keep(group.indices, tick)
-        row: dict[str, float] = {"pictures": len(group.indices)}
+        rows[name] = {"pictures": len(group.indices)}
         looks = {when: _look(model, group) for when, model in models.items()}
-        for column in looks["before"].columns:
-            row |= {f"{column} {when}": look[column].mean() for when, look in looks.items()}
-        rows[name] = row
+        for column in looks["before"]:
+            rows[name] |= {f"{column} {when}": look[column].mean() for when, look in looks.items()}
     return pd.DataFrame(rows).T.rename_axis("group").astype({"pictures": int})
 
 
@@ -137,8 +136,7 @@ def examples(
             image_id, class_name = str(row["image_id"]), str(row["class_name"])
             edit = edits[image_id] if name == "corrected" else None
             predicted = {w: dataset.classes[s["scores"][k].argmax()] for w, s in seen.items()}
-            maps = {w: s["attention"][k].unflatten(0, dataset.grid) for w, s in seen.items()}
-            attention = {when: one.numpy() for when, one in maps.items()}
+            maps = {w: s["attention"][k].view(dataset.grid).numpy() for w, s in seen.items()}
             picture = dataset.image(index)
-            shown.append(Example(name, image_id, picture, class_name, edit, predicted, attention))
+            shown.append(Example(name, image_id, picture, class_name, edit, predicted, maps))
     return shown

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 
 import safetensors.torch
@@ -53,7 +53,7 @@ class CachedTokens(Dataset):
             )
         self.model, self.dataset, self.blocks = model, dataset, blocks
         self.tokens = [None] * len(dataset) if tokens is None else tokens
-        self._annotations: dict[int, dict] = {}
+        self._annotations = cache(dataset.annotations)
 
     @cached_property
     def index_of(self) -> dict[str, int]:
@@ -71,10 +71,8 @@ class CachedTokens(Dataset):
         """
         index = index[0] if isinstance(index, tuple) else index
         self.keep([index])
-        if index not in self._annotations:
-            self._annotations[index] = self.dataset.annotations(index)
         item = {"tokens": self.tokens[index], "blocks": self.blocks}
-        return item | self._annotations[index]
+        return item | self._annotations(index)
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Items, stacked."""
@@ -107,16 +105,12 @@ class CachedTokens(Dataset):
 
 
 # Runs of one comparison share their frozen trunk: its tokens are read once a process.
-_CACHE: dict[str, Tensor] = {}
-
-# Fields of DataConfig that the tokens of whole pictures do not depend on: of maps and of crops.
-_NO_MATTER = ("maps", "maps_dir", "gaze_runs", "sigma", "sigma_unit", "weight", "cache")
-_NO_MATTER += ("crop_scale", "crop_ratio", "flip")
+@lru_cache(maxsize=4)  # train, val and test of one data set, and one more
+def _stored(file: Path) -> Tensor:
+    return safetensors.torch.load_file(file)["tokens"]
 
 
-def forget_tokens() -> None:
-    """Drops the tokens that this process holds in memory; those on disk stay."""
-    _CACHE.clear()
+forget_tokens = _stored.cache_clear  # those that this process holds in memory; those on disk stay
 
 
 def with_cached_tokens(
@@ -132,28 +126,23 @@ def with_cached_tokens(
     """
     # The head alone learns from the last block's output; that block gives the class row as well.
     blocks = max(1, learning_blocks(config.train.trainable, model.depth))
-    key = _digest(model, dataset, config, blocks)
-    if key not in _CACHE:
-        file = folder / f"{key[:32]}.safetensors"
-        if not file.is_file():
-            make_folder(folder)
-            with FileLock(file.with_suffix(".lock")):  # the jobs of a sweep run the trunk once
-                if not file.is_file():
-                    for half in folder.glob(f"{file.name}.*.tmp"):  # of a process that was killed
-                        half.unlink()
-                    found = CachedTokens(model, dataset, blocks)
-                    found.keep(range(len(dataset)), workers=config.train.workers)
-                    tokens = {"tokens": torch.stack(found.tokens)}
-                    write_bytes(file, safetensors.torch.save(tokens))
-        while len(_CACHE) >= 4:  # train, val and test of one data set, and one more
-            _CACHE.pop(next(iter(_CACHE)))
-        _CACHE[key] = safetensors.torch.load_file(file)["tokens"]
-    return CachedTokens(model, dataset, blocks, _CACHE[key])
+    file = folder / f"{_digest(model, dataset, config, blocks)[:32]}.safetensors"
+    if not file.is_file():
+        make_folder(folder)
+        with FileLock(file.with_suffix(".lock")):  # the jobs of a sweep run the trunk once
+            if not file.is_file():
+                for half in folder.glob(f"{file.name}.*.tmp"):  # of a process that was killed
+                    half.unlink()
+                found = CachedTokens(model, dataset, blocks)
+                found.keep(range(len(dataset)), workers=config.train.workers)
+                tokens = {"tokens": torch.stack(found.tokens)}
+                write_bytes(file, safetensors.torch.save(tokens))
+    return CachedTokens(model, dataset, blocks, _stored(file))
 
 
 def _digest(model: SigmoidViT, dataset: BirdDataset, config: RunConfig, blocks: int) -> str:
     """Of all that decides the tokens that enter the last `blocks` blocks."""
-    data = {k: v for k, v in cfg.flat(config.data).items() if k not in _NO_MATTER}
+    data = {k: v for k, v in cfg.flat(config.data).items() if k not in cfg.MAPS_AND_CROPS}
     images = dataset.table.drop(columns="has_map").to_csv()
     architecture = (cfg.flat(config.model), model.normalisation, model.num_heads, blocks)
     digest = hashlib.sha256(repr((data, images, architecture)).encode())

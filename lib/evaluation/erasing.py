@@ -338,10 +338,8 @@ def deletion_insertion(
         blurred = blur(pictures, model.vit.patch_embed.patch_size)
         for count in counts:
             first = patch_pixels(rank < count, dataset.grid, pictures.shape[-2:])
-            deleted, inserted = (
-                pictures.masked_fill(first, 0),
-                torch.where(first, pictures, blurred),
-            )
+            deleted = pictures.masked_fill(first, 0)
+            inserted = torch.where(first, pictures, blurred)
             for curve, seen in (("deletion", deleted), ("insertion", inserted)):
                 p_true = model(seen).float().softmax(-1).gather(1, labels[:, None])[:, 0].cpu()
                 part = pd.DataFrame({"index": batch["index"], "curve": curve, "p_true": p_true})

@@ -257,18 +257,16 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
 
 def _in_words(tables: dict[str, pd.DataFrame], against: str) -> list[str]:
     """Table and tests as paragraphs to be read in a terminal."""
-    heading = (
-        "Mean over images and seeds ± standard deviation over seeds [95 % interval over images]"
-    )
+    spread = "standard deviation over seeds [95 % interval over images]"
     # A table is wide, a terminal is not: a line a number, a column a model.
-    parts = [f"{heading}\n\n{in_words(tables['table']).to_string()}"]
+    parts = [f"Mean over images and seeds ± {spread}\n\n{in_words(tables['table']).to_string()}"]
     if "tests" in tables:
         tests = tables["tests"]
         parts.append(
-            f'Each model minus "{against}" on the same images and seeds ± standard deviation over '
-            "seeds [95 % interval over images]\np: sign-flip permutation test over images, for the "
-            "models as they were trained: what another seed would change is the ±\nHolm: corrected "
-            f"for the {len(tests)} rows\n\n{tests_in_words(tests).to_string(index=False)}"
+            f'Each model minus "{against}" on the same images and seeds ± {spread}\n'
+            "p: sign-flip permutation test over images, for the models as they were trained: what "
+            f"another seed would change is the ±\nHolm: corrected for the {len(tests)} rows\n\n"
+            f"{tests_in_words(tests).to_string(index=False)}"
         )
     return parts
 

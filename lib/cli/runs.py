@@ -118,15 +118,16 @@ def _train_one(
     from lib.training.runs import finished_run, train_run
 
     folder, resume, overwrite = config.runs / name, given.resume, given.overwrite
+    is_there = (folder / "config.json").is_file()
     if resume and overwrite:
         raise ValueError("--resume and --overwrite are given; the one keeps what the other drops")
-    if (folder / "config.json").is_file() and not (resume or overwrite):
+    if is_there and not (resume or overwrite):
         stands = "is finished" if finished_run(folder) else "was stopped half way"
         raise FileExistsError(
             f"{folder} exists and {stands}; go on with --resume, train again with --overwrite, or "
             "choose another --name"
         )
-    if resume and not (folder / "config.json").is_file():
+    if resume and not is_there:
         raise FileNotFoundError(f"{folder} is no run that could be resumed; leave out --resume")
     data = given.data
     if data.split_file is not None:

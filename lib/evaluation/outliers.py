@@ -81,7 +81,7 @@ def read_patch_tokens(
 
 
 def _contrast(pictures: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Deviation of each patch's pixels, mean of channels: `[B, 3, H, W]` to `[B, P]`."""
+    """`PatchTokens.contrast`: `[B, 3, H, W]` to `[B, P]`."""
     height, width = (side // cells for side, cells in zip(pictures.shape[-2:], grid, strict=True))
     patches = pictures.unfold(2, height, height).unfold(3, width, width)  # [B, 3, gh, gw, h, w]
     return patches.flatten(4).std(dim=-1, correction=0).mean(dim=1).flatten(1)

@@ -62,10 +62,9 @@ def per_image(
         the data set's own table plus: predicted (label), top1 to top5 (bool), p_true and confidence
         (probability of the true and of the predicted class), the columns of `metrics.alignment` of
         the softmax attention, mean of heads, and of the mean sigmoid map without an offset, so that
-        one table has one definition ("sigmoid_cc", ...),
-        class_token (softmax mass the class token keeps), sigmoid (mean raw sigmoid attention), and
-        where a decoy is drawn: conflicting (bool, the decoy is another class's) and on_decoy (share
-        of the patches' attention on it).
+        one table has one definition ("sigmoid_cc", ...), class_token (softmax mass the class token
+        keeps), sigmoid (mean raw sigmoid attention), and where a decoy is drawn: conflicting (bool,
+        the decoy is another class's) and on_decoy (share of the patches' attention on it).
     """
     decoys, targets = decoy_cover(dataset), targets_of(dataset)
     found: list[pd.DataFrame] = []

@@ -117,10 +117,9 @@ def comparison_table(seeds: pd.DataFrame) -> pd.DataFrame:
     """One row a variant, one column a figure: "mean ± standard deviation" over the seeds."""
     # Data without maps or without gaze has no alignment to show.
     columns = {k: words for k, words in COLUMNS.items() if k in seeds and seeds[k].notna().any()}
-    rows = {}
-    for variant, part in seeds.groupby("variant", sort=False):
-        rows[variant] = {w: _number(part[k].mean(), part[k].std()) for k, w in columns.items()}
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
+    means = seeds.groupby("variant", sort=False)[list(columns)]
+    texts = means.agg(lambda values: _number(values.mean(), values.std()))
+    return texts.rename(columns=columns).rename_axis("model")
 
 
 def _number(

@@ -1,7 +1,4 @@
-"""From the table of a sweep to what its figures show: settings, their cost, the Pareto front.
-
-Pure tables: `lib.experiments.sweep` makes them, `lib.figures` draws what is made of them here.
-"""
+"""From the table of a sweep to what its figures show: settings, their cost, the Pareto front."""
 
 from __future__ import annotations
 
@@ -81,10 +78,9 @@ def held_at(settings: pd.DataFrame, **others: object) -> pd.DataFrame:
 
 
 def on_front(x: Sequence[float], y: Sequence[float]) -> np.ndarray:
-    """Which points no other point beats: both higher or equal, and one of them higher.
+    """Which points (bool `[n]`) no other beats: both higher or equal, and one of them higher.
 
-    Returns:
-        bool, one for each point; False where x or y is NaN.
+    A point with NaN is not on the front.
     """
     points = np.column_stack([x, y]).astype(float)
     known = np.isfinite(points).all(axis=1)

@@ -182,11 +182,7 @@ def measure_runs(
 def measure(
     model: SigmoidViT, dataset: BirdDataset, config: RunConfig, tokens: Path
 ) -> pd.DataFrame:
-    """`per_image` of a run's model; where it was trained on cached tokens, on those in `tokens`.
-
-    The sigmoid map is that without an offset, whatever the run was trained with: in one table, one
-    definition.
-    """
+    """`per_image` of a run's model; where it was trained on cached tokens, on those in `tokens`."""
     if config.train.cache_tokens:
         return per_image(model, dataset, with_cached_tokens(model, dataset, config, tokens))
     return per_image(model, dataset, workers=config.train.workers)
@@ -205,8 +201,8 @@ def ask(
 ) -> dict[str, pd.DataFrame]:
     """Whether the attention of each model is used, and what it looks at.
 
-    Each question costs several forward passes an image, so each is asked on a number of images of
-    its own (`options.erase`, `curves`, `tokens`), spread evenly over the data set.
+    Each is asked on a number of images of its own (`options.erase`, `curves`, `tokens`), spread
+    evenly over the data set: it costs several forward passes an image.
 
     Returns:
         tables by name, with columns variant and seed; those not asked are not there. erasing:

@@ -185,22 +185,17 @@ def cells_to_erase(
     most.scatter_(1, attention.topk(k).indices, True)
     human = torch.where(batch["valid"], batch["human"], 0.0)
     region = (human > 0) & (human >= REGION * human.amax(-1, keepdim=True))
-    number, mass, as_region = (torch.zeros_like(most) for _ in range(3))
+    choices = (MOST, SAME_NUMBER, SAME_MASS, REGION_NAME, AS_REGION)
+    found = {what: torch.zeros_like(most) for what in choices} | {MOST: most, REGION_NAME: region}
     for row, index in enumerate(batch["index"].tolist()):
         order = torch.from_numpy(np.random.default_rng((seed, index)).permutation(patches))
         others = order[~most[row, order]]
-        number[row, others[:k]] = True
+        found[SAME_NUMBER][row, others[:k]] = True
         wanted = attention[row, most[row]].double().sum()
         short = attention[row, others].double().cumsum(0) < wanted
-        mass[row, others[: int(short.sum()) + 1]] = True
-        as_region[row, order[~region[row, order]][: int(region[row].sum())]] = True
-    return {
-        MOST: most,
-        SAME_NUMBER: number,
-        SAME_MASS: mass,
-        REGION_NAME: region,
-        AS_REGION: as_region,
-    }
+        found[SAME_MASS][row, others[: int(short.sum()) + 1]] = True
+        found[AS_REGION][row, order[~region[row, order]][: int(region[row].sum())]] = True
+    return found
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:

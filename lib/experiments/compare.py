@@ -76,7 +76,7 @@ def load_trials(names: Sequence[str | Trial], runs: Path, which: Which = "last")
         folder = next((path for path in (runs / name, Path(name)) if path.is_dir()), None)
         if folder is None:
             there = sorted(file.parent.name for file in runs.glob("*/config.json"))
-            there = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "") or "none"
+            there = ", ".join(there[:8] + ["..."] * (len(there) > 8)) or "none"
             raise FileNotFoundError(
                 f"no run {name} in {runs} (there: {there}); train it, name another, or set PRESET "
                 "and RUNS_DIR"
@@ -92,9 +92,7 @@ def load_trials(names: Sequence[str | Trial], runs: Path, which: Which = "last")
 def _refuse_mixture(trials: Sequence[Trial]) -> None:
     """ValueError where runs cannot stand in one table; names two of them."""
     first = trials[0].run
-    ours = _measured_on(first)
-    named: dict[tuple[str, int], Run] = {}
-    alike: dict[str, Run] = {}
+    ours, named, alike = _measured_on(first), {}, {}
     for trial in tqdm(trials, desc="runs", leave=False, delay=1.0):
         run = trial.run
         theirs = _measured_on(run)

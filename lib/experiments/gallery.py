@@ -176,12 +176,9 @@ def _sections(
     for variant, ours in seeds.items():
         kinds = []
         for kind in ("fixed", "broken"):
-            all_of_kind, shown = (
-                table[(table["variant"] == variant) & (table["kind"] == kind)]
-                for table in (changes, cards)
-            )
-            shown = shown.to_dict("records")
-            kinds.append({"kind": kind, "cards": shown, "total": len(all_of_kind)})
+            total = len(changes.query("variant == @variant and kind == @kind"))
+            shown = cards.query("variant == @variant and kind == @kind").to_dict("records")
+            kinds.append({"kind": kind, "cards": shown, "total": total})
         sections.append({"variant": variant, "seeds": sorted(ours & theirs), "kinds": kinds})
     return sections
 

@@ -12,8 +12,7 @@ import tyro
 
 from lib.cli.bench import cached, editing, loading, memory, speed
 from lib.cli.data import check, fetch, split, weights
-from lib.cli.evaluate import evaluate_runs, teaching
-from lib.cli.train import demo, sweep, train
+from lib.cli.runs import demo, evaluate_runs, sweep, teaching, train
 
 # Mistakes that a person can mend: told in one sentence, exit code 2, no traceback; the last one
 # is a loss that is not finite.

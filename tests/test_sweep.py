@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.__main__ import main
-from lib.cli import train as command
+from lib.cli import runs as command
 from lib.config import Config, Sweep
 from lib.edit import resolve_blocks
 from lib.experiments import sweep

@@ -15,10 +15,8 @@ from lib.config import preset
 
 ModelName = Annotated[str, arg(help="timm model.")]
 Pixels = Annotated[int, arg(help="pixels.")]
-BatchSize = Annotated[
-    int | None,
-    arg(help="images a step; 128 on a GPU and 16 on a CPU when left out."),
-]
+BATCH_SIZE = "images a step; 128 on a GPU and 16 on a CPU when left out."
+BatchSize = Annotated[int | None, arg(help=BATCH_SIZE)]
 Rounds = Annotated[int, arg(help="measured turns.")]
 VIT_S = "vit_small_patch16_224"
 

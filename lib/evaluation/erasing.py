@@ -70,9 +70,9 @@ def edit_ladder(
     Raises:
         ValueError: a rung or an image that does not exist; masks of another shape.
     """
-    unknown = [rung for rung in rungs if rung not in LADDER]
-    if unknown:
-        raise ValueError(f'rung "{unknown[0]}" is unknown; use some of {", ".join(LADDER)}')
+    for rung in rungs:
+        if rung not in LADDER:
+            raise ValueError(f'rung "{rung}" is unknown; use some of {", ".join(LADDER)}')
     if not callable(masks):
         _refuse_misfit(masks, dataset)
     device = next(model.parameters()).device
@@ -86,10 +86,8 @@ def edit_ladder(
         before, rows = model.forward_tokens(entering[start], start, rows="last", grid=dataset.grid)
         before = before.float().cpu()
         attention = metrics.patch_attention(rows[model.depth - 1], model.num_prefix).cpu()
-        if callable(masks):
-            cells = masks(batch, attention)
-        else:
-            cells = {"given cells": masks[batch["index"]]}
+        given = None if callable(masks) else {"given cells": masks[batch["index"]]}
+        cells = given or masks(batch, attention)
         for what, mask in cells.items():
             erased = {"patches": mask.sum(-1), "mass": (attention * mask).sum(-1)}
             some = mask.any(-1)
@@ -187,22 +185,17 @@ def cells_to_erase(
     most.scatter_(1, attention.topk(k).indices, True)
     human = torch.where(batch["valid"], batch["human"], 0.0)
     region = (human > 0) & (human >= REGION * human.amax(-1, keepdim=True))
-    number, mass, as_region = (torch.zeros_like(most) for _ in range(3))
+    choices = (MOST, SAME_NUMBER, SAME_MASS, REGION_NAME, AS_REGION)
+    found = {what: torch.zeros_like(most) for what in choices} | {MOST: most, REGION_NAME: region}
     for row, index in enumerate(batch["index"].tolist()):
         order = torch.from_numpy(np.random.default_rng((seed, index)).permutation(patches))
         others = order[~most[row, order]]
-        number[row, others[:k]] = True
+        found[SAME_NUMBER][row, others[:k]] = True
         wanted = attention[row, most[row]].double().sum()
         short = attention[row, others].double().cumsum(0) < wanted
-        mass[row, others[: int(short.sum()) + 1]] = True
-        as_region[row, order[~region[row, order]][: int(region[row].sum())]] = True
-    return {
-        MOST: most,
-        SAME_NUMBER: number,
-        SAME_MASS: mass,
-        REGION_NAME: region,
-        AS_REGION: as_region,
-    }
+        found[SAME_MASS][row, others[: int(short.sum()) + 1]] = True
+        found[AS_REGION][row, order[~region[row, order]][: int(region[row].sum())]] = True
+    return found
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -329,20 +322,21 @@ def deletion_insertion(
     loader = DataLoader(subset(dataset, images), batch_size=batch_size)
     for batch in tqdm(loader, desc="deletion and insertion", leave=False):
         pictures, labels = batch["image"].to(device), batch["label"].to(device)
-        scores, rows = model(pictures, rows="last")
-        values = torch.zeros(len(pictures), patches)
         if not isinstance(order, str):
             values = order[batch["index"]]
-        elif order == "attention":
+        elif order == "random":
+            values = torch.zeros(len(pictures), patches)
+        else:
+            _, rows = model(pictures, rows="last")
             values = metrics.patch_attention(rows[model.depth - 1], model.num_prefix).cpu()
         rank = _ranks(values, batch["index"], seed).to(device)
         blurred = blur(pictures, model.vit.patch_embed.patch_size)
         for count in counts:
             first = patch_pixels(rank < count, dataset.grid, pictures.shape[-2:])
-            for curve, other in (("deletion", torch.zeros_like(pictures)), ("insertion", blurred)):
-                inside, outside = (other, pictures) if curve == "deletion" else (pictures, other)
-                scores = model(torch.where(first, inside, outside)).float()
-                p_true = scores.softmax(-1).gather(1, labels[:, None])[:, 0].cpu()
+            deleted = pictures.masked_fill(first, 0)
+            inserted = torch.where(first, pictures, blurred)
+            for curve, seen in (("deletion", deleted), ("insertion", inserted)):
+                p_true = model(seen).float().softmax(-1).gather(1, labels[:, None])[:, 0].cpu()
                 part = pd.DataFrame({"index": batch["index"], "curve": curve, "p_true": p_true})
                 found.append(part.assign(fraction=count / patches))
     return pd.concat(found, ignore_index=True)
@@ -353,8 +347,7 @@ def _ranks(values: Tensor, indices: Tensor, seed: int) -> Tensor:
     ranks = []
     for row, index in zip(values, indices.tolist(), strict=True):
         mixed = torch.from_numpy(np.random.default_rng((seed, index)).permutation(len(row)))
-        order = mixed[row[mixed].argsort(descending=True, stable=True)]
-        ranks.append(order.argsort())
+        ranks.append(mixed[row[mixed].argsort(descending=True, stable=True)].argsort())
     return torch.stack(ranks)
 
 

@@ -71,10 +71,8 @@ def auc(attention: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
     Returns:
         `[...]` in [0, 1]; 0.5 is chance.
     """
-    shape = torch.broadcast_shapes(attention.shape, positives.shape, negatives.shape)
-    value, positive, negative = (
-        part.expand(shape).contiguous() for part in (attention, positives, negatives)
-    )
+    broadcast = torch.broadcast_tensors(attention, positives, negatives)
+    value, positive, negative = (part.contiguous() for part in broadcast)
     ordered, order = value.sort(dim=-1)
     counts = negative.gather(-1, order).cumsum(-1)
     sums = torch.nn.functional.pad(counts, (1, 0))  # [..., P + 1]
@@ -133,10 +131,10 @@ def iou(attention: Tensor, human: Tensor, threshold: float = 0.5) -> Tensor:
     Returns:
         `[...]` in [0, 1].
     """
-    ours, theirs = _above(attention, threshold), _above(human, threshold)
-    both, either = (ours & theirs).sum(-1), (ours | theirs).sum(-1)
-    known = ((attention.amax(-1) > 0) & (human.amax(-1) > 0)).expand(both.shape)
-    return torch.where(known, both / either, torch.nan)
+    peaks = [value.amax(-1, keepdim=True) for value in (attention, human)]
+    ours, theirs = attention >= threshold * peaks[0], human >= threshold * peaks[1]
+    found = (ours & theirs).sum(-1) / (ours | theirs).sum(-1)
+    return found.where(torch.minimum(*peaks)[..., 0] > 0, torch.nan)
 
 
 def alignment(
@@ -168,10 +166,10 @@ def alignment(
         "iou": iou(attention, human),
     }
     if box is not None:
-        found |= {"in_box": energy_inside(attention, box)}
-        found |= {"point_box": pointing_game(attention, box)}
+        found["in_box"] = energy_inside(attention, box)
+        found["point_box"] = pointing_game(attention, box)
     if parts is not None:
-        found |= {"point_part": pointing_game(attention, parts)}
+        found["point_part"] = pointing_game(attention, parts)
     return found
 
 
@@ -189,10 +187,6 @@ def top_k(scores: Tensor, labels: Tensor, k: int) -> Tensor:
     """Whether the label is among the k highest scores: `[B, C]`, `[B]` to bool `[B]`."""
     best = scores.topk(min(k, scores.shape[-1]), dim=-1).indices
     return (best == labels[:, None]).any(dim=-1)
-
-
-def _above(value: Tensor, threshold: float) -> Tensor:
-    return value >= threshold * value.amax(-1, keepdim=True)
 
 
 def _nan_where_zero(value: Tensor) -> Tensor:

@@ -26,8 +26,6 @@ from lib.model.vit import SigmoidViT
 
 # A token is an outlier when its norm exceeds the median by so many robust standard deviations.
 OUTLIER = 6.0
-# The median absolute deviation of a Gaussian, times this, is its standard deviation.
-MAD_TO_STD = 1.4826
 # A patch of the background is a sink when it gets more than so many times the uniform share.
 SINK = 10.0
 FLAT = 0.25  # quantile of the patches' pixel deviation up to which a patch has low information
@@ -83,7 +81,7 @@ def read_patch_tokens(
 
 
 def _contrast(pictures: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Deviation of each patch's pixels, mean of channels: `[B, 3, H, W]` to `[B, P]`."""
+    """`PatchTokens.contrast`: `[B, 3, H, W]` to `[B, P]`."""
     height, width = (side // cells for side, cells in zip(pictures.shape[-2:], grid, strict=True))
     patches = pictures.unfold(2, height, height).unfold(3, width, width)  # [B, 3, gh, gw, h, w]
     return patches.flatten(4).std(dim=-1, correction=0).mean(dim=1).flatten(1)
@@ -106,10 +104,10 @@ def outlier_cutoffs(norms: np.ndarray, k: float = OUTLIER) -> np.ndarray:
     """
     if k <= 0:
         raise ValueError(f"k is {k:g}; use a number above 0, in robust standard deviations")
-    patches = norms.transpose(1, 0, 2).reshape(norms.shape[1], -1).astype(np.float64)  # [D, n * P]
-    median = np.median(patches, axis=1)
-    deviation = MAD_TO_STD * np.median(np.abs(patches - median[:, None]), axis=1)
-    return median + k * deviation
+    norms = norms.astype(np.float64)
+    median = np.median(norms, axis=(0, 2), keepdims=True)
+    deviation = 1.4826 * np.median(np.abs(norms - median), axis=(0, 2))  # a Gaussian's standard one
+    return median[0, :, 0] + k * deviation
 
 
 def low_information(tokens: PatchTokens) -> np.ndarray:
@@ -197,20 +195,18 @@ def pictures_of_tokens(
         ValueError: models that were read on other images, or an image that was not read.
     """
     first = next(iter(read.values()))
-    for name, tokens in read.items():
-        if not np.array_equal(tokens.index, first.index):
-            raise ValueError(f'"{name}" was read on other images than the first model; read again')
     if images is None:
         mass = (first.attention[:, -1] * low_information(first)).sum(-1)
         images = first.index[np.argsort(-mass)[:3]]
-    position = {int(index): place for place, index in enumerate(first.index)}
-    missing = [i for i in images if int(i) not in position]
-    if missing:
-        raise ValueError(f"image {missing[0]} was not read; give it to read_patch_tokens")
-    places = [position[int(i)] for i in images]
+    for image in images:
+        if image not in first.index:
+            raise ValueError(f"image {image} was not read; give it to read_patch_tokens")
+    places = [int(np.flatnonzero(first.index == image)[0]) for image in images]
     shape = (-1, *dataset.grid)
     norms, attention, outliers = {}, {}, {}
     for name, tokens in read.items():
+        if not np.array_equal(tokens.index, first.index):
+            raise ValueError(f'"{name}" was read on other images than the first model; read again')
         norms[name] = tokens.norms[places, -1].reshape(shape)
         attention[name] = tokens.attention[places, -1].reshape(shape)
         outliers[name] = norms[name] > outlier_cutoffs(tokens.norms, k)[-1]

@@ -19,8 +19,7 @@ from lib.model.predict import predict
 from lib.model.vit import SigmoidViT
 
 # Maps that no model made, see `human_baselines`.
-PERFECT = "perfect (estimate)"
-BASELINES = ("one reader", "mean map", "another image", "uniform")
+BASELINES = ("perfect (estimate)", "one reader", "mean map", "another image", "uniform")
 
 
 def targets_of(dataset: BirdDataset) -> dict[str, Tensor]:
@@ -63,10 +62,9 @@ def per_image(
         the data set's own table plus: predicted (label), top1 to top5 (bool), p_true and confidence
         (probability of the true and of the predicted class), the columns of `metrics.alignment` of
         the softmax attention, mean of heads, and of the mean sigmoid map without an offset, so that
-        one table has one definition ("sigmoid_cc", ...),
-        class_token (softmax mass the class token keeps), sigmoid (mean raw sigmoid attention), and
-        where a decoy is drawn: conflicting (bool, the decoy is another class's) and on_decoy (share
-        of the patches' attention on it).
+        one table has one definition ("sigmoid_cc", ...), class_token (softmax mass the class token
+        keeps), sigmoid (mean raw sigmoid attention), and where a decoy is drawn: conflicting (bool,
+        the decoy is another class's) and on_decoy (share of the patches' attention on it).
     """
     decoys, targets = decoy_cover(dataset), targets_of(dataset)
     found: list[pd.DataFrame] = []
@@ -93,9 +91,7 @@ def per_image(
             cover = decoys[batch["index"].cpu()].to(attention)
             columns["on_decoy"] = metrics.energy_inside(attention, cover)
         found.append(pd.DataFrame({key: value.cpu().numpy() for key, value in columns.items()}))
-    frame = pd.concat(
-        [dataset.table.reset_index(drop=True), pd.concat(found, ignore_index=True)], axis=1
-    )
+    frame = dataset.table.reset_index(drop=True).join(pd.concat(found, ignore_index=True))
     if decoys is not None:
         frame["conflicting"] = conflicting_decoys(frame)
     return frame
@@ -184,11 +180,9 @@ def human_baselines(dataset: BirdDataset, by_image: pd.DataFrame | None = None) 
     if images.empty:
         return images
     table = images.groupby("map").mean()
-    table = table.reindex([name for name in BASELINES if name in table.index])
     if "one reader" in table.index:
-        perfect = pd.DataFrame({"cc": perfect_cc(dataset)}, index=[PERFECT], columns=table.columns)
-        table = pd.concat([perfect.astype(float), table])
-    return table.rename_axis("map").reset_index()
+        table.loc[BASELINES[0], "cc"] = perfect_cc(dataset)
+    return table.reindex([name for name in BASELINES if name in table.index]).reset_index()
 
 
 def perfect_cc(dataset: BirdDataset) -> float:

@@ -179,6 +179,7 @@ def _test(
     both = ours.notna() & theirs.notna()
     ours, theirs = ours[both], theirs[both]
     by_image = (ours - theirs).groupby("image_id").mean()
+    by_seed = (ours - theirs).groupby("seed").mean()
     found = bootstrap_interval(by_image, resamples=resamples, seed=seed)
     row = {
         "seeds": len(both.index.unique("seed")),
@@ -189,15 +190,14 @@ def _test(
         "low": found.low,
         "high": found.high,
         "p": sign_flip_test(by_image, permutations, seed),
+        "difference_std": by_seed.std(),
+        "seeds_up": int((by_seed > 0).sum()),
     }
-    by_seed = (ours - theirs).groupby("seed").mean()
-    row |= {"difference_std": by_seed.std(), "seeds_up": int((by_seed > 0).sum())}
     if ours.isin([0, 1]).all() and theirs.isin([0, 1]).all() and len(ours):
         better, worse = int((by_image > 0).sum()), int((by_image < 0).sum())
         row |= {"fixed": int((ours > theirs).sum()), "broken": int((ours < theirs).sum())}
-        row["p_mcnemar"] = (
-            float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0
-        )
+        changed = better + worse
+        row["p_mcnemar"] = float(stats.binomtest(better, changed).pvalue) if changed else 1.0
     return row
 
 

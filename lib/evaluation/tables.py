@@ -41,8 +41,7 @@ def report_tables(
     baselines = human_baselines(dataset, by_image)
     if len(baselines):
         aligned = [name for name in ALIGNMENT if name in by_image]
-        found = intervals(by_image.assign(variant=by_image["map"]), aligned)
-        spans = pd.concat([spans, found])
+        spans = pd.concat([spans, intervals(by_image.rename(columns={"map": "variant"}), aligned)])
     tested = [n for n in (*COLUMNS, "p_true") if n in names and values[n].notna().any()]
     tests = paired_tests(values, against, tested)
     tables = {
@@ -118,10 +117,9 @@ def comparison_table(seeds: pd.DataFrame) -> pd.DataFrame:
     """One row a variant, one column a figure: "mean ± standard deviation" over the seeds."""
     # Data without maps or without gaze has no alignment to show.
     columns = {k: words for k, words in COLUMNS.items() if k in seeds and seeds[k].notna().any()}
-    rows = {}
-    for variant, part in seeds.groupby("variant", sort=False):
-        rows[variant] = {w: _number(part[k].mean(), part[k].std()) for k, w in columns.items()}
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
+    means = seeds.groupby("variant", sort=False)[list(columns)]
+    texts = means.agg(lambda values: _number(values.mean(), values.std()))
+    return texts.rename(columns=columns).rename_axis("model")
 
 
 def _number(
@@ -140,12 +138,10 @@ def calibration(images: pd.DataFrame, bins: int = BINS) -> pd.DataFrame:
         variant, seed; low, high: bounds of the bin, in [0, 1]; images in it; their mean confidence
         and accuracy, NaN for an empty bin.
     """
-    found = [
-        _by_confidence(part, bins).assign(variant=variant, seed=seed)
-        for (variant, seed), part in images.groupby(["variant", "seed"], sort=False)
-    ]
-    table = pd.concat(found, ignore_index=True)
-    return table[["variant", "seed", *table.columns.drop(["variant", "seed"])]]
+    keys = ["variant", "seed"]
+    parts = images.groupby(keys, sort=False)
+    table = pd.concat({key: _by_confidence(part, bins) for key, part in parts}, names=keys)
+    return table.reset_index(keys).reset_index(drop=True)
 
 
 def result_table(seeds: pd.DataFrame, spans: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
@@ -178,7 +174,6 @@ def in_words(table: pd.DataFrame) -> pd.DataFrame:
     """`result_table` for readers: "mean ± std [low, high]", a row a number, a column a model."""
     words = COLUMNS | ALIGNMENT | {"ece": "calibration error"}
     shown = {k: w for k, w in words.items() if k in table and table[k].notna().any()}
-
     ends = ("", "_std", "_low", "_high")
     columns = {
         row["model"]: {

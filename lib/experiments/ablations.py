@@ -1,7 +1,4 @@
-"""From the table of a sweep to what its figures show: settings, their cost, the Pareto front.
-
-Pure tables: `lib.experiments.sweep` makes them, `lib.figures` draws what is made of them here.
-"""
+"""From the table of a sweep to what its figures show: settings, their cost, the Pareto front."""
 
 from __future__ import annotations
 
@@ -36,11 +33,9 @@ def read_table(path: Path) -> pd.DataFrame:
         raise FileNotFoundError(f"{path} is missing; make it with `python -m lib sweep`")
     words = [name for name in SETTINGS if name != "lam"]
     table = pd.read_csv(path, dtype=dict.fromkeys(words, str))
-    missing = [name for name in (*SETTINGS, "seed", "split", "status") if name not in table]
-    if missing:
-        raise ValueError(
-            f"{path} has no column {missing[0]}; name a table of `python -m lib sweep`"
-        )
+    for name in (*SETTINGS, "seed", "split", "status"):
+        if name not in table:
+            raise ValueError(f"{path} has no column {name}; name a table of `python -m lib sweep`")
     return table.fillna(dict.fromkeys(words, ""))
 
 
@@ -77,21 +72,17 @@ def held_at(settings: pd.DataFrame, **others: object) -> pd.DataFrame:
 
     The control belongs to every comparison and is always among them.
     """
-    wanted = USUAL | others
-    keep = np.ones(len(settings), dtype=bool)
-    for name, value in wanted.items():
-        if value is not None:
-            keep &= (settings[name] == value).to_numpy()
-    return settings[keep | (settings["loss"] == "control").to_numpy()]
+    wanted = {name: value for name, value in (USUAL | others).items() if value is not None}
+    as_wanted = settings[list(wanted)].eq(pd.Series(wanted)).all(axis=1)
+    return settings[as_wanted | (settings["loss"] == "control")]
 
 
 def on_front(x: Sequence[float], y: Sequence[float]) -> np.ndarray:
-    """Which points no other point beats: both higher or equal, and one of them higher.
+    """Which points (bool `[n]`) no other beats: both higher or equal, and one of them higher.
 
-    Returns:
-        bool, one for each point; False where x or y is NaN.
+    A point with NaN is not on the front.
     """
-    points = np.column_stack([np.asarray(x, dtype=float), np.asarray(y, dtype=float)])
+    points = np.column_stack([x, y]).astype(float)
     known = np.isfinite(points).all(axis=1)
     no_worse = (points[:, None] >= points).all(-1)  # [i, j]: i at least as good as j
     better = (points[:, None] > points).any(-1)

@@ -137,8 +137,8 @@ def training_steps(
         for loading, batches in sources.items()
         for key, step in steps.items()
     }
-    names = ("loading", "precision", "way")
-    return in_turns(turns, rounds, names=names).assign(images=batch_size)
+    table = in_turns(turns, rounds, names=("loading", "precision", "way"))
+    return table.assign(images=batch_size)
 
 
 def in_turns(
@@ -173,13 +173,14 @@ def step_summary(table: pd.DataFrame) -> pd.DataFrame:
     """
     is_explicit = (table["way"] == EXPLICIT) & (table["precision"] == "float32")
     yardstick = table["seconds"].where(is_explicit).groupby([table["round"], table["loading"]])
-    faster = yardstick.transform("first") / table["seconds"]
-    table = table.assign(images_s=table["images"] / table["seconds"], faster=faster)
-    columns = {"images_s": "images/s", "ratio": "of plain", "faster": "x explicit"}
+    table = table.rename(columns={"ratio": "of plain"})
+    table["images/s"] = table["images"] / table["seconds"]
+    table["x explicit"] = yardstick.transform("first") / table["seconds"]
+    columns = ["seconds", "images/s", "of plain", "x explicit"]
     found = []
     for loading, part in table.groupby("loading"):
-        middle = part.groupby(["precision", "way"], sort=False)[["seconds", *columns]].median()
-        found.append(middle.rename(columns=columns).add_prefix("loaded " * loading))
+        middle = part.groupby(["precision", "way"], sort=False)[columns].median()
+        found.append(middle.add_prefix("loaded " * loading))
     summary = pd.concat(found, axis=1)
     if "loaded seconds" in summary:
         summary["busy"] = summary["seconds"] / summary["loaded seconds"]
@@ -356,8 +357,8 @@ def live_edits(
     edits = {way: AttentionEdit(mask, 0.9, **scope) for way, scope in LADDER.items()}
     live = LiveImage(model, images[0])
     ways = {
-        "timm, no edit": lambda: model.vit(images),
-        "full forward": lambda: model(images, edit=edits["last block"]),
+        "timm, no edit": partial(model.vit, images),
+        "full forward": partial(model, images, edit=edits["last block"]),
         **{way: partial(live.run, edit) for way, edit in edits.items()},
     }
     turns = {way: partial(mean_seconds, run, least=0.05) for way, run in ways.items()}
@@ -377,6 +378,5 @@ def conditions(missing: Sequence[str] = GPU_ONLY) -> str:
     threads = f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, {threads}"
-    *most, last = missing
-    named = f"{', '.join(most)} and {last}" if most else last
+    named = " and ".join(", ".join(missing).rsplit(", ", 1))
     return f"CPU, {threads}; no CUDA device here: not measured: {named}"

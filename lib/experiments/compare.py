@@ -72,7 +72,7 @@ def load_trials(names: Sequence[str | Trial], runs: Path, which: Which = "last")
         folder = next((path for path in (runs / name, Path(name)) if path.is_dir()), None)
         if folder is None:
             there = sorted(file.parent.name for file in runs.glob("*/config.json"))
-            there = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "") or "none"
+            there = ", ".join(there[:8] + ["..."] * (len(there) > 8)) or "none"
             raise FileNotFoundError(
                 f"no run {name} in {runs} (there: {there}); train it, name another, or set PRESET "
                 "and RUNS_DIR"
@@ -88,9 +88,7 @@ def load_trials(names: Sequence[str | Trial], runs: Path, which: Which = "last")
 def _refuse_mixture(trials: Sequence[Trial]) -> None:
     """ValueError where runs cannot stand in one table; names two of them."""
     first = trials[0].run
-    ours = _measured_on(first)
-    named: dict[tuple[str, int], Run] = {}
-    alike: dict[str, Run] = {}
+    ours, named, alike = _measured_on(first), {}, {}
     for trial in tqdm(trials, desc="runs", leave=False, delay=1.0):
         run = trial.run
         theirs = _measured_on(run)
@@ -136,9 +134,8 @@ def _difference(ours: object, theirs: object) -> str:
         key = next(k for k in ours if ours[k] != theirs[k])
         return f"{key} is {ours[key]} and {theirs[key]}"
     if isinstance(ours, list):
-        if len(ours) != len(theirs):
-            return f"{len(ours)} and {len(theirs)}"
-        return "{} and {}".format(*next(p for p in zip(ours, theirs, strict=True) if p[0] != p[1]))
+        pairs = [(len(ours), len(theirs)), *zip(ours, theirs, strict=False)]
+        ours, theirs = next(pair for pair in pairs if pair[0] != pair[1])
     return f"{ours} and {theirs}"
 
 
@@ -150,20 +147,28 @@ def _without_seed(config: RunConfig) -> RunConfig:
     return plain
 
 
+def seeds_by_variant(trials: Sequence[Trial]) -> dict[str, set[int]]:
+    """The seeds of every variant, in the order of the trials."""
+    found: dict[str, set[int]] = {}
+    for trial in trials:
+        found.setdefault(trial.variant, set()).add(trial.seed)
+    return found
+
+
 def yardstick_variant(trials: Sequence[Trial], against: str | None = None) -> str:
     """The variant that the others are held against.
 
     Without a name the first that is called control, else the first. ValueError for a name that no
     run has, or where another variant shares no seed with it.
     """
-    names = list(dict.fromkeys(trial.variant for trial in trials))
+    seeds = seeds_by_variant(trials)
+    names = list(seeds)
     if against is None:
         against = next((name for name in names if name.startswith("control")), names[0])
     if against not in names:
         raise ValueError(
             f'--against is "{against}", but the models are {", ".join(names)}; use one of them'
         )
-    seeds = {name: {t.seed for t in trials if t.variant == name} for name in names}
     for name in names:
         if not seeds[name] & seeds[against]:
             raise ValueError(

@@ -8,6 +8,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -100,9 +101,8 @@ def evaluate(
         "torch": torch.__version__,
         "timm": timm.__version__,
     }
-    seeds, run_of = tables["seeds"], {(t.variant, t.seed): t.run.name for t in trials}
-    tables["seeds"] = seeds.assign(
-        run=[run_of[key] for key in zip(seeds["variant"], seeds["seed"], strict=True)],
+    tables["seeds"] = tables["seeds"].assign(
+        run=[trial.run.name for trial in trials],
         **{name: head[name] for name in ("date", "data", "torch", "timm")},
         **{"result": folder.name, "split": options.split, "which": options.which},
         images=len(dataset),
@@ -182,11 +182,7 @@ def measure_runs(
 def measure(
     model: SigmoidViT, dataset: BirdDataset, config: RunConfig, tokens: Path
 ) -> pd.DataFrame:
-    """`per_image` of a run's model; where it was trained on cached tokens, on those in `tokens`.
-
-    The sigmoid map is that without an offset, whatever the run was trained with: in one table, one
-    definition.
-    """
+    """`per_image` of a run's model; where it was trained on cached tokens, on those in `tokens`."""
     if config.train.cache_tokens:
         return per_image(model, dataset, with_cached_tokens(model, dataset, config, tokens))
     return per_image(model, dataset, workers=config.train.workers)
@@ -205,8 +201,8 @@ def ask(
 ) -> dict[str, pd.DataFrame]:
     """Whether the attention of each model is used, and what it looks at.
 
-    Each question costs several forward passes an image, so each is asked on a number of images of
-    its own (`options.erase`, `curves`, `tokens`), spread evenly over the data set.
+    Each is asked on a number of images of its own (`options.erase`, `curves`, `tokens`), spread
+    evenly over the data set: it costs several forward passes an image.
 
     Returns:
         tables by name, with columns variant and seed; those not asked are not there. erasing:
@@ -222,23 +218,22 @@ def ask(
         people = dataset.maps[0].flatten(1)
         # The mean map knows the middle of a picture and nothing of the picture.
         orders |= {"people": people, "mean map": people.mean(0).expand_as(people)}
+    some = partial(evenly_spaced, dataset)
     found: dict[str, list[pd.DataFrame]] = {}
     for trial in tqdm(trials, desc="asking runs", leave=False):
         model = trial.run.model(options.which).to(processes().device)
         tables = {}
         if options.erase:
-            images = evenly_spaced(dataset, options.erase)
-            tables["erasing"] = erasing.erase(model, dataset, images=images)
+            tables["erasing"] = erasing.erase(model, dataset, images=some(options.erase))
         if options.curves:
-            images = evenly_spaced(dataset, options.curves)
+            asked = {"images": some(options.curves)}
             tables["curves"] = pd.concat(
-                erasing.deletion_insertion(model, dataset, order, images=images).assign(order=name)
+                erasing.deletion_insertion(model, dataset, order, **asked).assign(order=name)
                 for name, order in orders.items()
             )
             tables["areas"] = erasing.areas(tables["curves"])
         if options.tokens:
-            images = evenly_spaced(dataset, options.tokens)
-            read = outliers.read_patch_tokens(model, dataset, images)
+            read = outliers.read_patch_tokens(model, dataset, some(options.tokens))
             tables["tokens"] = outliers.outliers_by_block(read)
         for name, table in tables.items():
             found.setdefault(name, []).append(table.assign(variant=trial.variant, seed=trial.seed))
@@ -247,11 +242,10 @@ def ask(
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     """One row where there was one a seed: the means. Images, not seeds, are drawn anew."""
-    numbers = table.drop(columns="seed").select_dtypes(["number", "bool"]).columns
-    keys = [name for name in ("variant", "what", "rung", "order", "curve") if name in table]
-    keys += [name for name in ("index", "block", "fraction") if name in table]
-    values = [name for name in numbers if name not in keys]
-    return table.groupby(keys, sort=False)[values].mean().reset_index()
+    keys = ("variant", "what", "rung", "order", "curve", "index", "block", "fraction")
+    keys = [name for name in keys if name in table]
+    numbers = table.drop(columns=["seed", *keys]).select_dtypes(["number", "bool"])
+    return table.groupby(keys, sort=False)[list(numbers)].mean().reset_index()
 
 
 # ---------------------------------------------------------------------------- words and figures
@@ -259,18 +253,16 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
 
 def _in_words(tables: dict[str, pd.DataFrame], against: str) -> list[str]:
     """Table and tests as paragraphs to be read in a terminal."""
+    spread = "standard deviation over seeds [95 % interval over images]"
     # A table is wide, a terminal is not: a line a number, a column a model.
-    parts = [
-        "Mean over images and seeds ± standard deviation over seeds [95 % interval over images]\n\n"
-        + in_words(tables["table"]).to_string()
-    ]
+    parts = [f"Mean over images and seeds ± {spread}\n\n{in_words(tables['table']).to_string()}"]
     if "tests" in tables:
         tests = tables["tests"]
         parts.append(
-            f'Each model minus "{against}" on the same images and seeds ± standard deviation over '
-            "seeds [95 % interval over images]\np: sign-flip permutation test over images, for the "
-            "models as they were trained: what another seed would change is the ±\nHolm: corrected "
-            f"for the {len(tests)} rows\n\n{tests_in_words(tests).to_string(index=False)}"
+            f'Each model minus "{against}" on the same images and seeds ± {spread}\n'
+            "p: sign-flip permutation test over images, for the models as they were trained: what "
+            f"another seed would change is the ±\nHolm: corrected for the {len(tests)} rows\n\n"
+            f"{tests_in_words(tests).to_string(index=False)}"
         )
     return parts
 
@@ -282,12 +274,9 @@ def answers_in_words(answers: dict[str, pd.DataFrame]) -> list[str]:
         for variant, part in answers["erasing"].groupby("variant", sort=False):
             parts.append(f"{variant}: {erasing.sentence(over_seeds(part))}")
     if "areas" in answers:
-        wide = answers["areas"].pivot_table(
-            index="variant", columns=["curve", "order"], values="area", sort=False
-        )
-        parts.append(
-            f"Area under the curves of deletion and insertion\n\n{wide.round(3).to_string()}"
-        )
+        wide = answers["areas"].pivot_table("area", "variant", ["curve", "order"], sort=False)
+        heading = "Area under the curves of deletion and insertion"
+        parts.append(f"{heading}\n\n{wide.round(3).to_string()}")
     if "tokens" in answers:
         names = ["outliers", "outliers_mass", "background", "background_mass", "flat", "flat_mass"]
         blocks = outliers.mean_by_block(answers["tokens"].drop(columns="seed"))

@@ -21,7 +21,7 @@ from lib import figures
 from lib.config import Evaluation
 from lib.data.dataset import BirdDataset, subset
 from lib.evaluation import metrics
-from lib.experiments.compare import Trial, Which
+from lib.experiments.compare import Trial, Which, seeds_by_variant
 from lib.files import make_folder, write_bytes, write_text
 from lib.model.predict import predict
 from lib.model.vit import SigmoidViT
@@ -84,8 +84,8 @@ def changed_predictions(images: pd.DataFrame, against: str) -> pd.DataFrame:
         (of the probability of the true class, in [-1, 1]).
     """
     columns = ["image_id", "class_name", "top1", "predicted", "confidence", "p_true"]
-    numbered = images[["variant", "seed", *columns]].copy()
-    numbered["position"] = images.groupby(["variant", "seed"], sort=False).cumcount()
+    position = images.groupby(["variant", "seed"], sort=False).cumcount()
+    numbered = images[["variant", "seed", *columns]].assign(position=position)
     before = numbered[numbered["variant"] == against].drop(columns=["variant", "class_name"])
     after = numbered[numbered["variant"] != against]
     keys = ["seed", "image_id", "position"]
@@ -130,14 +130,12 @@ def write_gallery(
     make_folder(pictures)
     has_people = {}
     for position in tqdm(sorted(set(chosen["position"])), desc="gallery", leave=False):
-        item = dataset.annotations(int(position))
-        image = dataset.image(int(position))
+        item, image = dataset.annotations(int(position)), dataset.image(int(position))
         _save_picture(pictures / f"{position}-image.png", image)
         has_people[position] = bool(item["valid"].any())
         if has_people[position]:
-            people = torch.where(item["valid"], item["human"], torch.nan)
-            people = people.reshape(dataset.grid).numpy()
-            _save_picture(pictures / f"{position}-people.png", image, people)
+            people = torch.where(item["valid"], item["human"], torch.nan).reshape(dataset.grid)
+            _save_picture(pictures / f"{position}-people.png", image, people.numpy())
     # Variants can be called anything, files cannot: a number stands for each variant and seed.
     numbers = {(trial.variant, trial.seed): number for number, trial in enumerate(trials)}
     for trial in tqdm(trials, desc="gallery models", leave=False):  # each is loaded once
@@ -148,10 +146,9 @@ def write_gallery(
         if not positions:
             continue
         maps, _ = attention_maps(trial.run.model(options.which), dataset, positions)
-        number = numbers[trial.variant, trial.seed]
+        ending = f"-model{numbers[trial.variant, trial.seed]}.png"
         for position, attention in zip(positions, maps, strict=True):
-            file = pictures / f"{position}-model{number}.png"
-            _save_picture(file, dataset.image(int(position)), attention)
+            _save_picture(pictures / f"{position}{ending}", dataset.image(int(position)), attention)
     cards = chosen.assign(
         has_people=chosen["position"].map(has_people),
         name_before=[dataset.classes[label] for label in chosen["predicted_before"]],
@@ -174,23 +171,15 @@ def _sections(
     trials: Sequence[Trial], changes: pd.DataFrame, cards: pd.DataFrame, against: str
 ) -> list[dict[str, object]]:
     """What the template shows: a section a variant, with its fixed and its broken images."""
-    seeds: dict[str, list[int]] = {}
-    for trial in trials:
-        seeds.setdefault(trial.variant, []).append(trial.seed)
-    sections = []
-    for variant in seeds:
-        if variant == against:
-            continue
+    seeds = seeds_by_variant(trials)
+    theirs, sections = seeds.pop(against), []
+    for variant, ours in seeds.items():
         kinds = []
         for kind in ("fixed", "broken"):
-            all_of_kind, shown = (
-                table[(table["variant"] == variant) & (table["kind"] == kind)]
-                for table in (changes, cards)
-            )
-            shown = shown.to_dict("records")
-            kinds.append({"kind": kind, "cards": shown, "total": len(all_of_kind)})
-        both = sorted(set(seeds[variant]) & set(seeds[against]))
-        sections.append({"variant": variant, "seeds": both, "kinds": kinds})
+            total = len(changes.query("variant == @variant and kind == @kind"))
+            shown = cards.query("variant == @variant and kind == @kind").to_dict("records")
+            kinds.append({"kind": kind, "cards": shown, "total": total})
+        sections.append({"variant": variant, "seeds": sorted(ours & theirs), "kinds": kinds})
     return sections
 
 

@@ -82,9 +82,8 @@ def cells(config: Config, sweep: Sweep) -> list[Cell]:
     model = bare_model(fine_tuning(config, seed=0), num_classes=0)
     blocks = [_supervised_blocks(word, model.depth) for word in sweep.blocks]
     heads = [_supervised_heads(word, model.num_heads) for word in sweep.heads]
-    parts = [
-        _learning_part(word, model.depth) for word in sweep.trainable or (config.hitl.trainable,)
-    ]
+    trainable = sweep.trainable or (config.hitl.trainable,)
+    parts = [_learning_part(word, model.depth) for word in trainable]
     found: dict[str, Cell] = {}
     lams, maps = map(float, sweep.lam), (sweep.maps, sweep.annotated, sweep.noise)
     for seed, part, loss, lam, block, (head, head_word), offset, *changed in itertools.product(
@@ -102,9 +101,8 @@ def cells(config: Config, sweep: Sweep) -> list[Cell]:
             words = human | {"blocks": _text(block), "heads": head_word}
             name = f"{loss}-l{str(lam).removesuffix('.0')}-blocks_{words['blocks']}"
             name += f"-heads_{words['heads']}-offset_{words['offset']}"
-            name += "".join(
-                f"-{k}_{words[k]}" for k, usual in USUAL_MAPS.items() if words[k] != usual
-            )
+            unusual = [key for key, usual in USUAL_MAPS.items() if words[key] != usual]
+            name += "".join(f"-{key}_{words[key]}" for key in unusual)
         name += f"-train_{part}-s{seed}"
         settings = human_in_the_loop(config, f"ft-s{seed}", seed, **human)
         # Tokens cannot be cached where the trunk learns.
@@ -177,15 +175,16 @@ def refuse_impossible(config: Config, chosen: Sequence[Cell]) -> None:
     model = bare_model(chosen[0].config, num_classes=0)
     augment = not chosen[0].config.train.cache_tokens  # as training reads it: it may be cached
     train_set = dataset_for(model, chosen[0].config, "train", augment)
-    seen: set[tuple[str, str, str]] = set()
+    seen = set()
     for cell in chosen:
         seed = cell.config.train.seed
         refuse_conflict(config.runs / f"ft-s{seed}", fine_tuning(config, seed))
         refuse_conflict(config.runs / FOLDER / cell.name, cell.config)
         refuse_vain_supervision(model, train_set, cell.config.train)
         human = cell.config.train.human
-        if (human.maps, human.noise, human.annotated) not in seen:
-            seen.add((human.maps, human.noise, human.annotated))
+        change = (human.maps, human.noise, human.annotated)
+        if change not in seen:
+            seen.add(change)
             supervised(train_set, human, seed)
 
 
@@ -218,10 +217,8 @@ def train_cell(runs: Path, cell: Cell, keep_weights: bool = False) -> None:
             numbers[split] = {name: float(value) for name, value in summary.items()}
     status = "diverged" if failure else "measured"
     seconds = round(time.monotonic() - started, 3)
-    rows = [
-        cell.words | {"split": split, "status": status, "seconds": seconds} | numbers[split]
-        for split in MEASURED_ON
-    ]
+    common = cell.words | {"status": status, "seconds": seconds}
+    rows = [common | {"split": split} | numbers[split] for split in MEASURED_ON]
     result = {"config": asdict(cell.config), "failure": failure and str(failure), "rows": rows}
     write_text(folder / RESULT, json.dumps(result, indent=2, default=str))
     if not keep_weights:
@@ -286,9 +283,8 @@ def run_sweep(
     failed = {name: r["failure"] for name, r in results.items() if r and r["failure"]}
     left = [cell for cell in chosen if results[cell.name] is None]
     tasks = [(config.runs, cell, keep_weights) for cell in left]
-    threads = max(1, torch.get_num_threads() // jobs)
     if jobs > 1:
-        ended = in_processes(attempt, tasks, jobs, threads)
+        ended = in_processes(attempt, tasks, jobs, max(1, torch.get_num_threads() // jobs))
     else:
         ended = ((index, attempt(*task)[0]) for index, task in enumerate(tasks))
     done = len(chosen) - len(left)
@@ -327,12 +323,11 @@ def collect(config: Config) -> pd.DataFrame:
     rows = []
     for file in sorted((config.runs / FOLDER).glob(f"*/{RESULT}")):
         result = json.loads(file.read_text())
-        made = result["config"]
+        made = result["config"] | {"init": None}
         free = ["seed", "trainable", "human"]
         if made["train"]["trainable"] == "all":
             free.append("cache_tokens")  # see `cells`
         made["train"] |= {name: ours["train"][name] for name in free}
-        made["init"] = None
         if cfg.difference(preset, json.dumps(made)) is None:
             for row in result["rows"]:
                 # Sweeps of an older version had fewer settings to tell: theirs were the usual.

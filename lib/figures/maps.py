@@ -13,7 +13,7 @@ from PIL import Image
 # Colours that readers with any colour vision can tell apart (Okabe and Ito, 2008).
 PALETTE = ["#0072B2", "#999999", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]
 MAP_COLOURS = "viridis"
-LONGEST = 24  # letters of a model's name that fit below a bar, or above a map
+LONGEST = 24  # letters of a model's name that fit below a bar, or in a line above a map
 IMAGES_OF = {"train": "training images", "val": "validation images", "test": "test images"}
 
 
@@ -23,6 +23,12 @@ def axes_grid(
     """A figure of `width` x `height` inches and its axes `[rows, columns]`."""
     size = (width, height)
     return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **how)
+
+
+def name_axis(axis: plt.Axes, title: str, size: float, **others: object) -> None:
+    """Title of an axis in `size` points, and what else `Axes.set` takes: labels, limits."""
+    axis.set_title(title, fontsize=size)
+    axis.set(**others)
 
 
 def overlay(axis: plt.Axes, image: np.ndarray, grid_map: np.ndarray, strength: float = 0.8) -> None:
@@ -36,15 +42,8 @@ def overlay(axis: plt.Axes, image: np.ndarray, grid_map: np.ndarray, strength: f
     height, width = image.shape[:2]
     scaled, opacity = _scaled(grid_map, strength)
     axis.imshow(image)
-    axis.imshow(
-        scaled,
-        extent=(0, width, height, 0),
-        cmap=MAP_COLOURS,
-        vmin=0,
-        vmax=1,
-        alpha=opacity,
-        interpolation="nearest",
-    )
+    colours = {"cmap": MAP_COLOURS, "vmin": 0, "vmax": 1, "interpolation": "nearest"}
+    axis.imshow(scaled, extent=(0, width, height, 0), alpha=opacity, **colours)
     axis.set_axis_off()
 
 
@@ -106,7 +105,7 @@ def rows_of_maps(
             for spine in axis.spines.values():
                 spine.set(edgecolor="#009E73" if right else "#D55E00", linewidth=3)
     for axis, name in zip(axes[0], names, strict=True):
-        axis.set_title(wrapped(name), fontsize=9)
+        axis.set_title(textwrap.fill(name, LONGEST), fontsize=9)
     title = "Where each model looks (class row of the last block)"
     figure.suptitle(f"{title}\ngreen frame: right, red frame: wrong", fontsize=10)
     return figure
@@ -130,11 +129,6 @@ def maps_in_a_row(
     return figure
 
 
-def wrapped(name: str) -> str:
-    """A model's name in lines that fit above a map: those of sweeps are long."""
-    return textwrap.fill(name, LONGEST)
-
-
 def rows_of_tokens(
     images: Sequence[np.ndarray],
     boxes: np.ndarray,
@@ -156,13 +150,12 @@ def rows_of_tokens(
     for row, (image, box) in enumerate(zip(images, boxes, strict=True)):
         height, width = image.shape[:2]
         axes[row, 0].imshow(image)
-        axes[row, 0].add_patch(
-            plt.Rectangle(box[:2], *(box[2:] - box[:2]), fill=False, color="#E69F00", linewidth=2)
-        )
+        sides = box[2:] - box[:2]
+        bird = plt.Rectangle(box[:2], *sides, fill=False, color="#E69F00", linewidth=2)
+        axes[row, 0].add_patch(bird)
+        look = {"cmap": "magma", "vmin": lowest, "vmax": highest, "extent": (0, width, height, 0)}
         for axis, (name, maps) in zip(axes[row, 1:], norms.items(), strict=False):
-            shown = axis.imshow(
-                maps[row], vmin=lowest, vmax=highest, cmap="magma", extent=(0, width, height, 0)
-            )
+            shown = axis.imshow(maps[row], **look)
             y, x = np.nonzero(outliers[name][row])
             gh, gw = maps[row].shape
             axis.scatter((x + 0.5) * width / gw, (y + 0.5) * height / gh, 12, "white", marker="x")

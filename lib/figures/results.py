@@ -11,7 +11,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from scipy.integrate import trapezoid
 
-from lib.figures.maps import IMAGES_OF, LONGEST, PALETTE, axes_grid
+from lib.figures.maps import IMAGES_OF, LONGEST, PALETTE, axes_grid, name_axis
 
 
 def comparison(
@@ -36,16 +36,14 @@ def comparison(
             palette=PALETTE[: len(models)], errorbar=None, ax=axis, legend=False, alpha=0.75,
         )  # fmt: skip
         sns.stripplot(seeds, x="variant", y=key, order=models, color="black", size=4, ax=axis)
-        axis.set(title=words, xlabel="", ylabel="")
-        axis.title.set_fontsize(9)
+        name_axis(axis, words, 9, xlabel="", ylabel="")
         axis.set_xticks(range(len(models)), models if fit else [], rotation=60, fontsize=8)
         for label in axis.get_xticklabels():
             label.set(ha="right", rotation_mode="anchor")
     if not fit:  # a name of a sweep is longer than a panel is high: named once, by their colours
         bars = axes[0, 0].patches[: len(models)]
         figure.legend(bars, models, loc="outside lower left", frameon=False, fontsize=8)
-    count = seeds["seed"].nunique()
-    start = IMAGES_OF[split].capitalize()
+    count, start = seeds["seed"].nunique(), IMAGES_OF[split].capitalize()
     figure.suptitle(f"{start}: mean of {count} seed{'s' * (count > 1)}, one dot a seed")
     return figure
 
@@ -58,12 +56,9 @@ def true_class_density(images: pd.DataFrame, split: str = "test") -> Figure:
         images, x="p_true", hue="variant", hue_order=models, palette=PALETTE[: len(models)],
         common_norm=False, clip=(0, 1), bw_adjust=0.6, ax=axis,
     )  # fmt: skip
-    axis.set(
-        title=f"Probability that each model gives to the true class, over {IMAGES_OF[split]}",
-        xlabel="probability of the true class",
-        ylabel="density of images",
-        xlim=(0, 1),
-    )
+    title = f"Probability that each model gives to the true class, over {IMAGES_OF[split]}"
+    labels = {"xlabel": "probability of the true class", "ylabel": "density of images"}
+    axis.set(title=title, xlim=(0, 1), **labels)
     sns.move_legend(axis, "upper left", bbox_to_anchor=(1.0, 1.0), title="", frameon=False)
     return figure
 
@@ -85,13 +80,8 @@ def reliability(bins: pd.DataFrame, errors: Mapping[str, float], split: str = "t
         axis.plot(part["confidence"], part["accuracy"], "o-", ms=4, color=colour, label=label)
         share = part["images"] / part["images"].sum()
         below.plot(part["confidence"], share, "o-", ms=3, color=colour)
-    axis.set(
-        title=f"Confidence against accuracy, {IMAGES_OF[split]} (below the line: too sure)",
-        ylabel="accuracy",
-        xlim=(0, 1.02),
-        ylim=(0, 1.02),
-    )
-    axis.title.set_fontsize(10)
+    title = f"Confidence against accuracy, {IMAGES_OF[split]} (below the line: too sure)"
+    name_axis(axis, title, 10, ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
     axis.legend(frameon=False, fontsize=8)
     below.set(xlabel="confidence (probability of the predicted class)", ylabel="share of images")
     below.set_ylim(bottom=0)
@@ -113,12 +103,8 @@ def accuracy_and_alignment(
         part = seeds[seeds["variant"] == name]
         axis.scatter(part["cc"], part["top1"], color=colour, marker=marker, label=name, alpha=0.8)
     mark_lines(axis, lines)
-    axis.set(
-        title=f"Accuracy and agreement with people, {IMAGES_OF[split]}: one dot a run",
-        xlabel="CC with people's maps",
-        ylabel="accuracy",
-    )
-    axis.title.set_fontsize(10)
+    title = f"Accuracy and agreement with people, {IMAGES_OF[split]}: one dot a run"
+    name_axis(axis, title, 10, xlabel="CC with people's maps", ylabel="accuracy")
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
     return figure
 
@@ -205,8 +191,7 @@ def curves(table: pd.DataFrame, hue: str | None = None) -> Figure:
                 area = trapezoid(mean, mean.index)
                 label = f"{name}: area {area:.2f}" if hue else f"area {area:.2f}"
                 axis.plot(mean.index, mean, "o-", ms=3, color=colours[name], label=label)
-            axis.set(title=f"{model}\n{words}" if model else words, xlim=(0, 1), ylim=(0, 1))
-            axis.title.set_fontsize(9)
+            name_axis(axis, f"{model}\n{words}" if model else words, 9, xlim=(0, 1), ylim=(0, 1))
             axis.legend(frameon=False, fontsize=8)
             if model == models[-1]:
                 axis.set_xlabel(f"share of {what}")
@@ -240,18 +225,15 @@ def outliers(table: pd.DataFrame) -> Figure:
         look |= {"dodge": 0.5 if len(models) > 1 else False, "linewidth": 1.2, "markersize": 3}
         sns.pointplot(y=f"{key}_mass", n_boot=500, seed=0, err_kws={"linewidth": 1}, **look)
         sns.pointplot(y=key, errorbar=None, linestyles=":", markers="", legend=False, **look)
-        axis.set(title=words, ylabel="", xlabel="block", ylim=(0, None))
-        axis.title.set_fontsize(10)
+        name_axis(axis, words, 10, ylabel="", xlabel="block", ylim=(0, None))
         axis.tick_params(axis="x", labelsize=7)
     for axis in axes[1:]:
         axis.legend_.remove()
     axes[0].legend(frameon=False, fontsize=8)
     axes[0].set_ylabel("share of the attention on patches")
     count = table["index"].nunique()
-    figure.suptitle(
-        f"Attention on outliers and background ({count} images); dotted: share of the patches",
-        fontsize=11,
-    )
+    title = f"Attention on outliers and background ({count} images); dotted: share of the patches"
+    figure.suptitle(title, fontsize=11)
     return figure
 
 

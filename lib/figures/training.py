@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from lib.figures.maps import PALETTE, axes_grid
+from lib.figures.maps import PALETTE, axes_grid, name_axis
 from lib.figures.results import mark_lines
 
 
@@ -26,16 +26,15 @@ def training_curves(steps: pd.DataFrame, history: pd.DataFrame) -> Figure:
     losses.plot(steps["step"], steps["cross_entropy"], color=PALETTE[0], label="cross entropy")
     if steps["human_loss"].any():
         losses.plot(steps["step"], steps["human_loss"], color=PALETTE[2], label="human attention")
-    losses.set(title="losses (training)", xlabel="step", ylim=(0, None))
+    name_axis(losses, "losses (training)", 9, xlabel="step", ylim=(0, None))
     for name, words, colour in (
         ("train_top1", "training", PALETTE[1]),
         ("val_top1", "validation", PALETTE[3]),
     ):
         if len(history):
             accuracy.plot(history["epoch"], history[name], "o-", ms=4, color=colour, label=words)
-    accuracy.set(title="accuracy", xlabel="epoch", ylim=(0, 1.02), xlim=(0.8, None))
+    name_axis(accuracy, "accuracy", 9, xlabel="epoch", ylim=(0, 1.02), xlim=(0.8, None))
     for axis in (losses, accuracy):
-        axis.title.set_fontsize(9)
         if axis.lines:
             axis.legend(frameon=False, fontsize=8)
     done = f"{len(history)} epoch{'s' * (len(history) != 1)} done"
@@ -57,8 +56,7 @@ def histories(runs: Mapping[str, pd.DataFrame]) -> Figure:
     for axis, (key, words) in zip(axes, panels.items(), strict=True):
         for colour, (name, history) in zip(cycle(PALETTE), runs.items(), strict=False):
             axis.plot(history["epoch"], history[key], marker="o", ms=3, color=colour, label=name)
-        axis.set(title=words, xlabel="epoch")
-        axis.title.set_fontsize(9)
+        name_axis(axis, words, 9, xlabel="epoch")
     axes[-1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
     figure.suptitle("How the models learned")
     return figure
@@ -80,9 +78,8 @@ def turns(
     """
     ways = list(dict.fromkeys(table["way"]))
     conditions = table[hue].nunique() if hue else 1
-    figure, axis = plt.subplots(
-        figsize=(7, (0.2 + 0.25 * conditions) * len(ways) + 1), layout="constrained"
-    )
+    size = (7, (0.2 + 0.25 * conditions) * len(ways) + 1)
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
     colours = PALETTE[: conditions if hue else len(ways)]
     sns.barplot(
         table, x=value, y="way", hue=hue or "way", estimator="median", errorbar=None, order=ways,
@@ -93,8 +90,7 @@ def turns(
     sns.stripplot(table, x=value, y="way", order=ways, size=3, jitter=False, ax=axis, **look)
     if reference is not None:
         axis.axvline(reference, color="black", linewidth=1, linestyle=":")
-    axis.set(title=title, xlabel=xlabel, ylabel="")
-    axis.title.set_fontsize(10)
+    name_axis(axis, title, 10, xlabel=xlabel, ylabel="")
     if hue:
         sns.move_legend(axis, "upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     return figure
@@ -105,8 +101,7 @@ def parts(table: pd.DataFrame, title: str, xlabel: str) -> Figure:
     figure, axis = plt.subplots(figsize=(7, 0.45 * len(table) + 1), layout="constrained")
     table.plot.barh(stacked=True, color=PALETTE, alpha=0.75, width=0.7, ax=axis)
     axis.invert_yaxis()
-    axis.set(title=title, xlabel=xlabel, ylabel="")
-    axis.title.set_fontsize(10)
+    name_axis(axis, title, 10, xlabel=xlabel, ylabel="")
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
     return figure
 
@@ -156,16 +151,13 @@ def pareto(
         size = 140 if loss == "control" else 32
         name = loss if heads in ("", "all") else f"{loss}, {heads} of heads"
         axis.scatter(part[x], part["top1"], s=size, color=colour, marker=mark, label=name, zorder=3)
+        look = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 6, "color": colour}
         for _, row in part[part["lam"] > 0].iterrows():
-            place = {"xytext": (4, 4), "textcoords": "offset points"}
-            axis.annotate(
-                f"{row['lam']:g}", (row[x], row["top1"]), fontsize=6, color=colour, **place
-            )
+            axis.annotate(f"{row['lam']:g}", (row[x], row["top1"]), **look)
     for control in settings.loc[settings["loss"] == "control", "top1"]:
         axis.axhline(control, color="black", linewidth=0.7, linestyle=":")
     mark_lines(axis, lines)
-    axis.set(title=title, xlabel=xlabel, ylabel="accuracy")
-    axis.title.set_fontsize(10)
+    name_axis(axis, title, 10, xlabel=xlabel, ylabel="accuracy")
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
     return figure
 
@@ -189,8 +181,7 @@ def by_lambda(table: pd.DataFrame, panels: Mapping[str, str], title: str) -> Fig
         )  # fmt: skip
         if len(control):
             axis.axhline(control[name].mean(), color="black", linewidth=0.8, linestyle=":")
-        axis.set(title=words, xlabel="lambda", ylabel="")
-        axis.title.set_fontsize(9)
+        name_axis(axis, words, 9, xlabel="lambda", ylabel="")
     sns.move_legend(axes[-1], "upper left", bbox_to_anchor=(1, 1), frameon=False,
                     fontsize=8, title_fontsize=8)  # fmt: skip
     figure.suptitle(f"{title}\ndotted: the control without maps", fontsize=10)
@@ -213,7 +204,6 @@ def choices(table: pd.DataFrame, by: str, panels: Mapping[str, str], title: str)
                       alpha=0.6, ax=axis)  # fmt: skip
         axis.grid(axis="y", color="0.9")
         axis.locator_params(axis="x", nbins=4)
-        axis.set(title=words, xlabel="", ylabel="")
-        axis.title.set_fontsize(9)
+        name_axis(axis, words, 9, xlabel="", ylabel="")
     figure.suptitle(title, fontsize=10)
     return figure

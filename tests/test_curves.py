@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from lib.training.runs import fine_tuning, human_in_the_loop, train_run
-from lib.widgets import training
-from lib.widgets.training import LiveCurves
+from lib.widgets import teaching
+from lib.widgets.teaching import LiveCurves
 
 
 class Shown:
@@ -28,7 +28,7 @@ class Shown:
 
 def test_one_figure_follows_the_training(config, monkeypatch):
     shown = Shown()
-    monkeypatch.setattr(training, "display", shown)
+    monkeypatch.setattr(teaching, "display", shown)
     config.ft, config.hitl = (replace(part, log_every=1) for part in (config.ft, config.hitl))
     train_run("ft", fine_tuning(config, 0), config.runs, watch=LiveCurves(seconds=0))
     assert len(shown.figures) == 1 and shown.updates == 6 + 2 - 1  # steps, epochs, the first
@@ -43,7 +43,7 @@ def test_one_figure_follows_the_training(config, monkeypatch):
 
 def test_drawing_takes_no_more_time_than_it_may(config, monkeypatch):
     shown = Shown()
-    monkeypatch.setattr(training, "display", shown)
+    monkeypatch.setattr(teaching, "display", shown)
     config.ft = replace(config.ft, log_every=1)
     train_run("ft", fine_tuning(config, 0), config.runs, watch=LiveCurves(seconds=1e6))
     assert shown.updates == 2  # the ends of the two epochs
@@ -52,7 +52,7 @@ def test_drawing_takes_no_more_time_than_it_may(config, monkeypatch):
 def test_a_run_that_is_there_is_drawn_as_it_ended(config, monkeypatch):
     run = train_run("ft", fine_tuning(config, 0), config.runs)
     shown = Shown()
-    monkeypatch.setattr(training, "display", shown)
+    monkeypatch.setattr(teaching, "display", shown)
     train_run("ft", fine_tuning(config, 0), config.runs, watch=LiveCurves())
     (figure,) = shown.figures
     assert figure.axes[1].lines[0].get_ydata() == pytest.approx(run.history["train_top1"])

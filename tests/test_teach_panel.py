@@ -16,7 +16,7 @@ from lib.experiments.simulate import simulated_corrections
 from lib.model.vit import SigmoidViT
 from lib.training.teach import TeachConfig
 from lib.widgets.session import LiveSession
-from lib.widgets.training import TeachPanel
+from lib.widgets.teaching import TeachPanel
 
 MEAN, STD = (0.5,) * 3, (0.5,) * 3
 

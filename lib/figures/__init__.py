@@ -3,7 +3,14 @@
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from lib.figures.maps import PALETTE, maps_in_a_row, overlay, picture, rows_of_maps, rows_of_tokens
+from lib.figures.overlays import (
+    PALETTE,
+    maps_in_a_row,
+    overlay,
+    picture,
+    rows_of_maps,
+    rows_of_tokens,
+)
 from lib.figures.results import (
     accuracy_and_alignment,
     comparison,
@@ -14,7 +21,7 @@ from lib.figures.results import (
     reliability,
     true_class_density,
 )
-from lib.figures.training import (
+from lib.figures.trainings import (
     by_lambda,
     choices,
     histories,

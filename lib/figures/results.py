@@ -11,7 +11,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from scipy.integrate import trapezoid
 
-from lib.figures.maps import IMAGES_OF, LONGEST, PALETTE, axes_grid, name_axis
+from lib.figures.overlays import IMAGES_OF, LONGEST, PALETTE, axes_grid, name_axis
 
 
 def comparison(

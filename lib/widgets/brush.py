@@ -15,7 +15,7 @@ import numpy as np
 import traitlets
 
 from lib.widgets.controller import EditorController
-from lib.widgets.controls import STATIC, in_row, make_slider, wide
+from lib.widgets.panel import STATIC, in_row, make_slider, wide
 from lib.widgets.pixels import (
     COLOURS,
     OPACITY,

@@ -22,7 +22,7 @@ import ipywidgets as widgets
 from lib.widgets import brush
 from lib.widgets.brush import PaintWidget, PlainPaint
 from lib.widgets.controller import EditorController, Outcome, Session
-from lib.widgets.controls import (
+from lib.widgets.panel import (
     Panel,
     figure_html,
     in_column,

@@ -20,7 +20,7 @@ from .test_editor import EDITED, MODEL, TOOL, UNEDITED, Tool
 
 VERSIONS = {"ipywidgets": "7.7.1", "anywidget": "0.9.21", "ipykernel": "6.17.1"}
 PANEL = """
-from lib.widgets.training import TeachPanel
+from lib.widgets.teaching import TeachPanel
 from lib.training.teach import TeachConfig
 
 quick = TeachConfig(steps=3, replay=4, batch_size=4)

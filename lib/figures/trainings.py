@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from lib.figures.maps import PALETTE, axes_grid, name_axis
+from lib.figures.overlays import PALETTE, axes_grid, name_axis
 from lib.figures.results import mark_lines
 
 

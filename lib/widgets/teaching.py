@@ -27,7 +27,7 @@ from lib.data.dataset import BirdDataset
 from lib.model.vit import SigmoidViT
 from lib.training.state import Progress
 from lib.training.teach import Example, TeachConfig, Teacher, TeachReport
-from lib.widgets.controls import Panel, figure_html, style_sheet, table_html
+from lib.widgets.panel import Panel, figure_html, style_sheet, table_html
 from lib.widgets.pixels import coloured, data_url, heat_url, png
 from lib.widgets.session import LiveSession
 

@@ -191,7 +191,7 @@ def _scope(name: str, wanted: object, words: tuple[str, ...]) -> str | tuple[int
     """A word as it is, or indices as a sorted tuple of int."""
     if isinstance(wanted, str) and wanted in words:
         return wanted
-    if isinstance(wanted, tuple | list) and wanted and all(map(is_index, wanted)):
+    if isinstance(wanted, Sequence | np.ndarray) and len(wanted) and all(map(is_index, wanted)):
         indices = tuple(sorted(int(index) for index in wanted))
         if len(set(indices)) == len(indices):
             return indices

@@ -94,6 +94,10 @@ def claimed(paths: Iterable[Path]) -> Iterator[Path]:
             mark.touch(exist_ok=False)
         except FileExistsError:
             continue
+        except OSError as error:
+            raise StorageError(
+                f"{path.parent} cannot be written to ({error.strerror}); name a folder that can be"
+            ) from error
         try:
             if not path.exists():
                 yield path

@@ -64,6 +64,11 @@ class Short:
     length: bool = True
 
 
+@dataclass(frozen=True)
+class Page:
+    """Answer with a web page of another server, a proxy's, whatever was asked."""
+
+
 @dataclass
 class Site:
     """What the server holds, what it does with the next requests, and what it was asked."""
@@ -90,6 +95,11 @@ class Handler(BaseHTTPRequestHandler):
         fault = next(site.plan, None)
         if isinstance(fault, int):
             return self.answer(fault, {})
+        if isinstance(fault, Page):
+            page = b"<html>please log in</html>"
+            return self.answer(
+                200, {"Content-Type": "text/html", "Content-Length": len(page)}, page
+            )
         start = 0
         if asked and site.ranges:
             start = int(asked.removeprefix("bytes=").removesuffix("-"))
@@ -237,6 +247,13 @@ def test_what_passes_is_tried_again_from_where_it_broke(serve, tmp_path, setting
     assert time.monotonic() - start < 9  # a server that is silent is so for 10 s
     assert files(tmp_path) == {FILE: BODY}
     assert asked in (site.asked, len(site.asked))
+
+
+def test_a_page_of_a_proxy_does_not_become_the_beginning_of_the_file(serve, tmp_path):
+    site = serve(plan=[Page(), Drop(30_000), Page()])
+    path = fetch_file(source(site, md5=None), tmp_path, wait=0)
+    assert path.read_bytes() == BODY
+    assert site.asked == [None, None, "bytes=30000-", "bytes=30000-"]
 
 
 def test_a_redirect_keeps_the_range(serve, tmp_path):

@@ -258,3 +258,10 @@ def test_equal_edits_compare_equal_and_others_do_not():
 def test_an_edit_that_makes_no_sense_is_refused(fields, message):
     with pytest.raises((TypeError, ValueError), match=re.escape(message)):
         edit(**fields)
+
+
+@pytest.mark.parametrize("wanted", [range(2), np.arange(2), [1, 0], (0, 1)])
+def test_indices_come_in_any_sequence(wanted):
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    edit = AttentionEdit(mask, 0.5, blocks=wanted, heads=wanted)
+    assert edit.blocks == edit.heads == (0, 1)

@@ -179,6 +179,9 @@ def _request(part: Path, source: Published, timeout: float) -> None:
             if not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
                 part.unlink()
                 raise _BrokenError("the server sent other bytes than those asked for")
+        elif response.headers.get_content_type() == "text/html":
+            # Of a proxy or a login, not of the source. Kept, it would be the file's beginning.
+            raise _BrokenError("a web page came instead of the file")
         bar = tqdm(desc=part.stem, initial=have, total=source.size, **BAR)
         with part.open("ab" if have else "wb") as file, bar:
             for block in _received(response):

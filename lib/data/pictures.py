@@ -275,9 +275,12 @@ def _resized(pixels: Tensor, sides: list[int], path: Path) -> np.ndarray:
 
 def _ahead(picture: Callable[[int], np.ndarray], count: int) -> Iterator[np.ndarray]:
     """`picture` of 0 to count - 1 in order, made in threads: Pillow and torch release the GIL."""
-    with ThreadPoolExecutor(THREADS) as pool:
+    pool = ThreadPoolExecutor(THREADS)
+    try:
         made = (pool.submit(picture, index) for index in range(count))
         waiting = deque(islice(made, AHEAD))
         while waiting:
             yield waiting.popleft().result()
             waiting.extend(islice(made, 1))
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, do not wait for the others

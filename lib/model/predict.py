@@ -48,9 +48,14 @@ def predict(
     rows: str | tuple[int, ...] = "last",
 ) -> Iterator[tuple[dict, Tensor, dict[int, Tensor]]]:
     """Batches of a data set with the model's scores and class rows, on the model's device."""
-    device = next(model.parameters()).device
+    like = next(model.parameters())
     model.eval()
-    for batch in DataLoader(dataset, batch_size=batch_size, num_workers=workers):
-        batch = to_device(batch, device)
-        scores, found = model(**inputs(batch), rows=rows)
+    # A generator of its own: the caller's random numbers stay as if nothing had been.
+    own = {"num_workers": workers, "generator": torch.Generator()}
+    for batch in DataLoader(dataset, batch_size=batch_size, **own):
+        batch = to_device(batch, like.device)
+        given = inputs(batch)
+        for name in given.keys() & {"images", "tokens"}:
+            given[name] = given[name].to(like.dtype)
+        scores, found = model(**given, rows=rows)
         yield batch, scores.float(), found

@@ -217,7 +217,8 @@ class TeachPanel(Panel):
         left_out = [f"picture {image} left out: {reason}" for image, reason in report.skipped]
         told = f"taught {len(report.used)} correction(s) in {report.seconds:.1f} s"
         self._result.value = comparison_html(table) + examples_html(examples)
-        self._words.value = escape("; ".join([told, *left_out]))  # last: who reads it finds the table
+        # After the table: who reads the sentence finds it.
+        self._words.value = escape("; ".join([told, *left_out]))
         self._enable(busy=False)
         self.on_change()
 

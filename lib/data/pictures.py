@@ -179,12 +179,12 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise _refused(path, reason, "make it smaller") from error
     except UnidentifiedImageError as error:
         with open(path, "rb") as file:
-            reason = f"Pillow knows no picture that begins with {file.read(16)!r}"
-        raise _refused(path, reason, "put a JPEG or PNG in its place") from error
+            reason = f"it begins with {file.read(16)!r}, which is no picture that Pillow can read"
+        raise _refused(path, reason, f"{RESTORE}, or save it as JPEG or PNG") from error
     except Exception as error:
-        if isinstance(error, OSError) and error.strerror:  # of the system, not of the picture
-            raise _refused(path, error.strerror, "make it readable") from error
-        raise _refused(path, " ".join(str(error).split()) or type(error).__name__) from error
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        remedy = "make it readable" if isinstance(error, PermissionError) else RESTORE
+        raise _refused(path, reason or type(error).__name__, remedy) from error
 
 
 def _upright(picture: Image.Image, path: Path) -> Image.Image:

@@ -46,7 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
         )
     except EXPECTED as error:
         rank = os.environ.get("RANK", "0")  # of several processes that train together
-        print(f"error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
+        told = str(error)
+        if "Original Traceback" in told:  # of a DataLoader's worker; the error is its last line
+            told = told.strip().rpartition("\n")[2].partition(": ")[2]
+        print(f"error{'' if rank == '0' else f' (process {rank})'}: {told}", file=sys.stderr)
         return 2
     return code or 0
 

@@ -27,7 +27,6 @@ is kept as it is.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import shutil
 import zlib
@@ -71,11 +70,12 @@ TURNS = {
 }
 SIDEWAYS = {TURNS[orientation] for orientation in (5, 6, 7, 8)}
 
-# What Pillow has for the whole process only, hence once. It warns from half of the pixels that it
-# refuses: read all of those in silence, and refuse the others here. And metadata of a PNG may be as
-# long as all of it together may: editors write more than 1 MB of history.
+# What Pillow has for the whole process only, hence once. It warns of pictures from half the size
+# that it refuses: here they are read in silence up to what it refuses, and larger ones are named.
+# Metadata of a PNG may be as long as all of it may be: editors write more than 1 MB of history.
+PIXELS = 178_956_970
 if Image.MAX_IMAGE_PIXELS is not None:
-    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, 178_956_970)
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, 2 * PIXELS)
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
@@ -166,7 +166,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         if not status.st_size:
             raise _refused(path, "it is empty")
         with Image.open(path) as picture:
-            if picture.width * picture.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+            if picture.width * picture.height > PIXELS:
                 raise Image.DecompressionBombError
             _mend_key(picture)
             yield picture
@@ -175,7 +175,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(f"{path} is missing; {DATA_REMEDY}.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        reason = f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels"
+        reason = f"it has more than {PIXELS:,} pixels"
         raise _refused(path, reason, "make it smaller") from error
     except UnidentifiedImageError as error:
         with open(path, "rb") as file:

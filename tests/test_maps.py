@@ -21,8 +21,10 @@ from lib.data.maps import (
     fixation_counts,
     fixation_map,
     human_map,
+    read_map,
     to_grid,
 )
+from lib.data.pictures import picture_size, read_picture
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "CUB_GHA" / "data_5runs"
 
@@ -366,6 +368,10 @@ def save_map(path, values):
         ("deep.png", ramp().astype(np.uint16) * 257, 1e-6),
         ("a.npy", ramp(), 1e-6),
         ("deep.npy", ramp().astype(np.uint16) * 257, 1e-6),
+        ("other order.npy", ramp().astype(">u2") * 257, 1e-6),
+        ("float.tif", (ramp() / 255).astype(np.float32), 1e-6),
+        ("deep.tif", ramp().astype(np.uint16) * 257, 1e-6),
+        ("clear.png", np.dstack([ramp(), np.full((60, 90), 255, np.uint8)]), 1e-6),
         ("float.npy", ramp() / 255, 1e-6),
         ("half.npy", (ramp() / 255).astype(np.float16), 1e-3),
         ("small.png", ramp((20, 30)), 0.03),  # the picture's proportions at a third of its size
@@ -415,6 +421,37 @@ def test_nan_and_transparency_are_not_known(tmp_path):
     assert torch.equal(same, known)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_map_is_turned_by_its_own_exif_as_its_picture_is(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(ramp() // 200 * 255)  # people looked at the lower right corner
+    stored.convert("RGB").save(tmp_path / "picture.jpg", exif=exif, quality=95)
+    stored.save(tmp_path / "map.jpg", exif=exif, quality=95)
+    stored.save(tmp_path / "map.webp", exif=exif, lossless=True)
+    seen = np.asarray(read_picture(tmp_path / "picture.jpg").convert("L")) > 128
+    for name in ("map.jpg", "map.webp"):
+        found, known = human_map(tmp_path / name, picture_size(tmp_path / "picture.jpg"), (30, 30))
+        expected, _ = to_grid(torch.from_numpy(seen), torch.ones(seen.shape), (30, 30))
+        assert known.all() and (found - expected).abs().max() < 0.05
+
+
+@settings(max_examples=100)
+@given(
+    st.lists(st.tuples(st.integers(0, 199), st.integers(0, 255)), max_size=4), st.integers(0, 400)
+)
+def test_damaged_arrays_are_read_or_named_and_nothing_else(tmp_path_factory, changes, length):
+    path = save_map(tmp_path_factory.getbasetemp() / "damaged.npy", ramp((6, 9)) / 255)
+    data = bytearray(path.read_bytes())
+    for where, value in changes:
+        data[where] = value
+    path.write_bytes(data[:length] if length < 200 else data)
+    try:
+        read_map(path)
+    except MapError as error:
+        assert str(path) in str(error)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(20, 400), st.integers(20, 400), st.floats(0.05, 3))
 def test_a_map_in_the_pictures_proportions_is_always_accepted(height, width, scale):
@@ -441,6 +478,12 @@ def test_map_files_that_do_not_fit_are_refused(tmp_path, name, values, message):
 
 
 def test_broken_and_missing_map_files_are_named(tmp_path):
+    with (tmp_path / "several.npy").open("wb") as file:
+        np.savez(file, ramp())
+    (tmp_path / "folder.npy").mkdir()
+    for name in ("several.npy", "folder.npy"):
+        with pytest.raises(MapError, match=rf"{name} cannot be read as a map"):
+            human_map(tmp_path / name, (60, 90), (4, 6))
     for name in ("a.png", "a.jpg", "a.npy"):
         path = save_map(tmp_path / name, ramp())
         path.write_bytes(path.read_bytes()[:90])

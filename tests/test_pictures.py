@@ -1,15 +1,19 @@
-"""Pictures that are kept decoded: exact, complete or absent, and shared by processes."""
+"""A file becomes the pixels that people see, or is named; decoded ones are exact and shared."""
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import pickle
 import shutil
 import signal
+import struct
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
+import warnings
+import zlib
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from types import SimpleNamespace
@@ -19,13 +23,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from test_files import disk_of
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as v2
 from tqdm.auto import tqdm
 
-from lib.data.pictures import AHEAD, SAMPLE, DecodedImages, decoded_images
+from lib import __main__ as command_line
+from lib.data import pictures as of_files
+from lib.data.maps import MapError, read_map
+from lib.data.pictures import (
+    AHEAD,
+    SAMPLE,
+    DecodedImages,
+    PictureError,
+    decoded_images,
+    is_in_colours,
+    picture_size,
+    read_picture,
+)
 
 MIXED = [(30, 40), (40, 30), (16, 50), (50, 16), (12, 12), (21, 20)]  # height, width
 
@@ -116,6 +132,414 @@ def same(images, expected):
 def left_in(folder):
     """Names of what lies in the folder, the lock aside."""
     return sorted(path.name for path in folder.iterdir() if path.name != "decoded.lock")
+
+
+# ------------------------------------------------------------------------- from a file to pixels
+
+
+def png(samples, depth, colour, *chunks, size=None):
+    """A PNG by its definition: samples [h, w, c] of `depth` bits, colour type, further chunks."""
+
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    height, width = size or samples.shape[:2]
+    bits = samples[..., None] >> np.arange(depth)[::-1] & 1
+    rows = np.packbits(bits.reshape(len(samples), -1).astype(bool), axis=1)
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    parts = (b"IHDR", header), *chunks, (b"IDAT", pixels), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, data) for kind, data in parts)
+
+
+def tiff(pixels, bits, kind, light=1, orientation=b"", order="<", size=None):
+    """A TIFF by its definition: bytes of one strip, bits, sample format; `orientation` an entry."""
+    height, width, channels = size or pixels.shape
+    data = pixels.tobytes()
+    # tag, type (3 is SHORT, 4 LONG), value
+    tags = [(256, 4, width), (257, 4, height), (259, 3, 1), (262, 3, light), (277, 3, channels)]
+    tags += [(273, 4, 8), (278, 4, height), (279, 4, len(data)), (339, 3, kind)]
+    entries = {tag: struct.pack(order + "HHIHH", tag, t, 1, v, 0) for tag, t, v in tags if t == 3}
+    entries |= {tag: struct.pack(order + "HHII", tag, t, 1, v) for tag, t, v in tags if t == 4}
+    directory = 8 + len(data)
+    if channels == 1:
+        entries[258] = struct.pack(order + "HHIHH", 258, 3, 1, bits, 0)
+    else:
+        entries[258] = struct.pack(order + "HHII", 258, 3, channels, directory)
+        data += struct.pack(order + f"{channels}H", *[bits] * channels)
+    if orientation:
+        entries[274] = orientation
+    start = 8 + len(data)
+    if len(orientation) > 12:  # its value lies elsewhere, here at the end
+        end = start + 2 + 12 * len(entries) + 4
+        entries[274] = orientation[:8] + struct.pack(order + "I", end)
+    listed = b"".join(entries[tag] for tag in sorted(entries))
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "I", start)
+    return (
+        head + data + struct.pack(order + "H", len(entries)) + listed + b"\0" * 4 + orientation[12:]
+    )
+
+
+PNGS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}  # colour: depths
+
+
+@settings(max_examples=80)
+@given(
+    st.sampled_from([(colour, depth) for colour, depths in PNGS.items() for depth in depths]),
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+)
+def test_every_kind_of_png_is_what_people_see(tmp_path_factory, kind, clear, seed):
+    """Depths, palettes, alpha and transparent colours, against the definition; maps as well."""
+    (colour, depth), rng = kind, np.random.default_rng(seed)
+    top = 2**depth - 1
+    samples = rng.integers(0, top + 1, (5, 7, {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]))
+    channels, chunks, alpha = samples / top, [], np.ones((5, 7))
+    if colour in (4, 6):
+        channels, alpha = channels[..., :-1], channels[..., -1]
+    elif colour == 3:
+        palette, opacity = rng.integers(0, 256, (top + 1, 3)), rng.integers(0, 256, top + 1)
+        channels = palette[samples[..., 0]] / 255
+        chunks.append((b"PLTE", palette.astype(np.uint8).tobytes()))
+        if clear:
+            alpha = opacity[samples[..., 0]] / 255
+            chunks.append((b"tRNS", opacity.astype(np.uint8).tobytes()))
+    elif clear:
+        alpha = 1.0 - (samples == samples[2, 3]).all(axis=2)
+        chunks.append((b"tRNS", samples[2, 3].astype(">u2").tobytes()))
+    path = tmp_path_factory.getbasetemp() / "kind.png"
+    path.write_bytes(png(samples, depth, colour, *chunks))
+    expected = 255 * (channels * alpha[..., None] + 1 - alpha[..., None])
+    found = read_picture(path)
+    assert found.mode == "RGB" and picture_size(path) == (5, 7)
+    np.testing.assert_allclose(np.asarray(found), np.broadcast_to(expected, (5, 7, 3)), atol=2.1)
+    values, known = read_map(path)
+    np.testing.assert_array_equal(known, np.broadcast_to(alpha * 255 >= 127.501, (5, 7)))
+    grey = channels @ (0.299, 0.587, 0.114) if channels.shape[2] == 3 else channels[..., 0]
+    np.testing.assert_allclose(values, grey, atol=1.6 / 255)
+    assert is_in_colours(path) == (np.ptp(np.asarray(found).astype(int), axis=2).max() > 24)
+
+
+DRAWN = np.kron(np.random.default_rng(0).integers(0, 256, (3, 4, 3), np.uint8), np.ones((8, 8, 1)))
+DRAWN = DRAWN.astype(np.uint8)
+SEEN = {  # what people see of an array that is stored with an orientation
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: a[::-1].swapaxes(0, 1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: a[:, ::-1].swapaxes(0, 1),
+}
+TYPES = {  # of TIFF: how numbers are written; None: characters or bytes
+    **{1: None, 2: None, 3: "H", 4: "I", 5: "II", 6: "b", 7: None, 8: "h", 9: "i", 10: "ii"},
+    **{11: "f", 12: "d"},
+}
+
+
+def entry(kind, value, count, order):
+    """An orientation of any type in a directory of EXIF; beyond 12 bytes its value, to be moved."""
+    form = TYPES[kind]
+    if form is None:
+        one = str(value % 256).encode() if kind == 2 else bytes([value % 256])
+    elif len(form) == 2:
+        one = struct.pack(order + form, value, 1)
+    else:
+        bits = 8 * struct.calcsize(form)
+        wrapped = value if form in "fdHI" else (value + 2 ** (bits - 1)) % 2**bits - 2 ** (bits - 1)
+        one = struct.pack(order + form, wrapped)
+    values = one * count + (b"\0" if kind == 2 else b"")
+    length = len(values) if form is None else count
+    return struct.pack(order + "HHI", 0x0112, kind, length) + (
+        values.ljust(4, b"\0") if len(values) <= 4 else b"\0" * 4 + values
+    )
+
+
+@settings(max_examples=120)
+@given(
+    st.sampled_from(["jpg", "png", "webp", "tif"]),
+    st.sampled_from(sorted(TYPES)),
+    st.sampled_from([*range(10), 65535]),
+    st.integers(1, 2),
+    st.sampled_from("<>"),
+)
+@pytest.mark.filterwarnings("ignore:Metadata Warning")
+def test_orientations_are_obeyed_if_they_are_numbers_from_1_to_8(
+    tmp_path_factory, suffix, kind, value, count, order
+):
+    """Of any number type, as Pillow and viewers do; maps are turned by their own."""
+    path = tmp_path_factory.getbasetemp() / f"turned.{suffix}"
+    tag = entry(kind, value, count, order)
+    stored = DRAWN
+    if suffix == "tif":
+        path.write_bytes(tiff(DRAWN, 8, 1, 2, tag, order))
+    else:
+        start = struct.pack(order + "IH", 8, 1)
+        where = struct.pack(order + "I", 26) if len(tag) > 12 else tag[8:]
+        head = b"II*\0" if order == "<" else b"MM\0*"
+        exif = b"Exif\0\0" + head + start + tag[:8] + where + b"\0" * 4 + tag[12:]
+        Image.fromarray(DRAWN).save(path, lossless=True, exif=exif)
+        if suffix == "jpg":
+            with Image.open(path) as plain:
+                stored = np.asarray(plain)
+    seen = SEEN.get(value, np.asarray)(stored) if TYPES[kind] else stored
+    np.testing.assert_array_equal(np.asarray(read_picture(path)), seen)
+    assert picture_size(path) == seen.shape[:2]
+    grey = np.asarray(Image.fromarray(np.ascontiguousarray(seen)).convert("L")) / 255
+    np.testing.assert_allclose(read_map(path)[0], grey, atol=1.1 / 255)
+
+
+def test_an_exif_that_is_broken_leaves_the_picture_as_it_lies(tmp_path):
+    whole = entry(3, 6, 1, "<")
+    broken = {
+        "nothing": b"Exif\0\0",
+        "no head": b"Exif\0\0" + b"?" * 30,
+        "cut": b"Exif\0\0II*\0\x08\0\0\0\x02\0" + whole[:7],
+        "far": b"Exif\0\0II*\0\xff\xff\xff\x7f",
+    }
+    for name, exif in broken.items():
+        path = tmp_path / f"{name}.jpg"
+        Image.fromarray(DRAWN).save(path, exif=exif)
+        assert picture_size(path) == DRAWN.shape[:2] == np.asarray(read_picture(path)).shape[:2]
+    # Another tag that is broken (Pillow's own exif_transpose raises) does not stop the turning.
+    gps = struct.pack("<HHII", 0x829A, 5, 1, 0)
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + whole + gps + b"\0" * 4
+    Image.fromarray(DRAWN).save(tmp_path / "other.jpg", exif=exif)
+    assert picture_size(tmp_path / "other.jpg") == read_picture(tmp_path / "other.jpg").size[::-1]
+    assert picture_size(tmp_path / "other.jpg") == (32, 24)
+
+
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB")
+
+
+def test_modes_of_every_container_are_converted_over_white(tmp_path):
+    """What Pillow holds of a picture is what is read of it, transparency over white."""
+    ramp = np.linspace(0, 255, DRAWN[..., 0].size).reshape(DRAWN.shape[:2]).astype(np.uint8)
+    clear = Image.fromarray(np.dstack([DRAWN, ramp]))
+    done = []
+    for mode in MODES:
+        base = clear if mode in ("LA", "PA", "RGBA") else clear.convert("RGB")
+        picture = base.convert("RGB").convert("P") if mode[0] == "P" else base.convert(mode)
+        picture = picture.convert(mode)
+        for suffix in ("tif", "png", "webp", "gif", "bmp", "jpg", "jp2", "ppm", "tga", "avif"):
+            path = tmp_path / f"{mode}.{suffix}"
+            try:
+                picture.save(path)
+            except (OSError, ValueError, KeyError):  # not of this container, or of this Pillow
+                continue
+            with Image.open(path) as stored:
+                rgba = np.asarray(stored.convert("RGBA")).astype(float)
+            alpha = rgba[..., 3:] / 255
+            expected = rgba[..., :3] * alpha + 255 * (1 - alpha)
+            np.testing.assert_allclose(np.asarray(read_picture(path)), expected, atol=1)
+            assert picture_size(path) == DRAWN.shape[:2]
+            done.append(path.name)
+    assert {"CMYK.jpg", "PA.tif", "RGBA.webp", "LAB.tif", "P.gif", "LA.png"} <= {*done}
+
+
+LEVELS = np.linspace(0, 65535, 40).round().astype(np.uint16).reshape(5, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("grey.png", png(LEVELS[..., None].astype(int), 16, 0)),
+        ("little.tif", tiff(LEVELS[..., None].astype("<u2"), 16, 1)),
+        ("big.tif", tiff(LEVELS[..., None].astype(">u2"), 16, 1, order=">")),
+        ("white is 0.tif", tiff((65535 - LEVELS)[..., None].astype("<u2"), 16, 1, light=0)),
+        ("float.tif", tiff((LEVELS / 65535)[..., None].astype("<f4"), 32, 3)),
+        ("big float.tif", tiff((LEVELS / 65535)[..., None].astype(">f4"), 32, 3, order=">")),
+        ("float 0.tif", tiff((1 - LEVELS / 65535)[..., None].astype("<f4"), 32, 3, light=0)),
+        ("grey.pgm", b"P5 8 5 65535\n" + LEVELS.astype(">u2").tobytes()),
+        ("text.pgm", b"P2 8 5 65535\n" + " ".join(map(str, LEVELS.ravel())).encode()),
+        ("grey.jp2", None),
+    ],
+)
+def test_deep_grey_is_scaled_by_its_range(tmp_path, name, data):
+    path = tmp_path / name
+    if data is None:
+        Image.fromarray(LEVELS).save(path)
+    else:
+        path.write_bytes(data)
+    found = np.asarray(read_picture(path))
+    np.testing.assert_array_equal(found, np.repeat(np.round(LEVELS / 257)[..., None], 3, axis=2))
+    np.testing.assert_allclose(read_map(path)[0], LEVELS / 65535, atol=1e-6)
+    assert picture_size(path) == (5, 8) and not is_in_colours(path)
+
+
+def test_twelve_bits_are_scaled_by_their_own_range(tmp_path):
+    packed = np.frombuffer(b"\0\x0f\xff", np.uint8)  # 0 and 4095
+    (tmp_path / "a.tif").write_bytes(tiff(packed, 12, 1, size=(1, 2, 1)))
+    assert np.asarray(read_picture(tmp_path / "a.tif"))[0, :, 0].tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "tif", "png", "mpo", "avif"])
+def test_the_first_of_several_frames_is_read(tmp_path, suffix):
+    first, second = Image.fromarray(DRAWN), Image.fromarray(255 - DRAWN)
+    path = tmp_path / f"a.{suffix}"
+    first.save(path, save_all=True, append_images=[second, second], lossless=True)
+    alone = tmp_path / f"alone.{suffix}"
+    first.save(alone, lossless=True)
+    found, wanted = (np.asarray(read_picture(file)).astype(int) for file in (path, alone))
+    assert abs(found - wanted).max() <= (16 if suffix == "avif" else 0)
+    assert abs(found - DRAWN).mean() < 30
+
+
+def whole(suffix, **options):
+    file = io.BytesIO()
+    Image.fromarray(DRAWN).save(file, suffix, **options)
+    return file.getvalue()
+
+
+NO_BYTES = np.zeros((1, 1, 1), int)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "it is empty; restore it"),
+        (b"<!DOCTYPE html><title>404</title>", r"it begins with b'<!DOCTYPE html>.', which is no"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "begins with b'version https://'"),
+        (b"\0\0\0\x18ftypheic" + bytes(40), r"ftypheic.*, which is no .*save it as JPEG or PNG"),
+        (whole("jpeg")[:-100], r"truncated .*; restore it from where it came from\.$"),
+        (whole("png")[:-30], "(truncated|broken)"),
+        (whole("webp")[:40], "decoder"),
+        (png(NO_BYTES, 1, 0, size=(20_000, 9_500)), "more than 178,956,970 pixels; make it small"),
+        (png(NO_BYTES, 1, 0, size=(90_000, 90_000)), "more than 178,956,970 pixels; make it sma"),
+        (tiff(np.ones((2, 2, 1), "<u4"), 32, 1), "integers of 32 bits .* save it with 8 or 16"),
+        (tiff(np.ones((2, 2, 1), "<i2"), 16, 2), "integers of 32 bits or with a sign"),
+        (tiff(np.full((2, 2, 1), 7, "<f4"), 32, 3), "values from 7 to 7; scale them to .* 0 to 1"),
+        (tiff(np.full((2, 2, 1), np.nan, "<f4"), 32, 3), "values from nan to nan; scale them"),
+        (tiff(np.ones((2, 2, 3), "<f4"), 32, 3, 2), "it begins with b'II"),
+    ],
+)
+def test_what_cannot_be_used_is_named_with_the_remedy(tmp_path, data, says):
+    path = tmp_path / "a.png"
+    path.write_bytes(data)
+    with pytest.raises(PictureError, match=rf"a\.png cannot be decoded: .*{says}") as caught:
+        read_picture(path)
+    assert "\n" not in str(caught.value) and str(caught.value).count(str(path)) == 1
+    picture_size(path)
+    if "nan" not in says:  # in a map: not known
+        with pytest.raises(MapError, match=r"a\.png (cannot be read as a map: |has values)"):
+            read_map(path)
+
+
+def test_folders_pipes_missing_files_and_forbidden_ones_are_named(tmp_path):
+    (tmp_path / "folder.jpg").mkdir()
+    os.mkfifo(tmp_path / "pipe.jpg")  # to open it would wait for ever
+    for path in (tmp_path / "folder.jpg", tmp_path / "pipe.jpg"):
+        with pytest.raises(PictureError, match="it is a folder or a device; move it away"):
+            read_picture(path)
+        assert picture_size(path) is None
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "gone.jpg")
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "gone.jpg", tmp_path / "link.jpg", tmp_path / "file" / "a.jpg"):
+        with pytest.raises(FileNotFoundError, match=r"jpg is missing; set DATA_DIR"):
+            read_picture(path)
+        assert picture_size(path) is None
+    assert picture_size(tmp_path / "a\0.jpg") is None
+    path = tmp_path / "closed.jpg"
+    path.write_bytes(whole("jpeg"))
+    path.chmod(0)
+    if not os.access(path, os.R_OK):
+        with pytest.raises(
+            PictureError, match=r"closed\.jpg .*Permission denied; make it readable"
+        ):
+            read_picture(path)
+
+
+def test_large_pictures_and_long_metadata_are_read_in_silence(tmp_path):
+    path = tmp_path / "a.png"
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("history", "a layer was moved " * 200_000, zip=True)  # 3.6 MB
+    Image.fromarray(DRAWN).save(path, pnginfo=texts, icc_profile=bytes(2_000_000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(np.asarray(read_picture(path)), DRAWN)
+        path.write_bytes(png(NO_BYTES, 1, 0, size=(17_000, 10_000)))  # Pillow warns from 89 million
+        assert picture_size(path) == (17_000, 10_000)
+
+
+def test_a_size_is_that_of_the_file_as_it_is_now(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"broken")
+    assert picture_size(path) is None
+    for size in ((4, 6), (6, 4)):  # of files as long as each other, written within one second
+        Image.new("RGB", size[::-1]).save(path)
+        os.utime(path, ns=(1, 1_700_000_000_000_000_000 + size[0]))
+        assert picture_size(path) == size
+
+
+SMALL = [
+    whole("jpeg", exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0" + entry(3, 6, 1, "<") + b"\0" * 4),
+    whole("png", exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0" + entry(3, 6, 1, "<") + b"\0" * 4),
+    whole("webp", exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0" + entry(3, 6, 1, "<") + b"\0" * 4),
+    whole("gif"),
+    tiff(DRAWN, 8, 1, 2, entry(3, 6, 1, "<")),
+    whole("tiff", compression="tiff_lzw"),
+]
+
+
+@settings(max_examples=250)
+@given(
+    st.sampled_from(SMALL),
+    st.integers(0, 10**6),
+    st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=5),
+    st.booleans(),
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_files_are_read_or_named_and_nothing_else(
+    tmp_path_factory, data, length, changes, in_front
+):
+    data = bytearray(data[: max(1, length % (3 * len(data)))])  # two of three are not cut
+    for where, value in changes:  # most of what can go wrong lies in front
+        data[where % min(len(data), 150 if in_front else 10**6)] = value
+    path = tmp_path_factory.getbasetemp() / "damaged.jpg"
+    path.write_bytes(data)
+    size = picture_size(path)
+    try:
+        found = read_picture(path)
+        assert found.mode == "RGB" and found.size[::-1] == size
+    except PictureError as error:
+        assert str(path) in str(error)
+    try:
+        values, known = read_map(path)
+        assert values.shape == known.shape == size
+    except MapError as error:
+        assert str(path) in str(error)
+
+
+def test_many_threads_read_the_same(tmp_path):
+    paths = [tmp_path / f"{index}.png" for index in range(4)]
+    for path, data in zip(paths, SMALL, strict=False):
+        path.write_bytes(data)
+    alone = [np.asarray(read_picture(path)) for path in paths]
+    with ThreadPoolExecutor(8) as pool:
+        for index, found in enumerate(pool.map(read_picture, paths * 25)):
+            np.testing.assert_array_equal(np.asarray(found), alone[index % 4])
+
+
+class Broken:
+    """A data set whose one picture cannot be read."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise PictureError("a.jpg cannot be decoded: it is empty; restore it.")
+
+
+def test_the_command_line_says_one_sentence_of_what_a_worker_of_a_loader_met(monkeypatch, capsys):
+    def command(*_, **__):
+        list(DataLoader(Broken(), num_workers=1))
+
+    monkeypatch.setattr(command_line.tyro.extras, "subcommand_cli_from_dict", command)
+    assert command_line.main([]) == 2
+    said = capsys.readouterr().err
+    assert said == "error: a.jpg cannot be decoded: it is empty; restore it.\n"
 
 
 # ---------------------------------------------------------------------------------- what is read
@@ -250,6 +674,17 @@ def test_what_changes_the_key(tmp_path):
     paths[3] = paths[3].rename(paths[3].with_name("other.jpg"))
     assert new(paths)
     assert left_in(folder) == sorted(path.name for path in entries)
+
+
+def test_entries_that_hold_other_pixels_than_are_read_today_are_not_found(tmp_path, monkeypatch):
+    """Of older versions: transparency was black, 16 bits were cut. All others stay."""
+    path = tmp_path / "a.png"
+    for mode, stays in (("RGB", True), ("L", True), ("P", True), ("RGBA", False), ("I;16", False)):
+        Image.new(mode, (9, 9)).save(path)
+        now = of_files._key([path], [9])
+        with monkeypatch.context() as patch:
+            patch.setattr(of_files, "_was_misread", lambda path: False)
+            assert (of_files._key([path], [9]) == now) == stays, mode
 
 
 def test_a_changed_picture_is_read_anew(tmp_path):

@@ -50,7 +50,7 @@ from tqdm.auto import tqdm
 from lib.files import disk_is_full, replacing
 
 DATA_REMEDY = "set DATA_DIR to the folder that holds the data, or fill datasets/ (see its README)"
-RESTORE = "restore it from where it came from"
+PICTURE_REMEDY = "restore it from where it came from"
 UNUSABLE = "cannot be decoded"
 CACHE_REMEDY = "set CACHE to another folder, or to 0 to decode every time"
 CACHE_FORMAT = 1  # of an entry; part of the key
@@ -149,7 +149,7 @@ def is_in_colours(path: Path) -> bool:
     return int(np.ptp(channels, axis=2).max()) > 24
 
 
-def _refused(path: Path, reason: object, remedy: str = RESTORE) -> PictureError:
+def _refused(path: Path, reason: object, remedy: str = PICTURE_REMEDY) -> PictureError:
     return PictureError(f"{path} {UNUSABLE}: {reason}; {remedy}.")
 
 
@@ -180,10 +180,10 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except UnidentifiedImageError as error:
         with open(path, "rb") as file:
             reason = f"it begins with {file.read(16)!r}, which is no picture that Pillow can read"
-        raise _refused(path, reason, f"{RESTORE}, or save it as JPEG or PNG") from error
+        raise _refused(path, reason, f"{PICTURE_REMEDY}, or save it as JPEG or PNG") from error
     except Exception as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        remedy = "make it readable" if isinstance(error, PermissionError) else RESTORE
+        remedy = "make it readable" if isinstance(error, PermissionError) else PICTURE_REMEDY
         raise _refused(path, reason or type(error).__name__, remedy) from error
 
 

@@ -327,10 +327,10 @@ def test_modes_of_every_container_are_converted_over_white(tmp_path):
             path = tmp_path / f"{mode}.{suffix}"
             try:
                 picture.save(path)
+                with Image.open(path) as stored:
+                    rgba = np.asarray(stored.convert("RGBA")).astype(float)
             except (OSError, ValueError, KeyError):  # not of this container, or of this Pillow
                 continue
-            with Image.open(path) as stored:
-                rgba = np.asarray(stored.convert("RGBA")).astype(float)
             alpha = rgba[..., 3:] / 255
             expected = rgba[..., :3] * alpha + 255 * (1 - alpha)
             np.testing.assert_allclose(np.asarray(read_picture(path)), expected, atol=1)
@@ -375,8 +375,10 @@ def test_twelve_bits_are_scaled_by_their_own_range(tmp_path):
     assert np.asarray(read_picture(tmp_path / "a.tif"))[0, :, 0].tolist() == [0, 255]
 
 
-@pytest.mark.parametrize("suffix", ["gif", "webp", "tif", "png", "mpo", "avif"])
+@pytest.mark.parametrize("suffix", ["gif", "webp", "tif", "png", "avif"])
 def test_the_first_of_several_frames_is_read(tmp_path, suffix):
+    if f".{suffix}" not in Image.registered_extensions():
+        pytest.skip(f"this Pillow does not know {suffix}")
     first, second = Image.fromarray(DRAWN), Image.fromarray(255 - DRAWN)
     path = tmp_path / f"a.{suffix}"
     first.save(path, save_all=True, append_images=[second, second], lossless=True)

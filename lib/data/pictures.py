@@ -135,8 +135,8 @@ def read_brightness(path: Path) -> tuple[np.ndarray, np.ndarray | bool]:
         if _is_deep(picture):
             return _levels(picture)
         if picture.has_transparency_data:
-            grey, alpha = picture.convert("RGBA").convert("LA").split()
-            return np.asarray(grey), np.asarray(alpha) >= 128
+            colours = picture.convert("RGBA")
+            return np.asarray(colours.convert("L")), np.asarray(colours.getchannel("A")) >= 128
         return np.asarray(picture.convert("L")), True
 
 
@@ -212,8 +212,8 @@ def _turn(picture: Image.Image) -> Image.Transpose | None:
 def _mend_key(picture: Image.Image) -> None:
     """Bring the transparent colour of a PNG to 8 bits, as Pillow does with the pixels alone."""
     key, raw = picture.info.get("transparency"), picture.tile and picture.tile[0][3]
-    if key is not None and raw in ("L;2", "L;4"):
-        picture.info["transparency"] = key * (85 if raw == "L;2" else 17)
+    if key is not None and raw in ("1", "L;2", "L;4"):  # of "1", newer versions do
+        picture.info["transparency"] = min(255, key * {"1": 255, "L;2": 85, "L;4": 17}[raw])
     elif key is not None and raw == "RGB;16B":
         picture.info["transparency"] = tuple(value >> 8 for value in key)
 

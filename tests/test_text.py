@@ -138,9 +138,7 @@ def test_labels_hold_what_mathematics_and_legends_take_away():
     shown = ["\n".join(text._preprocess_math(line)[0] for line, *_ in lines)
              for text, lines in zip(texts, shown, strict=True)]  # fmt: skip
     plain = [words.replace("\N{ZERO WIDTH SPACE}", "") for words in shown]
-    assert [words.replace("\n", " ").strip() for words in plain[:4]] == [
-        n.strip() for n in names[:4]
-    ]
+    assert [words.replace("\n", " ") for words in plain[:4]] == [*names[:3], names[3].strip()]
     assert [max(map(len, words.split("\n"))) for words in plain[3:]] == [24, 12]
     assert not any(text._preprocess_math(text.get_text())[1] for text in texts)
     plt.close("all")
@@ -150,8 +148,8 @@ def test_a_run_whose_name_starts_with_an_underscore_is_in_every_legend():
     names = ["_a", "$b$", "c" * 200]
     images = pd.DataFrame({"variant": np.repeat(names, 8), "p_true": np.linspace(0, 1, 24)})
     images = images.assign(rung="all", seed=0, top1=0.5, cc=0.5)
-    history = pd.DataFrame(dict.fromkeys(("epoch", "cross_entropy", "human_loss", "val_top1",
-                                          "val_cc"), [1]))  # fmt: skip
+    measured = ("epoch", "cross_entropy", "human_loss", "val_top1", "val_cc")
+    history = pd.DataFrame({name: [1] for name in measured})
     bins = images.assign(images=1, confidence=0.5, accuracy=0.5)
     for figure, more in (
         (figures.true_class_density(images), 0),
@@ -167,19 +165,6 @@ def test_a_run_whose_name_starts_with_an_underscore_is_in_every_legend():
 
 
 # ------------------------------------------------------------------------------ output and files
-
-
-class Closed(io.RawIOBase):
-    """An output that has no room, or whose reader has gone."""
-
-    def __init__(self, error: OSError):
-        self.error = error
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, content: bytes) -> int:
-        raise self.error
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "cp932", "ascii", "utf-8"])
@@ -218,7 +203,7 @@ def picture_folder(root: bytes, classes: list[bytes], stem: bytes) -> None:
     random = np.random.default_rng(0)
     for name in classes:
         os.makedirs(os.path.join(root, name))
-        for number in range(12):
+        for number in range(10):
             path = os.path.join(root, name, b"%s%d.png" % (stem, number))
             with open(path, "wb") as file:
                 pixels = random.integers(0, 255, (40, 48, 3), dtype=np.uint8)

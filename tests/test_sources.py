@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from scipy.io import savemat
 from lib.config import DataConfig, preset
 from lib.data import splits
 from lib.data.corrections import Correction, save_correction
-from lib.data.cub import CUB2011, gaze_files
+from lib.data.cub import CUB2010, CUB2011, gaze_files
 from lib.data.dataset import make_dataset, read_records
 from lib.data.maps import box_map, fixation_map
 from lib.data.pictures import picture_size, read_picture
@@ -410,6 +412,36 @@ def test_a_split_file_that_names_a_stranger_is_refused(cub):
         read_records(replace(cub, split_file=path), "test")
 
 
+def test_a_split_file_has_its_own_list_of_classes(tmp_path):
+    def split(label_list, *rows, part="test"):
+        content = {"train": [["ant/1.jpg", 0, "1"]], "label_list": label_list, part: list(rows)}
+        (tmp_path / "split.json").write_text(json.dumps(content))
+        return folder_config(tmp_path, split_file=tmp_path / "split.json")
+
+    class_folders(tmp_path)
+    # Some classes, in another order: the label of a picture is its class's in the file.
+    config = split(["cat", "bee"], ["cat/0.jpg", 0, "0"], ["bee/0.jpg", 1, "0"])
+    with pytest.raises(
+        ValueError, match=r"gives ant/1.jpg to the class 'cat', but its class is 'ant'"
+    ):
+        read_records(config, "test")
+    config = split(["ant", "cat"], ["ant/0.jpg", 0, "0"], ["cat/0.jpg", 1, "0"])
+    with pytest.warns(
+        UserWarning, match="split.json names no picture of bee, which .* has: left out"
+    ):
+        records, names = read_records(config, "test")
+    assert [names[r.label] for r in records] == ["ant", "cat"]
+    assert [r.image.parent.name for r in records] == ["ant", "cat"]
+    # Other groups than the folders
+    config = split(["insect", "pet"], ["bee/0.jpg", 0, "0"], ["cat/0.jpg", 1, "0"])
+    assert read_records(config, "test")[1] == ["insect", "pet"]
+    (tmp_path / "cat").rename(tmp_path / "lion")
+    with pytest.raises(
+        ValueError, match=r"names cat/0.jpg, which the data set in .* does not have"
+    ):
+        read_records(config, "test")
+
+
 def test_the_published_split_is_that_of_the_lists(cub):
     split = choose_split(cub, CUB2011.pictures(cub.root))
     assert len(split.test) == 8 and len(split.train) + len(split.val) == 12
@@ -490,6 +522,142 @@ def test_a_folder_of_corrections_is_a_source_of_maps(cub, name):
     item = dataset[int(dataset.table["has_map"].argmax())]
     assert item["valid"].nonzero().flatten().tolist() == [0, 11]
     assert item["human"].nonzero().flatten().tolist() == [11]
+
+
+@pytest.mark.parametrize(
+    ("files", "kind"),
+    [
+        (("ant/0.png", "about.json"), "files"),
+        (("correction", "._x.json", "about.json"), "corrections"),
+        (("correction", "ant/0.png"), "keep them in two folders, and set MAPS to one"),
+        (("about.json", "._0.png", "Thumbs.db"), "holds neither map files .* nor corrections"),
+        ((), "holds neither map files .* nor corrections"),
+    ],
+)
+def test_what_a_folder_of_maps_holds_decides_how_it_is_read(cub, monkeypatch, files, kind):
+    folder = cub.root / "people"
+    folder.mkdir()
+    tree(folder, *(name for name in files if name != "correction"))
+    if "correction" in files:
+        edit = AttentionEdit(np.ones(GRID, bool), np.ones(GRID, np.float32))
+        correction = Correction.now("8", edit, "0123", "me")
+        save_correction(correction, folder, preview=b"a picture of it, which is no map")
+    monkeypatch.setenv("DATA_DIR", str(cub.root))
+    monkeypatch.setenv("MAPS", str(folder))
+    config = preset("cub2011").data
+    assert config.maps in ("files", "corrections") and config.maps_dir == folder
+    if " " not in kind:
+        assert config.maps == kind
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            read_records(config, "test")
+        assert not any("._" in str(one.message) for one in told)
+        return
+    with pytest.raises(ValueError, match=kind):
+        read_records(config, "test")
+
+
+def test_maps_among_the_pictures_are_refused(tmp_path):
+    class_folders(tmp_path, ("ant", "bee", "heat"))
+    for folder in (tmp_path, tmp_path / "heat"):
+        config = folder_config(tmp_path, maps="files", maps_dir=folder)
+        with pytest.raises(
+            ValueError, match="holds pictures of the data set; keep human maps in a"
+        ):
+            read_records(config, "train")
+
+
+def test_two_pictures_of_one_name_cannot_share_a_map(tmp_path):
+    tree(tmp_path, "ant/0.jpg", "ant/0.png", "bee/1.jpg", "maps/ant/0.png", "maps/bee/._1.png")
+    rows = list_by_folders(tmp_path).rows
+    with pytest.raises(
+        ValueError, match=r"would be the map of ant/0.jpg and of ant/0.png; .* names"
+    ):
+        map_files(tmp_path / "maps", rows)
+    assert map_files(tmp_path / "maps", rows[:1]) == {rows[0]: tmp_path / "maps" / "ant" / "0.png"}
+
+
+# ------------------------------------------------------------------------------ texts and letters
+
+
+ENCODINGS = ("utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32")
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_lists_are_read_in_any_unicode(cub, encoding, ends):
+    cub = replace(cub, val_share=0.0)
+    plain = {part: read_records(cub, part) for part in ("train", "test")}
+    for path in sorted(cub.root.rglob("*.txt")):
+        path.write_bytes(ends.join(path.read_text().splitlines()).encode(encoding))
+    for part, (records, names) in plain.items():
+        again, same = read_records(cub, part)
+        assert same == names and [r.image for r in again] == [r.image for r in records]
+        assert [len(r.gaze) for r in again] == [len(r.gaze) for r in records]
+
+
+@pytest.mark.parametrize("name", ["images", "classes"])
+def test_a_list_that_is_no_unicode_is_one_sentence(cub, name):
+    path = cub.root / "CUB_200_2011" / f"{name}.txt"
+    path.write_bytes(path.read_bytes().replace(b"Ani", b"Perdiz_Chac\xe3o"))
+    with pytest.raises(
+        ValueError, match=rf"{name}.txt, line \d+ has '.*Chac.o.*no UTF-8; save the"
+    ):
+        read_records(cub, "test")
+
+
+NFC, NFD = "\u00e9t\u00e9", "e\u0301te\u0301"
+
+
+@pytest.mark.parametrize(("disk", "text"), [(NFC, NFD), (NFD, NFC)])
+def test_lists_splits_and_maps_are_matched_whatever_the_unicode_form(tmp_path, disk, text):
+    home = tmp_path / "CUB_200_2010"
+    tree(home, "lists/train.txt", "lists/test.txt", "images/x/0.jpg")
+    for part, numbers in (("train", "12"), ("test", "3")):
+        (home / "lists" / f"{part}.txt").write_text(
+            "".join(f"{text}/{text} {n}.jpg\n" for n in numbers) + f"x/{part}.jpg\n"
+        )
+        for number in numbers:
+            picture(home / "images" / disk / f"{disk} {number}.jpg")
+        picture(home / "images" / "x" / f"{part}.jpg")
+    tree(tmp_path, f"maps/{text}/{text} 1.png", f"maps/{disk}/{disk} 2.png")
+    config = DataConfig(
+        name="cub2010", root=tmp_path, maps="files", maps_dir=tmp_path / "maps", val_share=0.0
+    )
+    records, names = read_records(config, "train")
+    assert sorted(names) == ["x", NFC] and all(record.image.is_file() for record in records)
+    assert sorted(r.human.name for r in records if r.human) == sorted(
+        [f"{text} 1.png", f"{disk} 2.png"]
+    )
+    made = choose_split(config, CUB2010.pictures(tmp_path))
+    turned = [replace(row, path=row.path.replace(disk, text)) for row in made.train]
+    splits.write_split(replace(made, train=tuple(turned)), tmp_path / "split.json")
+    again = choose_split(
+        replace(config, split_file=tmp_path / "split.json"), CUB2010.pictures(tmp_path)
+    )
+    assert [row.path for row in again.train] == [row.path for row in made.train]
+
+
+def test_val_and_train_are_the_same_class_in_two_forms(tmp_path):
+    tree(tmp_path, f"train/{NFC}/0.jpg", "train/a/0.jpg", f"val/{NFD}/0.jpg", "val/a/0.jpg")
+    assert [row.label for row in list_by_folders(tmp_path).rows] == [0, 1, 0, 1]
+
+
+def test_a_name_that_is_no_utf8_works_all_the_way(tmp_path):
+    for folder in (b"caf\xe9", b"bee"):
+        for number in range(4):
+            source = picture(tmp_path / "x.jpg", seed=number)
+            os.makedirs(os.path.join(os.fsencode(tmp_path), folder), exist_ok=True)
+            source.rename(
+                os.fsdecode(os.path.join(os.fsencode(tmp_path), folder, b"\xe9%d.jpg" % number))
+            )
+    config = folder_config(tmp_path)
+    listing = list_by_folders(tmp_path)
+    made = splits.per_class(listing.rows, listing.label_list, 0.5, shuffle=True)
+    splits.write_split(made, tmp_path / "split.json")
+    config = replace(config, split_file=tmp_path / "split.json", val_share=0.0)
+    dataset = make_dataset(config, "train", GRID, *PLAIN)
+    assert len(dataset) == 4 and dataset[3]["image"].shape == (3, 48, 64)
 
 
 @pytest.mark.parametrize(

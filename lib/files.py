@@ -144,7 +144,7 @@ def has_corrections(folder: Path) -> bool:
     for path in visible(folder) if folder.is_dir() else ():
         if path.suffix.lower() == ".json" and path.is_file():
             with path.open("rb") as file:
-                start = file.read(2**18)
+                start = file.read(2**16)
             if b'"schema"' in start and b'"image_id"' in start:
                 return True
     return False

@@ -29,8 +29,8 @@ from lib.data.sources import (
     choose_split,
     list_by_folders,
     map_files,
-    shown_names,
 )
+from lib.data.splits import shown_names
 from lib.edit import AttentionEdit
 from lib.files import is_hidden, maps_beside
 
@@ -427,7 +427,7 @@ def test_a_split_file_has_its_own_list_of_classes(tmp_path):
         read_records(config, "test")
     config = split(["ant", "cat"], ["ant/0.jpg", 0, "0"], ["cat/0.jpg", 1, "0"])
     with pytest.warns(
-        UserWarning, match="split.json names no picture of bee, which .* has: left out"
+        UserWarning, match=r"split.json names no picture of 1 class.* \(bee\): left out"
     ):
         records, names = read_records(config, "test")
     assert [names[r.label] for r in records] == ["ant", "cat"]
@@ -522,6 +522,20 @@ def test_a_folder_of_corrections_is_a_source_of_maps(cub, name):
     item = dataset[int(dataset.table["has_map"].argmax())]
     assert item["valid"].nonzero().flatten().tolist() == [0, 11]
     assert item["human"].nonzero().flatten().tolist() == [11]
+
+
+def test_a_correction_stays_with_its_class_when_pictures_are_added(tmp_path):
+    class_folders(tmp_path, count=2)
+    config = folder_config(tmp_path, maps="corrections", maps_dir=tmp_path / "corrections")
+    edit = AttentionEdit(np.ones(GRID, bool), np.ones(GRID, np.float32))
+    save_correction(Correction.now("3", edit, "0123", "me", class_name="bee"), config.maps_dir)
+    records = [one for part in ("train", "test") for one in read_records(config, part)[0]]
+    assert [r.image.parent.name for r in records if r.human] == ["bee"]
+    picture(tmp_path / "ant" / "2.gif")
+    with pytest.raises(
+        ValueError, match=r"image 3, then of the class 'bee', now of 'ant': pictures"
+    ):
+        read_records(config, "train")
 
 
 @pytest.mark.parametrize(

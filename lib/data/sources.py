@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -22,7 +21,16 @@ from lib.config import DataConfig, file_md5
 from lib.data.corrections import load_corrections
 from lib.data.maps import Box, HumanSource, Painted, Recording
 from lib.data.pictures import DATA_REMEDY, picture_size
-from lib.data.splits import Part, Row, Split, SplitError, per_class, read_split, with_validation
+from lib.data.splits import (
+    Part,
+    Row,
+    Split,
+    SplitError,
+    per_class,
+    read_split,
+    shown_names,
+    with_validation,
+)
 from lib.files import is_hidden, maps_beside, one_form, visible
 
 with suppress(ImportError):  # whoever installed it means .heic and .heif to be read
@@ -125,7 +133,8 @@ class DataSet:
                 f"the {part} split is empty (val_share {config.val_share:g}); "
                 "choose another val_share or more images."
             )
-        human = self._human(config, listing, (*split.train, *split.val, *split.test))
+        names = shown_names(split.label_list)
+        human = self._human(config, listing, (*split.train, *split.val, *split.test), names)
         corners = self.boxes and self.boxes(listing)
         parts = self.parts and self.parts(listing)
         records = []
@@ -140,10 +149,10 @@ class DataSet:
             )
             size = record.gaze[0].size if record.gaze else picture_size(record.image)
             records.append(replace(record, size=size))
-        return records, shown_names(split.label_list)
+        return records, names
 
     def _human(
-        self, config: DataConfig, listing: Listing, rows: Sequence[Row]
+        self, config: DataConfig, listing: Listing, rows: Sequence[Row], names: Sequence[str]
     ) -> Callable[[Row], HumanSource | None]:
         """A function from a row of the split to what people gave for it."""
         if config.maps == "none":
@@ -153,7 +162,8 @@ class DataSet:
         if config.maps == "files":
             return map_files(config.maps_dir, rows).get
         if config.maps == "corrections":
-            painted = painted_maps(config.maps_dir)
+            classes = {listing.ids[row.path]: names[row.label] for row in rows}
+            painted = painted_maps(config.maps_dir, classes)
             return lambda row: painted.get(listing.ids[row.path])
         if config.maps not in self.maps:
             raise ValueError(
@@ -222,26 +232,13 @@ def _as_listed(split: Split, listing: Listing, path: Path) -> Split:
     used = {row.path for rows in parts.values() for row in rows}
     left = {row.label for row in listing.rows} - {r.label for r in listing.rows if r.path in used}
     if left:
+        some = ", ".join(listing.label_list[label] for label in sorted(left)[:5])
         warnings.warn(
-            f"{path} names no picture of {', '.join(listing.label_list[k] for k in sorted(left))}, "
-            f"which {listing.home} has: left out; to take part, make the split again with "
-            "`python -m lib split`.",
+            f"{path} names no picture of {len(left)} class(es) of {listing.home} ({some}): left "
+            "out; to take part, make the split again with `python -m lib split`.",
             stacklevel=2,
         )
     return replace(split, **parts)
-
-
-def shown_names(folders: Sequence[str]) -> list[str]:
-    """The names of classes as people read them: 001.Groove_billed_Ani is "Groove billed Ani".
-
-    Folders that would have one name keep their own.
-    """
-    folders = [one_form(name) for name in folders]
-    shown = [re.sub(r"^\d+\.(?=\D)", "", name).replace("_", " ") for name in folders]
-    while len(set(shown)) < len(shown):
-        twice = {name for name, count in Counter(shown).items() if count > 1}
-        shown = [own if name in twice else name for own, name in zip(folders, shown, strict=True)]
-    return shown
 
 
 def _refuse_pictures_as_maps(folder: Path, listing: Listing) -> None:
@@ -302,10 +299,12 @@ def map_files(folder: Path, rows: Iterable[Row]) -> dict[Row, Path]:
     return found
 
 
-def painted_maps(folder: Path) -> dict[int, Painted]:
+def painted_maps(folder: Path, classes: Mapping[int, str] | None = None) -> dict[int, Painted]:
     """What was painted in the editor, by image id; says which files were skipped, and why.
 
-    Raises ValueError where map files lie beside them: one of the two would be left out.
+    Raises ValueError where map files lie beside them (one of the two would be left out), and where
+    a picture's class is another one by `classes`, of which names by image id are given: ids count
+    the pictures, so that a new picture moves them.
     """
     corrections, skipped = load_corrections(folder)
     for path in _map_files_in(folder):
@@ -315,10 +314,18 @@ def painted_maps(folder: Path) -> dict[int, Painted]:
         )
     for file in (file for file in skipped if not is_hidden(file.path.name)):
         warnings.warn(f"{file.path} is skipped: {file.reason}", stacklevel=2)
+    painted = {int(one.image_id): one for one in corrections if one.image_id.isdigit()}
+    for image, one in painted.items():
+        now = (classes or {}).get(image, one.class_name)
+        if one.class_name not in ("", now):
+            raise ValueError(
+                f"{folder} has a correction of image {image}, then of the class "
+                f"{one.class_name!r}, now of {now!r}: pictures or classes were added, removed or "
+                "renamed since; undo that, or set MAPS to a new folder of corrections."
+            )
     return {
-        int(one.image_id): Painted(one.edit.values.numpy(), one.edit.mask.numpy())
-        for one in corrections
-        if one.image_id.isdigit()
+        image: Painted(one.edit.values.numpy(), one.edit.mask.numpy())
+        for image, one in painted.items()
     }
 
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lib.files import make_folder, write_text
+from lib.files import make_folder, one_form, write_text
 
 Part = Literal["train", "val", "test"]
 PARTS = ("train", "val", "test")  # in this order, so that a leak runs from train to test
@@ -139,6 +139,18 @@ def with_validation(split: Split, share: float, seed: int) -> Split:
     return replace(split, train=train, val=val)
 
 
+def shown_names(folders: Sequence[str]) -> list[str]:
+    """The names of classes as people read them: 001.Groove_billed_Ani is "Groove billed Ani".
+
+    Folders that would share a name keep their own.
+    """
+    shown = [re.sub(r"^\d+\.(?=\D)", "", one_form(name)).replace("_", " ") for name in folders]
+    while len(set(shown)) < len(shown):
+        twice = {name for name, count in Counter(shown).items() if count > 1}
+        shown = [own if name in twice else name for own, name in zip(folders, shown, strict=True)]
+    return shown
+
+
 def _by_label(rows: Sequence[Row]) -> dict[int, list[int]]:
     """Positions of the rows of each label, in their order."""
     found: dict[int, list[int]] = defaultdict(list)
@@ -182,11 +194,8 @@ def write_split(split: Split, path: str | Path) -> None:
         names = row.path, row.map_name
         if _from_any_system(*names, split.label_list) != names:
             content["exact"] = True
-    text = json.dumps(content, ensure_ascii=False, indent=4)
-    # File names that are no UTF-8 hold surrogates, which only JSON's escapes can write.
-    text = re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
     make_folder(Path(path).parent)
-    write_text(Path(path), text)
+    write_text(Path(path), json.dumps(content, ensure_ascii=False, indent=4))
 
 
 def read_split(path: str | Path) -> Split:

@@ -37,7 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     except EXPECTED as error:
         failure = error
     finally:  # also before tyro's exit
-        unwritten = _flush()
+        # A pipe that broke has dropped what it was given: it is asked with a line of its own.
+        unwritten = _flush("\n" if isinstance(failure, BrokenPipeError) else "")
     if isinstance(unwritten, BrokenPipeError) and isinstance(failure, BrokenPipeError | None):
         return STOPPED if failure else code
     if failure := failure or unwritten:
@@ -72,14 +73,15 @@ def _run(arguments: list[str]) -> int:
     return code or 0
 
 
-def _flush() -> OSError | None:
-    """Writes what waits; the error of an output that is closed or full.
+def _flush(more: str) -> OSError | None:
+    """Writes what waits, and `more` to stdout; the error of an output that is closed or full.
 
     From then on that output leads nowhere: else Python fails at it once more as it ends.
     """
     found = None
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
+            stream.write(more if stream is sys.stdout else "")
             stream.flush()
         except OSError as error:
             found = error

@@ -5,7 +5,9 @@ the names in a folder of data mean.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import re
 import unicodedata
 import uuid
 from collections import Counter
@@ -75,8 +77,28 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
+def file_name(words: str, longest: int = 100) -> str:
+    """What a person calls something, as part of a file's name that any system takes.
+
+    Names that will do stay as they are. Others lose what is not allowed, and what is beyond
+    `longest` bytes, and get a digest of the whole: different names stay different.
+    """
+    raw = words.encode(errors="backslashreplace")
+    safe = re.sub(r'[\x00-\x1f\x7f<>:"/\\|?*]+', "_", words).rstrip(" .")
+    if safe == words and 0 < len(raw) <= longest:
+        return words
+    start = safe.encode(errors="ignore")[: longest - 9].decode(errors="ignore")
+    return f"{start}-{hashlib.sha256(raw).hexdigest()[:8]}"
+
+
 def make_folder(path: Path) -> None:
     """Makes a folder and its parents; StorageError names the folder and the remedy."""
+    try:
+        os.fsencode(path).decode()
+    except UnicodeError as error:
+        raise StorageError(
+            f"{path} is not UTF-8, and weights could not be read from there; name another folder"
+        ) from error
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -166,7 +166,7 @@ def _shuffled(rows: Sequence[Row], images: Sequence[int], seed: int) -> list[int
     name = PurePosixPath(rows[images[0]].path).parent.name
     # CUB's folders start with the number of the class: "004.Groove_billed_Ani"
     number = re.match("[0-9]{1,9}", name)
-    key = int(number.group()) if number else zlib.crc32(name.encode("utf-8", "surrogatepass"))
+    key = int(number.group()) if number else zlib.crc32(name.encode(errors="surrogateescape"))
     return np.random.default_rng([seed, key]).permutation(images).tolist()
 
 

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from lib import config as cfg
 from lib.config import Config, RunConfig
+from lib.files import file_name
 from lib.training.runs import Run, bare_model, fine_tuning, human_in_the_loop, train_run
 
 Which = Literal["last", "best"]
@@ -48,7 +49,7 @@ def train_comparison(config: Config, seeds: Sequence[int], overwrite: bool = Fal
 
 def run_name(variant: str, seed: int) -> str:
     """Folder name of a model of the comparison: "HITL last block" to hitl-last-block-s0."""
-    return f"{variant.lower().replace(' ', '-')}-s{seed}"
+    return f"{file_name(variant.lower().replace(' ', '-'))}-s{seed}"
 
 
 def load_trials(names: Sequence[str | Trial], runs: Path, which: Which = "last") -> list[Trial]:

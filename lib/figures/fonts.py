@@ -25,6 +25,8 @@ LONGEST = 24  # letters of a model's name that fit below a bar, or in a line abo
 LINE = 60  # letters of a name in a legend that has the figure's side to itself
 PLAIN = re.compile(r"[\n -~]*")  # every font has these
 ROMAN = re.compile(r".* (?:LETTER|SYLLABLE|VOWEL SIGN) (?:SMALL )?(\w+)$")
+# Fonts of boxes, of colours, which matplotlib cannot draw, and of its mathematics.
+NO_TEXT = re.compile("Last ?Resort|Colou?r|^cm[a-z]+[0-9]+$|^STIX(NonU|Size)")
 EAST_ASIAN = re.compile("CJK|HIRAGANA|KATAKANA|HANGUL|BOPOMOFO|IDEOGRAPHIC|FULLWIDTH|HALFWIDTH")
 
 _told: set[str] = set()  # packages that were named
@@ -57,7 +59,7 @@ def spelled(letter: str) -> str:
     if letter.isspace():
         return " "
     if category in ("Cs", "Cc"):  # half of a letter, of a file name that is not UTF-8; a signal
-        return letter.encode("ascii", "backslashreplace").decode()
+        return ascii(letter)[1:-1]
     if sound := ROMAN.match(name):
         return sound[1].lower()
     return f" ({name.lower()}) " if category == "So" else f" U+{ord(letter):04X} "
@@ -80,8 +82,7 @@ def families() -> dict[str, str]:
     found: dict[str, str] = {}
     plain: dict[str, tuple] = {}
     for entry in fontManager.ttflist:
-        # Fonts of boxes, and of colours, which matplotlib cannot draw.
-        if getattr(entry, "index", 0) or re.search("Last ?Resort|Colou?r", entry.name):
+        if getattr(entry, "index", 0) or re.search(NO_TEXT, entry.name):
             continue
         weight = weight_dict.get(entry.weight, entry.weight)
         other = "Sans" not in entry.name and "Gothic" not in entry.name, "Mono" in entry.name
@@ -113,10 +114,11 @@ def _legible(text: Text) -> str:
         return words
     if _has_math(words):  # which has fonts of its own, without such letters
         text.set_parse_math(False)
-    more = [families()[letter] for letter in sorted(lacking) if letter in families()]
-    if more:
+    found = {letter for letter in lacking & families().keys() if letter.isprintable()}
+    if found:
+        more = [families()[letter] for letter in sorted(found)]
         text.set_fontfamily(list(dict.fromkeys([*own, *more])))
-    lacking -= families().keys()
+    lacking -= found
     if not lacking:
         return words
     _tell(lacking)

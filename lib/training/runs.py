@@ -67,8 +67,8 @@ class Run:
         for name in ("config.json", "classes.json"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} is no finished run: it has no {name}; train it")
-        made = (folder / "config.json").read_text(encoding="utf-8")
-        run = cls(folder, cfg.from_json(RunConfig, made))
+        text = (folder / "config.json").read_text(encoding="utf-8")
+        run = cls(folder, cfg.from_json(RunConfig, text))
         made, wanted = len(run.history), run.config.train.epochs
         if made < wanted:
             raise FileNotFoundError(

@@ -10,6 +10,8 @@ MAPS      gaze, boxes, parts, none, or    WEIGHTS   a file
 SPLIT     a file of `python -m lib split` CACHE     1, or a folder: keep decoded pictures
 TRAINABLE all, last_block, head or a      RECIPE    tuned, or original (see `RECIPES`)
           number of blocks
+
+An empty variable is one that is not set. What a relative path means: `resolved`.
 """
 
 from __future__ import annotations
@@ -27,6 +29,14 @@ T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ("toy", "cub2011", "cub2010", "folder")
+
+# What to do where an environment variable names something that is not there.
+INPUTS = {
+    "DATA_DIR": "set DATA_DIR to the folder that holds the data",
+    "MAPS": "set MAPS to gaze, boxes, parts, none, or a folder of map files or corrections",
+    "SPLIT": "make it with `python -m lib split`",
+    "WEIGHTS": "set WEIGHTS to a .safetensors or .pt file",
+}
 
 # Words of `HumanConfig`, of which a `Sweep` compares several.
 LossName = Literal["mse", "mse_zero", "bce", "kl", "cosine", "energy"]
@@ -64,6 +74,9 @@ class DataConfig:
     seed: int = 0  # seed of the drawn data and of the validation split
 
     def __post_init__(self) -> None:
+        for name in ("root", "maps_dir", "split_file", "cache"):
+            if getattr(self, name) is not None:  # a run means the same wherever it is loaded
+                setattr(self, name, resolved(getattr(self, name)))
         if (self.maps in ("files", "corrections")) != (self.maps_dir is not None):
             raise ValueError(
                 f'maps is "{self.maps}" and maps_dir {self.maps_dir}; give a folder with '
@@ -78,6 +91,9 @@ class ModelConfig:
     name: str = "vit_small_patch16_224"  # timm name
     weights: Path | None = None  # .safetensors or .pt state dict; None starts from random weights
     overrides: dict[str, int | float] = field(default_factory=dict)  # passed to timm.create_model
+
+    def __post_init__(self) -> None:
+        self.weights = self.weights and resolved(self.weights)
 
 
 @dataclass
@@ -266,17 +282,20 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def preset(name: str | None = None, recipe: str | None = None) -> Config:
     """The configuration of a preset, by name or from the environment variables PRESET and RECIPE.
 
+    Every path in it is absolute, see `resolved`.
+
     Raises:
-        ValueError: for a preset or recipe that does not exist.
+        ValueError: for a preset or recipe that does not exist. FileNotFoundError: DATA_DIR, MAPS or
+            SPLIT names what is not there; says where it was looked for.
     """
-    name = name or os.environ.get("PRESET") or "toy"
-    recipe = recipe or os.environ.get("RECIPE") or "tuned"
+    name = name or asked("PRESET") or "toy"
+    recipe = recipe or asked("RECIPE") or "tuned"
     if name not in PRESETS:
         raise ValueError(f'PRESET is "{name}"; use one of {", ".join(PRESETS)}')
     if recipe not in RECIPES:
         raise ValueError(f'the recipe is "{recipe}"; use one of {", ".join(RECIPES)}')
     config = _toy() if name == "toy" else _pictures(name)
-    config.runs = Path(os.environ.get("RUNS_DIR", config.runs)) / name
+    config.runs = resolved(asked("RUNS_DIR") or config.runs) / name
     train, data = RECIPES[recipe]
     config.ft, config.hitl = replace(config.ft, **train), replace(config.hitl, **train)
     config.data = replace(config.data, **data)
@@ -308,9 +327,9 @@ def _pictures(name: str) -> Config:
 
     Without human maps there is nothing to compare fine-tuning with: `variants` is empty then.
     """
-    model = os.environ.get("MODEL", "vit_small_patch16_224")
-    weights = Path(os.environ.get("WEIGHTS", ROOT / "models" / f"{model}.pt"))
-    trainable = os.environ.get("TRAINABLE", "last_block")
+    model = asked("MODEL") or "vit_small_patch16_224"
+    weights = there("WEIGHTS", missing=True) or ROOT / "models" / f"{model}.pt"
+    trainable = asked("TRAINABLE") or "last_block"
     trainable = int(trainable) if trainable.isdecimal() else trainable
     stage = {"batch_size": 32, "epochs": 10, "workers": 2, "trainable": trainable}
     if trainable == "all":
@@ -318,16 +337,16 @@ def _pictures(name: str) -> Config:
         stage |= {"ema": 0.99}
     else:
         stage |= {"lr": 1e-4, "head_lr_factor": 10.0, "cache_tokens": True}
-    root, split = Path(os.environ.get("DATA_DIR", ROOT / "datasets")), os.environ.get("SPLIT")
-    cache = os.environ.get("CACHE", "0")
+    root, split = there("DATA_DIR") or ROOT / "datasets", there("SPLIT")
+    cache = asked("CACHE")
     data = DataConfig(
         name=name,
         root=root,
         image_size=(224, 224),
         **_maps_from_environment(name, root),
-        split_file=Path(split) if split else None,
-        split_md5=file_md5(Path(split)) if split else None,
-        cache={"0": None, "": None, "1": root / "decoded"}.get(cache, Path(cache)),
+        split_file=split,
+        split_md5=file_md5(split) if split else None,
+        cache={"0": None, "": None, "1": root / "decoded"}.get(cache, cache),
     )
     variants = {
         "control": {"lam": 0.0},
@@ -351,14 +370,56 @@ def _maps_from_environment(name: str, root: Path) -> dict[str, Any]:
     Usual is gaze for the toy birds and CUB-200-2011, else the folder `maps` beside the pictures
     where there is one.
     """
-    maps = os.environ.get("MAPS")
+    maps = asked("MAPS")
     if not maps:
         beside = str(root / "maps") if (root / "maps").is_dir() else "none"
         maps = "gaze" if name in ("toy", "cub2011") else beside
     if maps in ("gaze", "boxes", "parts", "none"):
         return {"maps": maps}
-    kind = "corrections" if any(Path(maps).glob("*.json")) else "files"
-    return {"maps": kind, "maps_dir": Path(maps)}
+    folder = there("MAPS") or Path(maps)
+    kind = "corrections" if any(folder.glob("*.json")) else "files"
+    return {"maps": kind, "maps_dir": folder}
+
+
+def asked(variable: str) -> str:
+    """The value of an environment variable without quotes and spaces around it; "" when unset."""
+    return os.environ.get(variable, "").strip().strip("\"'").strip()
+
+
+def resolved(path: str | Path) -> Path:
+    """A path made absolute, `~` expanded.
+
+    A relative one starts where you stand. The kernels of this project's notebooks stand in
+    notebooks/: there it starts in ROOT, as for commands that are typed in ROOT.
+    """
+    path = Path(os.path.expanduser(path))
+    if path.is_absolute():
+        return path
+    here = Path.cwd()
+    return (ROOT if here.is_relative_to(ROOT / "notebooks") else here) / path
+
+
+def there(variable: str, missing: bool = False) -> Path | None:
+    """The file or folder that an environment variable names; None where it is unset.
+
+    What is not where `resolved` says is looked for in the working folder, then in the shell's.
+
+    Raises:
+        FileNotFoundError: it is in none of them (unless it may be `missing`); names all, and the
+            remedy.
+    """
+    text = asked(variable)
+    if not text:
+        return None
+    text = os.path.expanduser(text)  # an absolute path is the same below every folder
+    below = (Path(folder, text) for folder in (Path.cwd(), os.environ.get("PWD") or Path.cwd()))
+    first, *others = dict.fromkeys([resolved(text), *below])
+    found = next((path for path in (first, *others) if path.exists()), None)
+    if found is None and not missing:
+        also = "".join(f", and so is {path}" for path in others)
+        also += "" if Path(text).is_absolute() else f' ({variable} is "{text}")'
+        raise FileNotFoundError(f"{first} is missing{also}; {INPUTS[variable]}.")
+    return found or first
 
 
 def file_md5(path: Path) -> str:

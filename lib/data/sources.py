@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from PIL import Image
 from tqdm.auto import tqdm
 
 from lib.config import DataConfig, file_md5
@@ -22,7 +23,20 @@ from lib.data.maps import Box, HumanSource, Painted, Recording
 from lib.data.pictures import DATA_REMEDY, picture_size
 from lib.data.splits import Part, Row, Split, per_class, read_split, with_validation
 
-MAP_EXTENSIONS = (".npy", ".png", ".jpg", ".jpeg")
+with suppress(ImportError):  # whoever installed it means .heic and .heif to be read
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+
+# What Pillow has a name for and cannot show as one picture: measurements, documents, films, and
+# suffixes that mean something else more often.
+NO_PICTURES = {"BUFR", "EPS", "FITS", "FLI", "GBR", "GRIB", "HDF5", "IPTC", "MPEG", "PCD", "WMF"}
+PICTURE_SUFFIXES = frozenset(
+    suffix
+    for suffix, kind in Image.registered_extensions().items()
+    if (kind in Image.OPEN or kind == "MPO") and kind not in NO_PICTURES  # MPO: the JPEG's reader
+)
+MAP_EXTENSIONS = PICTURE_SUFFIXES | {".npy"}
 Corners = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of the picture
 
 
@@ -241,13 +255,13 @@ def _class_folders(
     found = {}
     for folder in sorted((home / part).iterdir()):
         if folder.is_dir() and folder.name != "maps" and not folder.name.startswith("."):
-            files = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMG_EXTENSIONS)
+            files = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
             if files:
                 found[folder.name] = files
     if not found:
         raise FileNotFoundError(
             f"{home / part} has no class folders with pictures in them "
-            f"({', '.join(IMG_EXTENSIONS)}); {DATA_REMEDY}."
+            f"({', '.join(sorted(PICTURE_SUFFIXES))}); {DATA_REMEDY}."
         )
     strangers = [name for name in found if names is not None and name not in names]
     if strangers:

@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from lib.data.pictures import read_brightness
+from lib.data.pictures import UNUSABLE, PictureError, read_brightness
 
 Weight = Literal["count", "duration"]
 Unit = Literal["patch", "pixel"]
@@ -96,9 +96,10 @@ def human_map(
         the maximum 1; a box is the share of the cell that it covers; painted values are taken as
         they are, zeros too, where at least half of the cell was painted.
 
-    A map file is grey or RGB (read as brightness), 8 or 16 bit, or an .npy array [h, w] of bool,
-    uint8, uint16 or float in [0, 1]. It shows the whole picture: in the picture's proportions, or
-    squeezed to exactly `shown` or `grid`. NaN in an .npy and transparent pixels are not known.
+    A map file is a picture, read as brightness and turned by its own EXIF (8 or 16 bit, or floats
+    in [0, 1]), or an .npy array [h, w] of bool, uint8, uint16 or float in [0, 1]. It shows the
+    whole picture: in the picture's proportions, or squeezed to exactly `shown` or `grid`. NaN and
+    transparent pixels are not known.
 
     Raises:
         MapError: names the file. OSError: where it is missing.
@@ -140,17 +141,20 @@ def read_map(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """
     try:
         if path.suffix.lower() == ".npy":
-            values, opaque = np.load(path, allow_pickle=False), True
+            with path.open("rb") as file:
+                values, opaque = np.lib.format.read_array(file), True
         else:
             values, opaque = read_brightness(path)
     except FileNotFoundError:
         raise
-    except (OSError, SyntaxError, EOFError, ValueError) as error:  # Pillow and NumPy, broken files
+    except PictureError as error:
+        raise MapError(str(error).replace(UNUSABLE, "cannot be read as a map", 1)) from error
+    except Exception as error:  # NumPy's parsers raise anything, too
         raise MapError(f"{path} cannot be read as a map: {error}; make it again.") from error
     if values.ndim != 2 or not values.size:
         raise MapError(f"{path} has the shape {values.shape}; a map is one array [height, width].")
     known = np.ones(values.shape, dtype=bool)
-    if values.dtype in (np.uint8, np.uint16):
+    if values.dtype.kind == "u" and values.dtype.itemsize <= 2:  # of any byte order
         values = values / np.float32(np.iinfo(values.dtype).max)
     elif values.dtype.kind == "f":
         known = ~np.isnan(values)

@@ -1,5 +1,10 @@
 """How a file becomes pixels, and pixels that are kept decoded: the only file that opens pictures.
 
+One way for training, the cache, the check and maps: the first frame, turned as its EXIF says
+(orientations that are no number from 1 to 8 are ignored, as Pillow and viewers do), transparency
+over white, 16 bits divided by 65535, floats from 0 to 1. Integers of 32 bits, floats out of range
+and what is broken, empty, too large or no picture are refused by name: `PictureError`.
+
 Kept decoded, pictures lie in one file on disk, so that training decodes every JPEG once, not every
 epoch. An entry of this cache is one file: the size of every picture (int32 [N, 2]: height, width;
 then the CRC-32 of that table), then all pixels (uint8, picture after picture, channels last as
@@ -22,21 +27,23 @@ is kept as it is.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import cached_property, lru_cache
 from itertools import chain, islice
 from pathlib import Path
+from stat import S_ISREG
 
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image, ImageOps
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as v2
 from tqdm.auto import tqdm
@@ -44,47 +51,89 @@ from tqdm.auto import tqdm
 from lib.files import disk_is_full, replacing
 
 DATA_REMEDY = "set DATA_DIR to the folder that holds the data, or fill datasets/ (see its README)"
+RESTORE = "restore it from where it came from"
+UNUSABLE = "cannot be decoded"
 CACHE_REMEDY = "set CACHE to another folder, or to 0 to decode every time"
 CACHE_FORMAT = 1  # of an entry; part of the key
 THREADS = min(16, os.cpu_count() or 1)
 AHEAD = 32  # pictures that wait for being written: bounds the memory
 SAMPLE = 16  # pictures that the size of the whole is estimated from
 
+ORIENTATION = 0x0112  # of EXIF; whatever is not a number from 2 to 8 turns nothing
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SIDEWAYS = {TURNS[orientation] for orientation in (5, 6, 7, 8)}
 
-def picture_size(path: Path) -> tuple[int, int] | None:
-    """Height and width of what `read_picture` gives, from the header; None if unreadable."""
-    try:
-        return _header_size(path)
-    except (OSError, SyntaxError):
-        return None
+# What Pillow has for the whole process only, hence once. It warns from half of the pixels that it
+# refuses: read all of those in silence, and refuse the others here. And metadata of a PNG may be as
+# long as all of it together may: editors write more than 1 MB of history.
+if Image.MAX_IMAGE_PIXELS is not None:
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, 178_956_970)
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
-@lru_cache(maxsize=100_000)  # errors are not kept: a file may be mended
-def _header_size(path: Path) -> tuple[int, int]:
-    with Image.open(path) as header:
-        turned = header.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 lie on their side
-        return (header.width, header.height) if turned else (header.height, header.width)
+class PictureError(OSError):
+    """A file that cannot be used as a picture; the text names it, what is wrong and the remedy."""
 
 
 def read_picture(path: Path) -> Image.Image:
-    """A picture in RGB, turned as its EXIF says; OSError that names a missing or broken file."""
+    """A picture in RGB, turned as its EXIF says.
+
+    Raises PictureError, and FileNotFoundError where there is no file.
+    """
+    with _opened(path) as picture:
+        picture = _upright(picture, path)
+        if _is_deep(picture):
+            levels, opaque = _levels(picture)
+            if not ((levels >= 0) & (levels <= 1)).all():  # NaN is not, either
+                found = f"it has values from {levels.min():g} to {levels.max():g}"
+                raise _refused(path, found, "scale them to the range from 0 to 1")
+            grey = np.where(opaque, np.round(255 * levels), 255)
+            picture = Image.fromarray(grey.astype(np.uint8))
+        elif picture.has_transparency_data:
+            colours = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours)
+        return picture.convert("RGB")
+
+
+def picture_size(path: Path) -> tuple[int, int] | None:
+    """Height and width of what `read_picture` gives, from the header; None if that is unreadable.
+
+    Never raises. A file that was changed in place is read anew.
+    """
     try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, SyntaxError) as error:  # Pillow raises both on broken files
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; {DATA_REMEDY}.") from error
-        raise OSError(f"{path} cannot be decoded; restore it from where it came from.") from error
+        status = os.stat(path)
+        return _header_size(path, status.st_size, status.st_mtime_ns)
+    except (OSError, ValueError):  # ValueError: no name that a file can have
+        return None
+
+
+@lru_cache(maxsize=100_000)  # errors are not kept
+def _header_size(path: Path, length: int, changed: int) -> tuple[int, int]:
+    with _opened(path) as header:
+        width, height = header.size
+        if header.format == "TIFF":  # Pillow turns it: here, or, if older, only on loading
+            width, height = header.tag_v2[256], header.tag_v2[257]
+        return (width, height) if _turn(header) in SIDEWAYS else (height, width)
 
 
 def read_brightness(path: Path) -> tuple[np.ndarray, np.ndarray | bool]:
-    """The brightness of a picture as it is stored, uint8 or uint16 [h, w], and where it is opaque.
+    """The brightness of a picture, turned as its EXIF says, and where it is opaque, both [h, w].
 
-    Raises what Pillow raises on missing and broken files: OSError, SyntaxError, ValueError.
+    It is uint8; float32 where the file has 16 bits (then in [0, 1]) or floats (as they are).
+    Raises as `read_picture`.
     """
-    with Image.open(path) as picture:
-        if picture.mode.startswith("I"):  # 16 bit; older versions of Pillow say 32
-            return np.asarray(picture).astype(np.uint16), True
+    with _opened(path) as picture:
+        picture = _upright(picture, path)
+        if _is_deep(picture):
+            return _levels(picture)
         if picture.has_transparency_data:
             grey, alpha = picture.convert("RGBA").convert("LA").split()
             return np.asarray(grey), np.asarray(alpha) >= 128
@@ -93,11 +142,97 @@ def read_brightness(path: Path) -> tuple[np.ndarray, np.ndarray | bool]:
 
 def is_in_colours(path: Path) -> bool:
     """Whether the channels of a picture differ by more than JPEG does to grey ones."""
-    with Image.open(path) as picture:
-        if picture.mode not in ("RGB", "RGBA", "P"):
+    with _opened(path) as picture:
+        if Image.getmodebase(picture.mode) == "L":
             return False
-        channels = np.asarray(picture.convert("RGB")).astype(int)
+    channels = np.asarray(read_picture(path)).astype(int)
     return int(np.ptp(channels, axis=2).max()) > 24
+
+
+def _refused(path: Path, reason: object, remedy: str = RESTORE) -> PictureError:
+    return PictureError(f"{path} {UNUSABLE}: {reason}; {remedy}.")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The first frame of a picture whose pixels were not read yet; names what goes wrong inside.
+
+    Pillow raises whatever its parsers come upon: SyntaxError, struct.error, KeyError, zlib.error.
+    """
+    try:
+        status = os.stat(path)
+        if not S_ISREG(status.st_mode):  # reading a pipe would never end
+            raise _refused(path, "it is a folder or a device", "move it away")
+        if not status.st_size:
+            raise _refused(path, "it is empty")
+        with Image.open(path) as picture:
+            if picture.width * picture.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise Image.DecompressionBombError
+            _mend_key(picture)
+            yield picture
+    except PictureError:
+        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"{path} is missing; {DATA_REMEDY}.") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        reason = f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels"
+        raise _refused(path, reason, "make it smaller") from error
+    except UnidentifiedImageError as error:
+        with open(path, "rb") as file:
+            reason = f"Pillow knows no picture that begins with {file.read(16)!r}"
+        raise _refused(path, reason, "put a JPEG or PNG in its place") from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.strerror:  # of the system, not of the picture
+            raise _refused(path, error.strerror, "make it readable") from error
+        raise _refused(path, " ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _upright(picture: Image.Image, path: Path) -> Image.Image:
+    """The loaded picture, turned, in a mode that can be converted."""
+    picture.load()
+    turn = _turn(picture)  # None for a TIFF: loading has turned it, and dropped the tag
+    if picture.mode == "I" and picture.format in ("PNG", "PPM"):  # 16 bits, of an older Pillow
+        picture = picture.convert("I;16")
+    if picture.mode == "I":
+        reason = "it holds integers of 32 bits or with a sign, whose range no two files share"
+        raise _refused(path, reason, "save it with 8 or 16 bits")
+    if picture.mode == "La":
+        picture = picture.convert("LA")
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _turn(picture: Image.Image) -> Image.Transpose | None:
+    """How a picture is to be turned for viewing."""
+    try:
+        return TURNS.get(picture.getexif().get(ORIENTATION))
+    except Exception:  # an EXIF that is broken in any way: as viewers, show the picture as it lies
+        return None
+
+
+def _mend_key(picture: Image.Image) -> None:
+    """Bring the transparent colour of a PNG to 8 bits, as Pillow does with the pixels alone."""
+    key, raw = picture.info.get("transparency"), picture.tile and picture.tile[0][3]
+    if key is not None and raw in ("L;2", "L;4"):
+        picture.info["transparency"] = key * (85 if raw == "L;2" else 17)
+    elif key is not None and raw == "RGB;16B":
+        picture.info["transparency"] = tuple(value >> 8 for value in key)
+
+
+def _is_deep(picture: Image.Image) -> bool:
+    """Whether a picture is grey with more than 8 bits."""
+    return picture.mode == "F" or picture.mode.startswith("I;16")
+
+
+def _levels(picture: Image.Image) -> tuple[np.ndarray, np.ndarray | bool]:
+    """As `read_brightness`, of a deep picture."""
+    values, key = np.asarray(picture), picture.info.get("transparency")
+    opaque = True if key is None else values != key
+    tags = getattr(picture, "tag_v2", {})  # of a TIFF
+    if picture.mode != "F":
+        values = values / np.float32(2 ** tags.get(258, (16,))[0] - 1)  # 12 bits, too
+    if tags.get(262) == 0:  # white is 0, which Pillow obeys for 8 bits only
+        values = 1 - values
+    return values, opaque
 
 
 # --------------------------------------------------------------------------------- kept decoded
@@ -209,7 +344,18 @@ def _key(paths: Sequence[Path], sides: list[int]) -> str:
         # No name holds a zero byte: two lists of files never make the same text.
         key.update(os.fsencode(path[len(root) :]))
         key.update(f"\0{stat.st_size} {stat.st_mtime_ns}\0".encode())
+        if not path.lower().endswith((".jpg", ".jpeg")) and _was_misread(Path(path)):
+            key.update(b"over white, 16 bits scaled")
     return key.hexdigest()[:16]
+
+
+def _was_misread(path: Path) -> bool:
+    """Whether entries of the first versions hold other pixels: then they are not to be found."""
+    try:
+        with _opened(path) as picture:
+            return picture.has_transparency_data or _is_deep(picture) or picture.mode == "I"
+    except OSError:
+        return False  # decoding tells
 
 
 def _crc32(table: bytes) -> bytes:

@@ -59,6 +59,7 @@ THREADS = min(16, os.cpu_count() or 1)
 AHEAD = 32  # pictures that wait for being written: bounds the memory
 SAMPLE = 16  # pictures that the size of the whole is estimated from
 
+LARGE = 50_000_000  # pixels, from which a picture is said to be slow
 ORIENTATION = 0x0112  # of EXIF; whatever is not a number from 2 to 8 turns nothing
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -147,6 +148,27 @@ def is_in_colours(path: Path) -> bool:
             return False
     channels = np.asarray(read_picture(path)).astype(int)
     return int(np.ptp(channels, axis=2).max()) > 24
+
+
+def unusual(path: Path) -> list[tuple[str, str]]:
+    """What `read_picture` changes or leaves out of a picture, or is slow at; each with a number.
+
+    The words are "large", "transparent", "deep" and "frames". Raises as `read_picture`.
+    """
+    with _opened(path) as picture:
+        size, found = f"{picture.width} x {picture.height} pixels", []
+        if picture.width * picture.height > LARGE:
+            found.append(("large", size))
+        if _is_deep(picture):
+            found.append(("deep", f"mode {picture.mode}"))
+        elif picture.has_transparency_data:
+            alpha = np.asarray(picture.convert("RGBA").getchannel("A"))
+            share = float((alpha < 255).mean())
+            found += [("transparent", f"{share:.0%} of it")] * (share > 0)
+        frames = getattr(picture, "n_frames", 1)
+        if frames > 1 and picture.format != "MPO":  # a camera's second frame is a preview
+            found.append(("frames", f"{frames} of them"))
+        return found
 
 
 def _refused(path: Path, reason: object, remedy: str = RESTORE) -> PictureError:

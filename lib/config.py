@@ -25,6 +25,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
+from lib.files import has_corrections, maps_beside
+
 T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -368,16 +370,18 @@ def _maps_from_environment(name: str, root: Path) -> dict[str, Any]:
     """maps and maps_dir, from MAPS or what is usual for the data set.
 
     Usual is gaze for the toy birds and CUB-200-2011, else the folder `maps` beside the pictures
-    where there is one.
+    where there is one; a class may be called maps, see `maps_beside`.
     """
     maps = asked("MAPS")
     if not maps:
-        beside = str(root / "maps") if (root / "maps").is_dir() else "none"
+        # CUB-200-2010 has a folder of its own: beside that, nothing is a class called maps.
+        beside = maps_beside(root) if name == "folder" else root / "maps"
+        beside = str(beside) if beside and beside.is_dir() else "none"
         maps = "gaze" if name in ("toy", "cub2011") else beside
     if maps in ("gaze", "boxes", "parts", "none"):
         return {"maps": maps}
     folder = there("MAPS") or Path(maps)
-    kind = "corrections" if any(folder.glob("*.json")) else "files"
+    kind = "corrections" if has_corrections(folder) else "files"
     return {"maps": kind, "maps_dir": folder}
 
 

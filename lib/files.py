@@ -1,10 +1,14 @@
-"""Files that are never half-written: a temporary name in the same folder, then a rename."""
+"""Files that are never half-written (a temporary name in the same folder, then a rename), and what
+the names in a folder of data mean.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
+import unicodedata
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -105,3 +109,78 @@ def claimed(paths: Iterable[Path]) -> Iterator[Path]:
         finally:
             mark.unlink(missing_ok=True)
     raise StorageError(f"no name is free up to {path}; use another folder")
+
+
+# ------------------------------------------------------------------------------ folders of data
+
+# What systems leave in any folder, beside names that start with a dot (.DS_Store, ._picture.jpg).
+OF_SYSTEMS = {"__macosx", "thumbs.db", "desktop.ini", "lost+found", "$recycle.bin", "@eadir"}
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is a system's own: no picture, no map, no class."""
+    return name.startswith(".") or name.lower() in {*OF_SYSTEMS, "system volume information"}
+
+
+def visible(folder: Path) -> list[Path]:
+    """What lies directly in a folder, by name, without what is hidden."""
+    return sorted(path for path in folder.iterdir() if not is_hidden(path.name))
+
+
+def one_form(name: str) -> str:
+    """A name in the one Unicode form (NFC) that names are compared in: a Mac writes another."""
+    return unicodedata.normalize("NFC", name)
+
+
+def has_corrections(folder: Path) -> bool:
+    """Whether a .json file directly in a folder is a correction of the editor.
+
+    Other programs leave .json files beside maps, so its keys decide; the start holds them.
+    """
+    for path in visible(folder) if folder.is_dir() else ():
+        if path.suffix.lower() == ".json" and path.is_file():
+            with path.open("rb") as file:
+                start = file.read(2**18)
+            if b'"schema"' in start and b'"image_id"' in start:
+                return True
+    return False
+
+
+def maps_beside(root: Path) -> Path | None:
+    """The folder of human maps that lies beside class folders, `maps` in any case; None: no such.
+
+    Human maps lie in class folders of their own, or are named like one picture each. A folder that
+    holds files of other names is a class of pictures that is called maps.
+
+    Raises ValueError where two folders are.
+    """
+    folders = [path for path in visible(root) if path.is_dir()] if root.is_dir() else []
+    found = [
+        folder
+        for folder in folders
+        if folder.name.lower() == "maps"
+        and _holds_maps(folder, [other for other in folders if other != folder])
+    ]
+    if len(found) > 1:
+        raise ValueError(f"{found[0]} and {found[1]} both hold human maps; keep them in one.")
+    return found[0] if found else None
+
+
+def _holds_maps(folder: Path, beside: list[Path]) -> bool:
+    inside = visible(folder)
+    files = [path for path in inside if not path.is_dir()]
+    arrays = any(path.suffix.lower() == ".npy" for path in files)
+    if not files or arrays or has_corrections(folder):
+        return len(inside) > 0
+    pictures, classes, flat = Counter(), set(), False
+    for other in beside:
+        there = visible(other)
+        nested = [path for path in there if path.is_dir()]
+        flat |= len(nested) < len(there)
+        classes |= {other.name} | {path.name for path in nested if len(nested) == len(there)}
+        there += [path for deeper in nested for path in visible(deeper)]
+        pictures.update(one_form(path.stem) for path in there)
+    # Beside train/ and val/ alone, nothing is a class.
+    if not flat or any(path.name in classes for path in inside):
+        return True
+    return 2 * sum(pictures[one_form(path.stem)] == 1 for path in files) > len(files)

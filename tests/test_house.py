@@ -19,7 +19,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 # 1. The wings of lib, floor by floor: each imports its own files and lower floors only.
 FLOORS = (
-    {"config", "files", "figures", "edit"},
+    {"files", "figures", "edit"},
+    {"config"},
     {"model", "data"},  # which do not know each other
     {"losses"},
     {"evaluation"},  # measures; never trains

@@ -6,10 +6,11 @@ https://github.com/yaorong0921/CUB-GHA.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -19,8 +20,17 @@ from tqdm.auto import tqdm
 from lib.config import DataConfig
 from lib.data.maps import HumanSource, Recording
 from lib.data.pictures import DATA_REMEDY, picture_size
-from lib.data.sources import Corners, DataSet, Listing, as_boxes, as_listing, list_by_folders
+from lib.data.sources import (
+    Corners,
+    DataSet,
+    Listing,
+    as_boxes,
+    as_listing,
+    list_by_folders,
+    part_folders,
+)
 from lib.data.splits import Row, by_flag
+from lib.files import one_form, visible
 
 PART_LOCATIONS = Path("parts", "part_locs.txt")  # of CUB-200-2011, below its home
 RESTORE = "restore the file from the published archive"
@@ -41,12 +51,13 @@ def list_cub2011(root: Path) -> Listing:
     class_of = IdTable(home / "image_class_labels.txt", int)
     official = IdTable(home / "train_test_split.txt", int)
     names = tuple(classes.values())
+    on_disk = as_on_disk(home / "images")
     rows = [
-        Row(path, names.index(classes[class_of[image]]), str(image))
+        Row(on_disk(path), names.index(classes[class_of[image]]), str(image))
         for image, path in files.items()
     ]
     split = by_flag(rows, names, [official[image] == 1 for image in files])
-    ids = {path: image for image, path in files.items()}
+    ids = {row.path: image for row, image in zip(rows, files, strict=True)}
     return Listing(home, home / "images", tuple(rows), names, split, ids)
 
 
@@ -55,7 +66,7 @@ def list_cub2010(root: Path) -> Listing:
     for home in (root / "CUB_200_2010", root / "cub200", root):
         if (home / "lists").is_dir():
             return _list_by_lists(home)
-        if (home / "train").is_dir():
+        if home.is_dir() and part_folders(home):
             return list_by_folders(home)
     raise FileNotFoundError(
         f"{root} holds neither lists/ and images/ nor train/ and val/ of CUB-200-2010; "
@@ -64,8 +75,9 @@ def list_cub2010(root: Path) -> Listing:
 
 
 def _list_by_lists(home: Path) -> Listing:
+    on_disk = as_on_disk(home / "images")
     train, test = (
-        [PurePosixPath(line.strip()) for line in read_text(path).splitlines() if line.strip()]
+        [PurePosixPath(on_disk(line.strip())) for line in text_lines(path) if line.strip()]
         for path in (home / "lists" / "train.txt", home / "lists" / "test.txt")
     )
     names = tuple(sorted({path.parent.name for path in (*train, *test)}))
@@ -77,23 +89,56 @@ def _list_by_lists(home: Path) -> Listing:
 # -------------------------------------------------------------------------------- official lists
 
 
-def read_text(path: Path) -> str:
+def text_lines(path: Path) -> list[str]:
+    """The lines of a list: UTF-8 or UTF-16, with or without a byte order mark, any line ends.
+
+    Raises FileNotFoundError, and ValueError for another encoding.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; {DATA_REMEDY}.")
-    return path.read_text(encoding="utf-8", errors="replace")
+    content = path.read_bytes()
+    try:
+        text = content.decode(json.detect_encoding(content))
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start)
+        line = content.split(b"\n")[number][:60].decode("ascii", "replace").strip()
+        raise ValueError(
+            f"{path}, line {number + 1} has {line!r}, which is no UTF-8; save the list as UTF-8, "
+            f"or {RESTORE}."
+        ) from None
+    # Not splitlines: it would break names that hold a rare separator.
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def as_on_disk(images: Path) -> Callable[[str], str]:
+    """A function from a path of a list to the same path in the Unicode form that the disk has."""
+
+    @cache
+    def names(folder: Path) -> dict[str, str]:
+        return {one_form(path.name): path.name for path in visible(folder)}
+
+    def found(path: str) -> str:
+        if path.isascii() or (images / path).exists():
+            return path
+        there = images
+        for part in PurePosixPath(path).parts:
+            there /= names(there).get(one_form(part), part) if there.is_dir() else part
+        return there.relative_to(images).as_posix()
+
+    return found
 
 
 def id_lines(path: Path, kind: type, columns: int) -> list[tuple[int, tuple]]:
     """Lines `id value...` of an official file, in its order; values of the type `kind`."""
     found = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        words = line.split()
+    for number, line in enumerate(text_lines(path), start=1):
+        words = line.split(maxsplit=columns)  # a name may hold spaces
         if not words:
             continue
         try:
             if len(words) != columns + 1:
                 raise ValueError
-            found.append((int(words[0]), tuple(kind(word) for word in words[1:])))
+            found.append((int(words[0]), tuple(kind(word.strip()) for word in words[1:])))
         except ValueError:
             raise ValueError(
                 f"{path}, line {number} is {line[:60]!r} where an id and {columns} value(s) are "
@@ -140,8 +185,8 @@ def visible_parts(listing: Listing) -> Callable[[Row], np.ndarray | None]:
 def _parts_in(path: Path, changed: int) -> dict[int, np.ndarray]:
     """The parts of a file; `changed`, its time, makes a changed file another one."""
     parts: dict[int, list[tuple[float, float, float]]] = {}
-    for image, (_, x, y, visible) in id_lines(path, float, columns=4):
-        if visible:
+    for image, (_, x, y, is_visible) in id_lines(path, float, columns=4):
+        if is_visible:
             parts.setdefault(image, []).append((x, y, 1.0))
     return {image: np.array(places, dtype=np.float32) for image, places in parts.items()}
 
@@ -165,8 +210,11 @@ def box_corners_2010(listing: Listing) -> Callable[[Row], Corners | None]:
     """annotations-mat/<class>/<picture>.mat of the published set: bbox.left, top, right, bottom."""
     from scipy.io import loadmat  # takes long to import
 
+    boxes = listing.home / "annotations-mat"
+    on_disk = as_on_disk(boxes)
+
     def corners(row: Row) -> Corners | None:
-        path = (listing.home / "annotations-mat" / row.path).with_suffix(".mat")
+        path = boxes / on_disk(str(PurePosixPath(row.path).with_suffix(".mat")))
         if not path.is_file():
             return None
         try:
@@ -243,9 +291,7 @@ def read_fixations(path: str | Path) -> dict[int, Recording]:
     """
     recordings: dict[int, Recording] = {}
     first = header = 0  # number of the first line that is not blank, and length of its header
-    # errors="replace": a binary file then fails in _numbers_in with file and line
-    text = Path(path).read_text(encoding="utf-8", errors="replace")
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text_lines(Path(path)), start=1):
         if not line.strip():
             continue
         try:

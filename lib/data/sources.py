@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -21,7 +22,8 @@ from lib.config import DataConfig, file_md5
 from lib.data.corrections import load_corrections
 from lib.data.maps import Box, HumanSource, Painted, Recording
 from lib.data.pictures import DATA_REMEDY, picture_size
-from lib.data.splits import Part, Row, Split, per_class, read_split, with_validation
+from lib.data.splits import Part, Row, Split, SplitError, per_class, read_split, with_validation
+from lib.files import is_hidden, maps_beside, one_form, visible
 
 with suppress(ImportError):  # whoever installed it means .heic and .heif to be read
     import pillow_heif
@@ -37,6 +39,14 @@ PICTURE_SUFFIXES = frozenset(
     if (kind in Image.OPEN or kind == "MPO") and kind not in NO_PICTURES  # MPO: the JPEG's reader
 )
 MAP_EXTENSIONS = PICTURE_SUFFIXES | {".npy"}
+# What the editor saves beside a correction, to look at: no map.
+PREVIEW = re.compile(r"\d{4}-\d\d-\d\dT\d{6}Z-.*-[0-9a-f]{4}\.png")
+# Names of folders for the parts, in any case.
+PART_NAMES: dict[str, Part] = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 Corners = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of the picture
 
 
@@ -74,7 +84,16 @@ class Listing:
 def as_listing(
     home: Path, images: Path, rows: Sequence[Row], names: tuple[str, ...], split: Split | None
 ) -> Listing:
-    """A listing whose image ids count the pictures from 1 in the order of their paths."""
+    """A listing whose image ids count the pictures from 1 in the order of their paths.
+
+    Raises SplitError where two names look the same: no list and no map could tell them apart.
+    """
+    seen: dict[str, str] = {}
+    for path in (*names, *(row.path for row in rows)):
+        if seen.setdefault(one_form(path), path) != path:
+            raise SplitError(
+                f"{images / path} is there twice, in two Unicode forms of its name; rename one."
+            )
     ids = {path: i for i, path in enumerate(sorted(row.path for row in rows), start=1)}
     return Listing(home, images, tuple(rows), names, split, ids)
 
@@ -121,9 +140,7 @@ class DataSet:
             )
             size = record.gaze[0].size if record.gaze else picture_size(record.image)
             records.append(replace(record, size=size))
-        # "001.Black_footed_Albatross" -> "Black footed Albatross"
-        words = [re.sub(r"^\d+\.", "", name).replace("_", " ") for name in listing.label_list]
-        return records, words
+        return records, shown_names(split.label_list)
 
     def _human(
         self, config: DataConfig, listing: Listing, rows: Sequence[Row]
@@ -131,6 +148,8 @@ class DataSet:
         """A function from a row of the split to what people gave for it."""
         if config.maps == "none":
             return lambda row: None
+        if config.maps_dir is not None:
+            _refuse_pictures_as_maps(config.maps_dir, listing)
         if config.maps == "files":
             return map_files(config.maps_dir, rows).get
         if config.maps == "corrections":
@@ -170,14 +189,78 @@ def choose_split(config: DataConfig, listing: Listing) -> Split:
     elif config.split_md5 not in (None, file_md5(path)):
         raise ValueError(f"{path} changed since this configuration was made; start again with it.")
     else:
-        split = read_split(path)
-        for row in (*split.train, *split.val, *split.test):
-            if row.path not in listing.ids:
-                raise ValueError(
-                    f"{path} names {row.path}, which the data set in {listing.home} does not have; "
-                    "make the split again with `python -m lib split`."
-                )
+        split = _as_listed(read_split(path), listing, path)
     return split if split.val else with_validation(split, config.val_share, config.seed)
+
+
+def _as_listed(split: Split, listing: Listing, path: Path) -> Split:
+    """A split that was read from the file `path`, with the paths that the pictures have on disk.
+
+    Its label_list may regroup the classes; but under the name of a class folder no other class's
+    pictures are taken.
+    """
+    there = {one_form(row.path): row for row in listing.rows}
+    names = [one_form(name) for name in split.label_list]
+    folders = [one_form(name) for name in listing.label_list]
+
+    def as_listed(row: Row) -> Row:
+        listed = there.get(one_form(row.path))
+        if listed is None:
+            raise SplitError(
+                f"{path} names {row.path}, which the data set in {listing.home} does not have; "
+                "make the split again with `python -m lib split`."
+            )
+        asked, found = names[row.label], folders[listed.label]
+        if asked != found and asked in folders:
+            raise SplitError(
+                f"{path} gives {row.path} to the class {asked!r}, but its class is {found!r}; make "
+                "the split again with `python -m lib split`."
+            )
+        return replace(row, path=listed.path)
+
+    parts = {part: tuple(map(as_listed, getattr(split, part))) for part in ("train", "val", "test")}
+    used = {row.path for rows in parts.values() for row in rows}
+    left = {row.label for row in listing.rows} - {r.label for r in listing.rows if r.path in used}
+    if left:
+        warnings.warn(
+            f"{path} names no picture of {', '.join(listing.label_list[k] for k in sorted(left))}, "
+            f"which {listing.home} has: left out; to take part, make the split again with "
+            "`python -m lib split`.",
+            stacklevel=2,
+        )
+    return replace(split, **parts)
+
+
+def shown_names(folders: Sequence[str]) -> list[str]:
+    """The names of classes as people read them: 001.Groove_billed_Ani is "Groove billed Ani".
+
+    Folders that would have one name keep their own.
+    """
+    folders = [one_form(name) for name in folders]
+    shown = [re.sub(r"^\d+\.(?=\D)", "", name).replace("_", " ") for name in folders]
+    while len(set(shown)) < len(shown):
+        twice = {name for name, count in Counter(shown).items() if count > 1}
+        shown = [own if name in twice else name for own, name in zip(folders, shown, strict=True)]
+    return shown
+
+
+def _refuse_pictures_as_maps(folder: Path, listing: Listing) -> None:
+    """A folder of maps among the pictures would make each picture a map, or each map a picture."""
+    for name in {PurePosixPath(row.path).parent for row in listing.rows}:
+        if (listing.images / name).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"MAPS is {folder}, but {listing.images / name} holds pictures of the data set; "
+                "keep human maps in a folder of their own."
+            )
+
+
+def _map_files_in(folder: Path) -> Iterator[Path]:
+    """All map files below a folder, by name."""
+    for path in visible(folder):
+        if path.is_dir():
+            yield from _map_files_in(path)
+        elif path.suffix.lower() in MAP_EXTENSIONS and not PREVIEW.fullmatch(path.name):
+            yield path
 
 
 def map_files(folder: Path, rows: Iterable[Row]) -> dict[Row, Path]:
@@ -187,36 +270,50 @@ def map_files(folder: Path, rows: Iterable[Row]) -> dict[Row, Path]:
     name of the split file, `<image id>` for CUB-200-2011; its extension is its own.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is missing; set MAPS to the folder of the map files.")
+        missing = "is a file" if folder.is_file() else "is missing"
+        raise FileNotFoundError(f"{folder} {missing}; set MAPS to the folder of the map files.")
     there: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in MAP_EXTENSIONS:
-            key = path.relative_to(folder).with_suffix("").as_posix()
-            if key in there:
-                raise ValueError(f"{there[key]} and {path} are maps of one picture; keep one.")
-            there[key] = path
+    for path in _map_files_in(folder):
+        key = one_form(path.relative_to(folder).with_suffix("").as_posix())
+        if key in there:
+            raise ValueError(f"{there[key]} and {path} are maps of one picture; keep one.")
+        there[key] = path
+    if not there:
+        raise ValueError(
+            f"{folder} holds neither map files (pictures, .npy) nor corrections of the editor "
+            "(.json); set MAPS to the folder that does, or to none."
+        )
     found: dict[Row, Path] = {}
     taken: dict[Path, Row] = {}
     for row in rows:
-        picture = PurePosixPath(row.path).with_suffix("")
-        name = re.sub(r"\.(npy|png|jpe?g)$", "", row.map_name, flags=re.IGNORECASE)
-        keys = (picture.as_posix(), "/".join(picture.parts[-2:]), name)
-        path = next((there[key] for key in keys if key in there), None)
+        picture, name = PurePosixPath(row.path).with_suffix(""), PurePosixPath(row.map_name)
+        keys = [picture.as_posix(), "/".join(picture.parts[-2:]), row.map_name]
+        if name.suffix.lower() in MAP_EXTENSIONS:  # a list may give the map's own name
+            keys.append(name.stem)
+        path = next((there[key] for key in map(one_form, keys) if key in there), None)
         if path is None:
             continue
         if path in taken:
             raise ValueError(
                 f"{path} would be the map of {taken[path].path} and of {row.path}; sort the maps "
-                "into class folders like the pictures."
+                "into class folders like the pictures, which need different names in a class."
             )
         found[row], taken[path] = path, row
     return found
 
 
 def painted_maps(folder: Path) -> dict[int, Painted]:
-    """What was painted in the editor, by image id; says which files were skipped, and why."""
+    """What was painted in the editor, by image id; says which files were skipped, and why.
+
+    Raises ValueError where map files lie beside them: one of the two would be left out.
+    """
     corrections, skipped = load_corrections(folder)
-    for file in skipped:
+    for path in _map_files_in(folder):
+        raise ValueError(
+            f"{folder} holds corrections of the editor and map files ({path.name}); keep them in "
+            "two folders, and set MAPS to one."
+        )
+    for file in (file for file in skipped if not is_hidden(file.path.name)):
         warnings.warn(f"{file.path} is skipped: {file.reason}", stacklevel=2)
     return {
         int(one.image_id): Painted(one.edit.values.numpy(), one.edit.mask.numpy())
@@ -228,54 +325,111 @@ def painted_maps(folder: Path) -> dict[int, Painted]:
 def list_by_folders(home: Path) -> Listing:
     """Anybody's pictures in class folders.
 
-    They are `train/<class>/*`, `val/<class>/*` and perhaps `test/<class>/*`, or `<class>/*` alone.
-    With train and val only, val is what results are reported on, hence the test part. A folder
-    named maps holds human maps, no class.
+    They are `train/<class>/*` with `val/<class>/*`, `test/<class>/*` or both beside it (see
+    PART_NAMES), or `<class>/*` alone. With train and val only, val is what results are reported
+    on, hence the test part; train alone is split. A folder named maps holds human maps, or is a
+    class: see `maps_beside`.
+
+    Raises FileNotFoundError where no class folders are, ValueError where they could be read in two
+    ways.
     """
     if not home.is_dir():
-        raise FileNotFoundError(f"{home} is missing; {DATA_REMEDY}.")
-    if not (home / "train").is_dir():
-        rows, names = _class_folders(home, "", None)
-        return as_listing(home, home, rows, names, None)
-    train, names = _class_folders(home, "train", None)
-    val, test = (
-        tuple(_class_folders(home, part, names)[0]) if (home / part).is_dir() else ()
-        for part in ("val", "test")
-    )
+        missing = "is a file" if home.is_file() else "is missing"
+        raise FileNotFoundError(f"{home} {missing}; {DATA_REMEDY}.")
+    maps, classes, parts = maps_beside(home), _class_folders(home), part_folders(home)
+    if maps:
+        classes.pop(maps.name, None)
+    beside = [name for name in classes if name.lower() not in PART_NAMES]
+    if beside and not ("train" in parts and len(parts) > 1):
+        # A single one that holds pictures itself is a class, whatever folders are in it.
+        parts = {part: folder for part, folder in parts.items() if folder.name not in classes}
+        for folder in parts.values():
+            raise ValueError(
+                f"{folder} holds class folders, and so does {home} itself "
+                f"({', '.join(beside[:5])}); move these into {home / 'train'}, or {folder.name} "
+                "elsewhere."
+            )
+    if not parts:
+        if not beside:
+            raise _no_classes(home)
+        names = tuple(classes)
+        return as_listing(home, home, _rows(home, classes, names), names, None)
+    if "train" not in parts:
+        one = next(iter(parts.values()))
+        raise FileNotFoundError(
+            f"{home} has {one.name}, but no folder train; put training pictures into "
+            f"{home / 'train'}, or set DATA_DIR to {one} to split that."
+        )
+    found = {part: _class_folders(folder) for part, folder in parts.items()}
+    names = tuple(found["train"])
+    train, val, test = (_rows(home, found.get(p, {}), names) for p in ("train", "val", "test"))
     if not test:
         val, test = (), val
-    split = Split(tuple(train), test, names, val) if test else None
+    split = Split(train, test, names, val) if test else None
     return as_listing(home, home, (*train, *val, *test), names, split)
 
 
-def _class_folders(
-    home: Path, part: str, names: tuple[str, ...] | None
-) -> tuple[list[Row], tuple[str, ...]]:
-    """The pictures below the class folders of `home/part`; classes must be among `names`."""
-    found = {}
-    for folder in sorted((home / part).iterdir()):
-        if folder.is_dir() and folder.name != "maps" and not folder.name.startswith("."):
-            files = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
-            if files:
-                found[folder.name] = files
-    if not found:
-        raise FileNotFoundError(
-            f"{home / part} has no class folders with pictures in them "
-            f"({', '.join(sorted(PICTURE_SUFFIXES))}); {DATA_REMEDY}."
-        )
-    strangers = [name for name in found if names is not None and name not in names]
-    if strangers:
-        raise ValueError(
-            f"{home / part / strangers[0]} is a class that {home / 'train'} does not have; "
-            "add training pictures of it, or move it away."
-        )
-    names = names or tuple(found)
-    rows = [
-        Row(path.relative_to(home).as_posix(), names.index(name), path.stem)
-        for name, files in found.items()
+def part_folders(home: Path) -> dict[Part, Path]:
+    """The folders that bear the name of a part and hold class folders.
+
+    Raises ValueError where two are for the same part.
+    """
+    found: dict[Part, Path] = {}
+    for folder in visible(home):
+        part = PART_NAMES.get(folder.name.lower())
+        if part and folder.is_dir() and any(map(pictures_in, visible(folder))):
+            if part in found:
+                raise ValueError(
+                    f"{found[part]} and {folder} are both for {part}; put their class folders into "
+                    "one of the two."
+                )
+            found[part] = folder
+    return found
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures directly in a folder, by name."""
+    inside = visible(folder) if folder.is_dir() else []
+    return [p for p in inside if p.suffix.lower() in PICTURE_SUFFIXES and not p.is_dir()]
+
+
+def _class_folders(folder: Path) -> dict[str, list[Path]]:
+    """The pictures of the folders in a folder that hold any, by name."""
+    return {inner.name: files for inner in visible(folder) if (files := pictures_in(inner))}
+
+
+def _rows(home: Path, classes: dict[str, list[Path]], names: Sequence[str]) -> tuple[Row, ...]:
+    """The pictures of class folders, whose labels are their places among `names`."""
+    labels = {one_form(name): label for label, name in enumerate(names)}
+    for name, files in classes.items():
+        if one_form(name) not in labels:
+            raise ValueError(
+                f"{files[0].parent} is a class that train does not have; add training pictures "
+                "of it, or move it away."
+            )
+    return tuple(
+        Row(path.relative_to(home).as_posix(), labels[one_form(name)], path.stem)
+        for name, files in classes.items()
         for path in files
-    ]
-    return rows, names
+    )
+
+
+def _no_classes(home: Path) -> FileNotFoundError:
+    """Says what is there instead of class folders with pictures."""
+    inside = [path for path in visible(home) if path.is_dir()]
+    deeper = [path.name for path in inside if any(map(pictures_in, visible(path)))]
+    flat = [path for path in (*inside, home) if pictures_in(path)]
+    others = {path.suffix.lower() for folder in inside for path in visible(folder)} - {""}
+    if deeper:
+        names, one = ", ".join(deeper[:5]), home / deeper[0]
+        there = f"but {names} with class folders: set DATA_DIR to {one}, or call them train and val"
+    elif flat:
+        there = f"but pictures in {flat[0]}: sort them into one folder a class"
+    elif others:
+        there = f"but files of other kinds ({', '.join(sorted(others)[:5])}): {DATA_REMEDY}"
+    else:
+        there = DATA_REMEDY
+    return FileNotFoundError(f"{home} has no class folders with pictures in them; {there}.")
 
 
 CLASS_FOLDERS = DataSet(list_by_folders)

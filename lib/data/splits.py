@@ -16,7 +16,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -154,7 +154,7 @@ def _shuffled(rows: Sequence[Row], images: Sequence[int], seed: int) -> list[int
     name = PurePosixPath(rows[images[0]].path).parent.name
     # CUB's folders start with the number of the class: "004.Groove_billed_Ani"
     number = re.match("[0-9]{1,9}", name)
-    key = int(number.group()) if number else zlib.crc32(name.encode())
+    key = int(number.group()) if number else zlib.crc32(name.encode("utf-8", "surrogatepass"))
     return np.random.default_rng([seed, key]).permutation(images).tolist()
 
 
@@ -167,6 +167,9 @@ def _divide(rows: Sequence[Row], chosen: set[int]) -> tuple[tuple[Row, ...], tup
 def write_split(split: Split, path: str | Path) -> None:
     """Write a split as JSON; the folder is made where it is missing.
 
+    Names that reading would take for something else (a backslash, "images" inside, a drive's
+    letter) are kept by a further key, "exact".
+
     `path` holds the old file or the new one, never half: the text goes to a temporary name first.
     """
     content: dict[str, Any] = {
@@ -175,8 +178,15 @@ def write_split(split: Split, path: str | Path) -> None:
         if part != "val" or split.val
     }
     content["label_list"] = split.label_list
+    for row in (*split.train, *split.val, *split.test):
+        names = row.path, row.map_name
+        if _from_any_system(*names, split.label_list) != names:
+            content["exact"] = True
+    text = json.dumps(content, ensure_ascii=False, indent=4)
+    # File names that are no UTF-8 hold surrogates, which only JSON's escapes can write.
+    text = re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
     make_folder(Path(path).parent)
-    write_text(Path(path), json.dumps(content, ensure_ascii=False, indent=4))
+    write_text(Path(path), text)
 
 
 def read_split(path: str | Path) -> Split:
@@ -185,7 +195,9 @@ def read_split(path: str | Path) -> Split:
     Labels and map names may be numbers or text, a map name may end in ".jpg". label_list may be a
     list of names, {"0": name} or {name: 0}. Image paths may have "\\" between folders, and a prefix
     up to a folder "images" is cut off: "/data/CUB_200_2011/images/001.x/a.jpg" is "001.x/a.jpg".
-    A path that starts with a class name is left alone, as a class may have a folder "images".
+    A path that starts with a class name is left alone, as a class may have a folder "images". With
+    "exact": true (see `write_split`), all paths and map names are taken as they are. The text may
+    be UTF-8 or UTF-16, with or without a byte order mark.
 
     Raises FileNotFoundError where there is no file, and SplitError with file, part, row (the first
     is row 1), value and remedy for a file that is no JSON, a missing key, a train or test without
@@ -196,7 +208,7 @@ def read_split(path: str | Path) -> Split:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; make it with `python -m lib split`.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # brackets nested by the thousand
         raise SplitError(f"{path} is no JSON or is damaged ({error}); {REMAKE}.") from error
     try:
@@ -210,7 +222,7 @@ def _parse(content: Any) -> Split:
     for key in ("train", "test", "label_list"):
         if key not in keys:
             raise SplitError(f"the key {key!r} is missing; {REMAKE}.")
-    names = _class_names(content["label_list"])
+    names, exact = _class_names(content["label_list"]), content.get("exact") is True
     parts: dict[str, tuple[Row, ...]] = {}
     for part in PARTS:
         rows = content.get(part, ())
@@ -219,7 +231,7 @@ def _parse(content: Any) -> Split:
         if not rows and part != "val":
             raise SplitError(f"{part} has no rows; {REMAKE}.")
         numbered = enumerate(rows, start=1)
-        parts[part] = tuple(_row(row, f"row {n} of {part}", names) for n, row in numbered)
+        parts[part] = tuple(_row(r, f"row {n} of {part}", names, exact) for n, r in numbered)
     _refuse_repeats(parts)
     return Split(label_list=tuple(names), **parts)
 
@@ -247,30 +259,36 @@ def _class_names(value: Any) -> list[str]:
     return names
 
 
-def _row(value: Any, where: str, label_list: Sequence[str]) -> Row:
+def _row(value: Any, where: str, label_list: Sequence[str], exact: bool) -> Row:
     if not isinstance(value, list) or len(value) != 3:
         raise _not_expected(f"{where} is", value, "[path, label, map name] is")
     path, label, map_name = value
-    inside = _inside_images(path, label_list) if isinstance(path, str) else ""
-    if not inside:
+    inside = path if isinstance(path, str) else ""
+    name = str(map_name) if type(map_name) in (int, str) else ""
+    if not exact:
+        inside, name = _from_any_system(inside, name, label_list)
+    # Also what an exact name means on this system: on Windows a backslash parts folders
+    if not inside or ".." in Path(inside).parts or Path(inside).anchor:
         raise _not_expected(f"{where} has the image", path, "a path inside the images folder is")
-    name = str(map_name).removesuffix(".jpg") if type(map_name) in (int, str) else ""
-    if not name or ".." in name or re.search(r"[/\\:]", name):
+    if name == ".." or Path(name).name != name or not name:
         wanted = "a file name without folders, such as '1', is"
         raise _not_expected(f"{where} has the map name", map_name, wanted)
     return Row(inside, _label(label, where, label_list), name)
 
 
-def _inside_images(text: str, label_list: Sequence[str]) -> str:
-    """The path relative to the images folder, with "/" between folders; "" where it leaves it."""
-    parts = PurePosixPath(text.replace("\\", "/")).parts
+def _from_any_system(path: str, name: str, label_list: Sequence[str]) -> tuple[str, str]:
+    """Path relative to the images folder and name of the map; "" where one leaves its folder."""
+    parts = PurePosixPath(path.replace("\\", "/")).parts
     inside = parts
     if "images" in parts and parts[0] not in label_list:
         inside = parts[len(parts) - parts[::-1].index("images") :]  # after the last one
-    path = PurePosixPath(*inside)
     # The drive letter of a file made on Windows may be cut off with the prefix, but not be left
-    leaves = ".." in parts or path.is_absolute() or PureWindowsPath(str(path)).drive
-    return "" if leaves or not inside else str(path)
+    drive = re.compile("[A-Za-z]:").match
+    if ".." in parts or not inside or inside[0].startswith("/") or drive(inside[0]):
+        inside = ()
+    name = name.removesuffix(".jpg")
+    leaves = re.search(r"[/\\]", name) or name == ".." or drive(name)
+    return "/".join(inside), "" if leaves else name
 
 
 def _check(rows: Sequence[Row], label_list: Sequence[str]) -> None:

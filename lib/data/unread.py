@@ -16,8 +16,16 @@ from pathlib import Path, PurePosixPath
 
 from lib.config import DataConfig
 from lib.data.corrections import load_corrections
-from lib.data.sources import MAP_EXTENSIONS, PICTURE_SUFFIXES, Listing, choose_split, map_files
-from lib.files import is_hidden
+from lib.data.sources import (
+    MAP_EXTENSIONS,
+    PART_NAMES,
+    PICTURE_SUFFIXES,
+    PREVIEW,
+    Listing,
+    choose_split,
+    map_files,
+)
+from lib.files import is_hidden, maps_beside
 
 # Why something is not read, and what to do about it.
 KIND, PACKED, UNNAMED = (
@@ -70,7 +78,6 @@ NO_HOLDERS = {
     ".py",
 }
 STARTS = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|BM.{4}\0{4}|II\*\0|MM\0\*|RIFF.{4}WEBP", re.DOTALL)
-PART_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,9 @@ def left_out(config: DataConfig, listing: Listing | None = None) -> list[LeftOut
             mapped = {*map_files(config.maps_dir, ours).values()}
             mapped |= {*map_files(config.maps_dir, listing.rows).values()}
     home = listing.images if listing else config.root
-    kept = {config.maps_dir, config.cache, home / "maps", config.root / "decoded"}
+    kept = {config.maps_dir, config.cache, config.root / "decoded"}
+    with suppress(OSError, ValueError):
+        kept.add(maps_beside(home))
     found += _among_pictures(home, rows, named, kept, listing)
     if mapped is not None:
         found += _among_maps(config.maps_dir, mapped)

@@ -19,26 +19,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
-from lib.files import has_corrections, maps_beside
+from lib.files import ROOT, asked, has_corrections, maps_beside, resolved, there
 
 T = TypeVar("T")
 
-ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ("toy", "cub2011", "cub2010", "folder")
-
-# What to do where an environment variable names something that is not there.
-INPUTS = {
-    "DATA_DIR": "set DATA_DIR to the folder that holds the data",
-    "MAPS": "set MAPS to gaze, boxes, parts, none, or a folder of map files or corrections",
-    "SPLIT": "make it with `python -m lib split`",
-    "WEIGHTS": "set WEIGHTS to a .safetensors or .pt file",
-}
 
 # Words of `HumanConfig`, of which a `Sweep` compares several.
 LossName = Literal["mse", "mse_zero", "bce", "kl", "cosine", "energy"]
@@ -76,14 +66,14 @@ class DataConfig:
     seed: int = 0  # seed of the drawn data and of the validation split
 
     def __post_init__(self) -> None:
-        for name in ("root", "maps_dir", "split_file", "cache"):
-            if getattr(self, name) is not None:  # a run means the same wherever it is loaded
-                setattr(self, name, resolved(getattr(self, name)))
         if (self.maps in ("files", "corrections")) != (self.maps_dir is not None):
             raise ValueError(
                 f'maps is "{self.maps}" and maps_dir {self.maps_dir}; give a folder with '
                 'maps="files" or "corrections", and only then'
             )
+        for name in ("root", "maps_dir", "split_file", "cache"):
+            if getattr(self, name) is not None:  # a run means the same wherever it is loaded
+                setattr(self, name, resolved(getattr(self, name)))
 
 
 @dataclass
@@ -383,47 +373,6 @@ def _maps_from_environment(name: str, root: Path) -> dict[str, Any]:
     folder = there("MAPS") or Path(maps)
     kind = "corrections" if has_corrections(folder) else "files"
     return {"maps": kind, "maps_dir": folder}
-
-
-def asked(variable: str) -> str:
-    """The value of an environment variable without quotes and spaces around it; "" when unset."""
-    return os.environ.get(variable, "").strip().strip("\"'").strip()
-
-
-def resolved(path: str | Path) -> Path:
-    """A path made absolute, `~` expanded.
-
-    A relative one starts where you stand. The kernels of this project's notebooks stand in
-    notebooks/: there it starts in ROOT, as for commands that are typed in ROOT.
-    """
-    path = Path(os.path.expanduser(path))
-    if path.is_absolute():
-        return path
-    here = Path.cwd()
-    return (ROOT if here.is_relative_to(ROOT / "notebooks") else here) / path
-
-
-def there(variable: str, missing: bool = False) -> Path | None:
-    """The file or folder that an environment variable names; None where it is unset.
-
-    What is not where `resolved` says is looked for in the working folder, then in the shell's.
-
-    Raises:
-        FileNotFoundError: it is in none of them (unless it may be `missing`); names all, and the
-            remedy.
-    """
-    text = asked(variable)
-    if not text:
-        return None
-    text = os.path.expanduser(text)  # an absolute path is the same below every folder
-    below = (Path(folder, text) for folder in (Path.cwd(), os.environ.get("PWD") or Path.cwd()))
-    first, *others = dict.fromkeys([resolved(text), *below])
-    found = next((path for path in (first, *others) if path.exists()), None)
-    if found is None and not missing:
-        also = "".join(f", and so is {path}" for path in others)
-        also += "" if Path(text).is_absolute() else f' ({variable} is "{text}")'
-        raise FileNotFoundError(f"{first} is missing{also}; {INPUTS[variable]}.")
-    return found or first
 
 
 def file_md5(path: Path) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lib import config as cfg
+from lib import files
 from lib.config import HumanConfig, RunConfig, TrainConfig, preset
 from lib.training.runs import fine_tuning, human_in_the_loop
 
@@ -46,9 +47,11 @@ def test_the_environment_says_where_maps_split_and_cache_are(monkeypatch, tmp_pa
     monkeypatch.setenv("DATA_DIR", str(tmp_path))
     assert [preset(n).data.maps for n in cfg.PRESETS] == ["gaze", "gaze", "none", "none"]
     assert not preset("folder").variants and preset("folder").data.cache is None
-    (tmp_path / "maps").mkdir()
+    for name in ("birds/a.png", "maps/birds/a.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
     assert preset("folder").data.maps_dir == tmp_path / "maps" and preset("folder").variants
-    (tmp_path / "maps" / "1.json").write_text("{}")
+    (tmp_path / "maps" / "1.json").write_text('{"schema": 1, "image_id": "1"}')
     monkeypatch.setenv("MAPS", str(tmp_path / "maps"))
     assert preset("toy").data.maps == "corrections"
     monkeypatch.setenv("MAPS", "boxes")
@@ -136,12 +139,22 @@ def test_a_field_that_an_older_run_did_not_have_was_the_default():
 @pytest.fixture
 def project(monkeypatch, tmp_path):
     """A project of which people stand in the folder, in notebooks/, or elsewhere."""
-    for name in (*cfg.INPUTS, "PRESET", "RUNS_DIR", "CACHE", "MODEL", "TRAINABLE", "RECIPE", "PWD"):
+    for name in (
+        *files.INPUTS,
+        "PRESET",
+        "RUNS_DIR",
+        "CACHE",
+        "MODEL",
+        "TRAINABLE",
+        "RECIPE",
+        "PWD",
+    ):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(cfg, "ROOT", tmp_path / "project")
+    for module in (cfg, files):
+        monkeypatch.setattr(module, "ROOT", tmp_path / "project")
     for folder in ("project/notebooks/mine", "project/my photos/maps", "elsewhere"):
         (tmp_path / folder).mkdir(parents=True)
-    for file in ("split.json", "vit.pt"):
+    for file in ("split.json", "vit.pt", "my photos/maps/1.png"):
         (cfg.ROOT / file).write_text("{}")
     return cfg.ROOT
 
@@ -203,6 +216,6 @@ def test_what_is_not_there_is_looked_for_in_every_place_that_could_be_meant(
 
 def test_an_empty_variable_is_not_set(project, monkeypatch):
     unset = cfg.to_json(preset("folder"))
-    for name in (*cfg.INPUTS, "RUNS_DIR", "CACHE", "MODEL", "TRAINABLE", "RECIPE"):
+    for name in (*files.INPUTS, "RUNS_DIR", "CACHE", "MODEL", "TRAINABLE", "RECIPE"):
         monkeypatch.setenv(name, " ")
     assert cfg.to_json(preset("folder")) == unset

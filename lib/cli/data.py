@@ -119,9 +119,9 @@ def check(
     with redirect_stdout(sys.stderr):  # whatever a library says is no part of the report
         try:
             config = preset(name)
-        except FileNotFoundError as error:  # of a variable; nothing else can be known then
+        except OSError as error:  # of a variable; nothing else can be known then
             config, root = None, resolved(asked("DATA_DIR") or ROOT / "datasets")
-            report = Report((Finding("path: nothing is there", "", "", str(error)),))
+            report = Report((Finding("path: cannot be used", "", "", str(error)),))
         else:
             root = config.data.root
             model = bare_model(fine_tuning(config, seed=0), num_classes=0)

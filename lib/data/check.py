@@ -7,7 +7,6 @@ it worse; every problem comes with a remedy.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import unicodedata
@@ -25,7 +24,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from lib.config import DataConfig
+from lib.config import DataConfig, file_md5
 from lib.data.dataset import DATA_SETS, read_records
 from lib.data.maps import Box, human_map
 from lib.data.pictures import is_in_colours, read_picture, unusual
@@ -46,7 +45,7 @@ SAME_MAP = "map: same file as that of another picture"
 
 # Every problem that is looked for, and its remedy: what training stops at, and what it does not.
 STOPS = {
-    "path: nothing is there": "correct the variable, or unset it",
+    "path: cannot be used": "correct the variable, or unset it",
     "lists: cannot be used": "do what the sentence says",
     "weights: missing": "`python -m lib weights` fetches timm's; or set WEIGHTS to a file",
     "weights: cannot be used": "set WEIGHTS to a file of this MODEL, or MODEL to that of the file",
@@ -208,7 +207,8 @@ def _checked(config: DataConfig, grid: tuple[int, int]) -> Report:
     if config.maps == "none":
         mapped = dict.fromkeys(parts, 0)
     elif parts.get("train") and not mapped["train"]:
-        findings.append(Finding("maps: no training picture has one", "train", config.maps))
+        maps = str(config.maps_dir or config.maps)
+        findings.append(Finding("maps: no training picture has one", "train", maps))
     return Report((*findings, *_left_out(config)), _balance(parts, mapped, names))
 
 
@@ -237,8 +237,10 @@ def _examine(
     if isinstance(record.image, Path):
         try:
             picture = read_picture(record.image)
-            digest = _digest(record.image)
-            found += [say(UNUSUAL[what], detail=words) for what, words in unusual(record.image)]
+            digest = file_md5(record.image)
+            found += [
+                say(UNUSUAL[what], detail=words) for what, words in unusual(record.image).items()
+            ]
         except FileNotFoundError:
             return [say("picture: missing")], "", ""
         except Exception as error:  # whatever it is, the others are read
@@ -266,12 +268,8 @@ def _examine(
         about = list(_about_map(say, record, config, grid))
         found += about
         if isinstance(record.human, Path) and not {one.problem for one in about} & {*NO_MAP_THERE}:
-            of_map = _digest(record.human)
+            of_map = file_md5(record.human)
     return found, digest, of_map
-
-
-def _digest(path: Path) -> str:
-    return hashlib.md5(path.read_bytes()).hexdigest()
 
 
 def _about_map(

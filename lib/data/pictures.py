@@ -150,25 +150,21 @@ def is_in_colours(path: Path) -> bool:
     return int(np.ptp(channels, axis=2).max()) > 24
 
 
-def unusual(path: Path) -> list[tuple[str, str]]:
-    """What `read_picture` changes or leaves out of a picture, or is slow at; each with a number.
+def unusual(path: Path) -> dict[str, str]:
+    """What `read_picture` changes, drops or is slow at: deep, transparent, frames, large; how much.
 
-    The words are "large", "transparent", "deep" and "frames". Raises as `read_picture`.
+    Raises as `read_picture`.
     """
     with _opened(path) as picture:
-        size, found = f"{picture.width} x {picture.height} pixels", []
-        if picture.width * picture.height > LARGE:
-            found.append(("large", size))
+        pixels, found = math.prod(picture.size), {}
         if _is_deep(picture):
-            found.append(("deep", f"mode {picture.mode}"))
+            found["deep"] = f"mode {picture.mode}"
         elif picture.has_transparency_data:
-            alpha = np.asarray(picture.convert("RGBA").getchannel("A"))
-            share = float((alpha < 255).mean())
-            found += [("transparent", f"{share:.0%} of it")] * (share > 0)
-        frames = getattr(picture, "n_frames", 1)
-        if frames > 1 and picture.format != "MPO":  # a camera's second frame is a preview
-            found.append(("frames", f"{frames} of them"))
-        return found
+            share = np.mean(np.asarray(picture.convert("RGBA"))[..., 3] < 255)
+            found |= {"transparent": f"{share:.0%} of it"} if share else {}
+        frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
+        found |= {"frames": f"{frames} frames"} if frames > 1 else {}  # a camera's 2nd is a preview
+        return found | ({"large": f"{pixels:,} pixels"} if pixels > LARGE else {})
 
 
 def _refused(path: Path, reason: object, remedy: str = RESTORE) -> PictureError:

@@ -20,7 +20,6 @@ from lib.data.sources import (
     MAP_EXTENSIONS,
     PART_NAMES,
     PICTURE_SUFFIXES,
-    PREVIEW,
     Listing,
     choose_split,
     map_files,
@@ -127,14 +126,14 @@ def left_out(config: DataConfig, listing: Listing | None = None) -> list[LeftOut
 
 
 def in_a_sentence(found: Iterable[LeftOut]) -> str:
-    """What is left out, in words; "" if nothing that could have been meant to be read."""
+    """What is left out and could have been meant to be read: "3 x archive (a.zip), ..."."""
     first: dict[str, LeftOut] = {}
     counts: Counter[str] = Counter()
     for one in found:
         first.setdefault(one.problem, one)
         counts[one.problem] += one.count
-    return "; ".join(
-        f"{problem}: {counts[problem]} ({one.path.name})"
+    return ", ".join(
+        f"{counts[problem]} x {problem} ({one.path.name})"
         for problem, one in first.items()
         if problem != OTHER
     )

@@ -56,6 +56,7 @@ UNREAD = {
     OTHER: "nothing, unless it was meant to be read: labels are the names of folders",
 }
 
+WALKED = 20_000  # files and folders, beside four for each picture, after which a walk ends
 ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"}
 # Pictures, or what pictures can be taken from, beside those that Pillow has a name for.
 PICTURED = {
@@ -216,7 +217,7 @@ def _among_pictures(
     parents = {str(PurePosixPath(path).parent) for path in classes}
     kept = {path for path in kept if path not in {home / folder for folder in classes | above}}
     strays: dict[str, int] = {}  # folders beside classes and parts, and how many pictures they hold
-    for here, files, told in _walk(home, 20_000 + 4 * len(rows), kept):
+    for here, files, told in _walk(home, WALKED + 4 * len(rows), kept):
         yield from told
         told, pictures = _by_kind(here, files)
         yield from told
@@ -247,7 +248,7 @@ def _among_pictures(
 
 def _among_maps(folder: Path, mapped: set[Path]) -> Iterator[LeftOut]:
     """What is not read in a folder of map files."""
-    for here, files, told in _walk(folder, 20_000 + 4 * len(mapped)):
+    for here, files, told in _walk(folder, WALKED + 4 * len(mapped)):
         yield from told
         maps = [name for name in files if Path(name).suffix.lower() in MAP_EXTENSIONS]
         alone = [name for name in maps if here / name not in mapped]

@@ -19,9 +19,35 @@ from lib.cli.runs import demo, evaluate_runs, sweep, teaching, train
 EXPECTED = (OSError, ValueError, FloatingPointError)
 
 
+STOPPED = 141  # exit code of what ends because nobody reads its output, as the shell has it
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Runs one command; returns the exit code.
+
+    No output ends the work: letters that the terminal, or the file behind `>`, cannot hold are
+    written as escapes (\\u8d64). Where the reader has gone (`| head`) it ends without a word.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    code, failure = 0, None
+    try:
+        code = _run(sys.argv[1:] if arguments is None else arguments)
+    except EXPECTED as error:
+        failure = error
+    finally:  # also before tyro's exit
+        unwritten = _flush()
+    if isinstance(unwritten, BrokenPipeError) and isinstance(failure, BrokenPipeError | None):
+        return STOPPED if failure else code
+    if failure := failure or unwritten:
+        rank = os.environ.get("RANK", "0")  # of several processes that train together
+        print(f"error{'' if rank == '0' else f' (process {rank})'}: {failure}", file=sys.stderr)
+        return 2
+    return code
+
+
+def _run(arguments: list[str]) -> int:
     commands = {
         "demo": demo,
         "train": train,
@@ -38,17 +64,27 @@ def main(arguments: list[str] | None = None) -> int:
         "bench-data": loading,
         "bench-edit": editing,
     }
-    try:
-        if arguments[:1] == ["train"]:  # has commands of its own
-            return train(arguments[1:]) or 0
-        code = tyro.extras.subcommand_cli_from_dict(
-            commands, prog="python -m lib", description=__doc__, args=arguments
-        )
-    except EXPECTED as error:
-        rank = os.environ.get("RANK", "0")  # of several processes that train together
-        print(f"error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
-        return 2
+    if arguments[:1] == ["train"]:  # has commands of its own
+        return train(arguments[1:]) or 0
+    code = tyro.extras.subcommand_cli_from_dict(
+        commands, prog="python -m lib", description=__doc__, args=arguments
+    )
     return code or 0
+
+
+def _flush() -> OSError | None:
+    """Writes what waits; the error of an output that is closed or full.
+
+    From then on that output leads nowhere: else Python fails at it once more as it ends.
+    """
+    found = None
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError as error:
+            found = error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return found
 
 
 if __name__ == "__main__":

@@ -77,8 +77,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_bytes` of text in UTF-8."""
-    write_bytes(path, text.encode("utf-8"))
+    """`write_bytes` of text in UTF-8.
+
+    Python has the bytes of a file name that is not UTF-8 as halves of letters, which no encoding
+    has. They are written as escapes (\\udce9); JSON reads them back as they were.
+    """
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def make_folder(path: Path) -> None:

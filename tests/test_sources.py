@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -10,18 +12,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import CUB_CLASSES, CUB_PER_CLASS, CUB_SIZE
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from scipy.io import savemat
 
-from lib.config import DataConfig
+from lib.config import DataConfig, preset
 from lib.data import splits
 from lib.data.corrections import Correction, save_correction
-from lib.data.cub import CUB2011, gaze_files
+from lib.data.cub import CUB2010, CUB2011, gaze_files
 from lib.data.dataset import make_dataset, read_records
 from lib.data.maps import box_map, fixation_map
 from lib.data.pictures import picture_size, read_picture
-from lib.data.sources import choose_split
+from lib.data.sources import (
+    PICTURE_SUFFIXES,
+    choose_split,
+    list_by_folders,
+    map_files,
+    shown_names,
+)
 from lib.edit import AttentionEdit
+from lib.files import is_hidden, maps_beside
 
 GRID = (3, 4)
 PLAIN = (0.0,) * 3, (1.0,) * 3
@@ -130,6 +141,178 @@ def test_a_class_without_training_pictures_is_refused(tmp_path):
         read_records(folder_config(tmp_path), "train")
 
 
+def tree(root: Path, *files: str) -> Path:
+    """Empty files: a listing opens no picture."""
+    for name in files:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return root
+
+
+def found(root: Path) -> tuple[str, list[str]]:
+    """Classes, and pictures of the parts, of a listing."""
+    listing = list_by_folders(root)
+    return " ".join(listing.label_list), [row.path for row in listing.rows]
+
+
+TRAIN = ("train/ant/0.jpg", "train/bee/0.jpg")
+
+
+@pytest.mark.parametrize(
+    ("files", "classes", "pictures"),
+    [
+        # what is a part, and what is a class of that name
+        (("bus/0.jpg", "train/0.jpg", "val/0.jpg", "maps/z.jpg"), "bus maps train val", 4),
+        (("bus/0.jpg", "Train/0.jpg", "Train/old/0.jpg"), "Train bus", 2),
+        ((*TRAIN, "test/0.jpg", "valid/a.txt"), "ant bee", 2),  # unlabelled test pictures
+        ((*TRAIN, "train/overview.png", "train/ant/more/1.jpg"), "ant bee", 2),
+        ((*TRAIN, "VALIDATION/ant/0.jpg", "samples/0.jpg"), "ant bee", 3),
+        (("TRAINING/ant/0.JPG", "TRAINING/bee/0.jpg", "Testing/bee/0.jpg"), "ant bee", 3),
+        (("train/maps/0.jpg", "train/bee/0.jpg", "val/maps/0.jpg"), "bee maps", 3),
+        (("Cat/0.jpg", "cat/0.jpg"), "Cat cat", 2),
+        # which files are pictures
+        (("ant/0.JFIF", "ant/1.avif", "ant/2.GIF", "bee/0.webp", "bee/1.tif"), "ant bee", 5),
+        (
+            ("ant/0.jpg", "bee/0.pdf", "bee/0.eps", "bee/0.h5", "cat/0.png"),
+            "ant cat",
+            2,
+        ),
+        (("ant/0.jpg", "bee/0.jpg", "ant/._0.jpg", "__MACOSX/a/._0.jpg", ".x/0.jpg"), "ant bee", 2),
+        (("ant/0.jpg", "bee/0.jpg", "__MACOSX/0.jpg", "bee/Thumbs.db", "0.jpg"), "ant bee", 2),
+        (("ant/0.jpg", "ant/1.jpg/0.png", "bee/a..b.jpg", "bee/...jpg"), "ant bee", 2),
+        # human maps
+        (("ant/0.jpg", "bee/0.jpg", "maps/ant/0.png"), "ant bee", 2),
+        (("ant/0.jpg", "bee/0.jpg", "Maps/ant/0.png", "Maps/legend.png"), "ant bee", 2),
+        (("ant/0.jpg", "bee/1.jpg", "maps/0.png", "maps/._1.png", "maps/1.png"), "ant bee", 2),
+        (("ant/0.jpg", "bee/0.jpg", "maps/0.npy"), "ant bee", 2),
+        (("ant/0.jpg", "bee/0.jpg", "maps/0.jpg", "maps/old/0.jpg"), "ant bee maps", 3),
+        ((*TRAIN, "val/ant/0.jpg", "maps/0.png"), "ant bee", 3),
+    ],
+)
+def test_what_a_folder_or_file_is(tmp_path, monkeypatch, files, classes, pictures):
+    names, rows = found(tree(tmp_path, *files))
+    assert (names, len(set(rows))) == (classes, pictures) and len(rows) == pictures
+    # The presets look for the same folder of maps.
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    maps = preset("folder").data.maps_dir
+    is_class = "maps" in classes.split()
+    assert (maps is None) == (is_class or not any(f.lower().startswith("maps/") for f in files))
+    assert maps == maps_beside(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (("Train/ant/0.jpg", "train/ant/0.jpg"), "Train and .*train are both for train; put their"),
+        ((*TRAIN, "val/ant/0.jpg", "valid/ant/0.jpg"), "val and .*valid are both for val; put"),
+        ((*TRAIN, "cat/0.jpg"), r"train holds class folders, and so does .* itself \(cat\); move"),
+        (("ant/0.jpg", "Test/ant/0.jpg"), r"Test holds class folders, and so does .*\(ant\); move"),
+        (("test/ant/0.jpg",), "has test, but no folder train; put training .* or set DATA_DIR to"),
+        (("0.jpg", "1.jpg"), "no class folders .*, but pictures in .*; sort them into one folder"),
+        (("train/0.jpg", "val/0.jpg"), "no class folders .*, but pictures in .*train; sort them"),
+        (("birds/ant/0.jpg",), "but birds with class folders; set DATA_DIR to .*birds, or call"),
+        (("ant/0.heic", "bee/0.mp4"), r"but files of other kinds .*; pillow-heif reads"),
+        (("a.zip",), "has no class folders with pictures in them; set DATA_DIR to"),
+        (("ant/0.jpg", "maps/ant/0.png", "Maps/ant/0.png"), "Maps and .*maps both hold human maps"),
+        (("caf\u00e9/0.jpg", "cafe\u0301/1.jpg"), "is there twice, in two Unicode forms"),
+        (
+            ("x/caf\u00e9.jpg", "x/cafe\u0301.jpg", "y/0.jpg"),
+            "is there twice, in two Unicode forms",
+        ),
+    ],
+)
+def test_folders_that_cannot_be_read_in_one_way_are_one_sentence(tmp_path, files, message):
+    with pytest.raises((FileNotFoundError, ValueError), match=message) as caught:
+        found(tree(tmp_path, *files))
+    assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+
+
+PARTS = ("train", "Training", "TRAIN", "val", "Valid", "validation", "test", "TESTING")
+CLASSES = (
+    "ant",
+    "Ant",
+    "maps",
+    "train",
+    "val",
+    "x",
+    "a..b",
+    " ",
+    "12:30",
+    "\N{BIRD}",
+    ".x",
+    "e\u0301",
+)
+FILES = ("0.jpg", "p.JPEG", "._0.jpg", "0.png", "notes.txt", "a b.gif", "0.npy", ".png", "x/0.jpg")
+
+
+@settings(max_examples=150)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from((*PARTS, "", "", "maps", "__MACOSX", "more/deep")),
+            st.sampled_from((*CLASSES, "")),
+            st.sampled_from(FILES),
+        ),
+        max_size=12,
+    )
+)
+def test_every_picture_is_read_once_or_lies_where_none_is_read(tmp_path_factory, places):
+    root = tmp_path_factory.mktemp("tree")
+    for place in places:
+        path = root / "/".join(filter(None, place))
+        if not path.exists() and not any(p.is_file() for p in path.parents):
+            tree(root, path.relative_to(root).as_posix())
+    try:
+        listing = list_by_folders(root)
+    except (FileNotFoundError, ValueError) as error:
+        assert str(root) in str(error)
+        return
+    rows = [row.path for row in listing.rows]
+    assert len(rows) == len(set(rows)) and len(listing.label_list) == len(set(listing.label_list))
+    depth = {len(Path(path).parts) for path in rows}
+    assert len(depth) == 1  # class folders, or parts
+    maps = maps_beside(root)
+    for path in root.rglob("*"):
+        name = path.relative_to(root)
+        if path.is_file() and path.suffix.lower() in PICTURE_SUFFIXES:
+            hidden = any(map(is_hidden, name.parts))
+            in_maps = maps is not None and path.is_relative_to(maps)
+            part = depth == {2} or name.parts[0].lower() in map(str.lower, PARTS)
+            is_read = not hidden and not in_maps and {len(name.parts)} == depth and part
+            assert (name.as_posix() in rows) == is_read, name
+
+
+def test_class_folders_may_be_links(tmp_path):
+    tree(tmp_path, "away/0.jpg", "data/bee/0.jpg", "masks/0.png")
+    (tmp_path / "data" / "ant").symlink_to(tmp_path / "away")
+    assert found(tmp_path / "data") == ("ant bee", ["ant/0.jpg", "bee/0.jpg"])
+    (tmp_path / "maps").mkdir()
+    (tmp_path / "maps" / "ant").symlink_to(tmp_path / "masks")
+    rows = list_by_folders(tmp_path / "data").rows
+    assert [row.path for row in map_files(tmp_path / "maps", rows)] == ["ant/0.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("folders", "shown"),
+    [
+        (("001.Old_coin", "002.New_coin"), ["Old coin", "New coin"]),
+        (("1.Old_coin", "2.Old_coin", "Penny"), ["1.Old_coin", "2.Old_coin", "Penny"]),
+        (("a_b", "a b", "3.a_b"), ["a_b", "a b", "3.a_b"]),
+        (("3.5_mm", "4.5_mm"), ["3.5 mm", "4.5 mm"]),
+        (("1.a", "2.a", "3.1.a"), ["1.a", "2.a", "3.1.a"]),
+        (("1.", "_", "e\u0301"), ["1.", " ", "\u00e9"]),
+    ],
+)
+def test_names_of_classes_stay_apart(folders, shown):
+    assert shown_names(folders) == shown
+
+
+@given(st.lists(st.text("12._a \u00e9", min_size=1, max_size=5), unique=True, max_size=8))
+def test_as_many_names_as_folders(folders):
+    assert len(set(shown_names(folders))) == len(folders)
+
+
 def test_photographs_are_turned_as_their_exif_says(tmp_path):
     path = tmp_path / "a.jpg"
     pixels = np.zeros((20, 40, 3), np.uint8)
@@ -229,6 +412,36 @@ def test_a_split_file_that_names_a_stranger_is_refused(cub):
         read_records(replace(cub, split_file=path), "test")
 
 
+def test_a_split_file_has_its_own_list_of_classes(tmp_path):
+    def split(label_list, *rows, part="test"):
+        content = {"train": [["ant/1.jpg", 0, "1"]], "label_list": label_list, part: list(rows)}
+        (tmp_path / "split.json").write_text(json.dumps(content))
+        return folder_config(tmp_path, split_file=tmp_path / "split.json")
+
+    class_folders(tmp_path)
+    # Some classes, in another order: the label of a picture is its class's in the file.
+    config = split(["cat", "bee"], ["cat/0.jpg", 0, "0"], ["bee/0.jpg", 1, "0"])
+    with pytest.raises(
+        ValueError, match=r"gives ant/1.jpg to the class 'cat', but its class is 'ant'"
+    ):
+        read_records(config, "test")
+    config = split(["ant", "cat"], ["ant/0.jpg", 0, "0"], ["cat/0.jpg", 1, "0"])
+    with pytest.warns(
+        UserWarning, match="split.json names no picture of bee, which .* has: left out"
+    ):
+        records, names = read_records(config, "test")
+    assert [names[r.label] for r in records] == ["ant", "cat"]
+    assert [r.image.parent.name for r in records] == ["ant", "cat"]
+    # Other groups than the folders
+    config = split(["insect", "pet"], ["bee/0.jpg", 0, "0"], ["cat/0.jpg", 1, "0"])
+    assert read_records(config, "test")[1] == ["insect", "pet"]
+    (tmp_path / "cat").rename(tmp_path / "lion")
+    with pytest.raises(
+        ValueError, match=r"names cat/0.jpg, which the data set in .* does not have"
+    ):
+        read_records(config, "test")
+
+
 def test_the_published_split_is_that_of_the_lists(cub):
     split = choose_split(cub, CUB2011.pictures(cub.root))
     assert len(split.test) == 8 and len(split.train) + len(split.val) == 12
@@ -309,6 +522,142 @@ def test_a_folder_of_corrections_is_a_source_of_maps(cub, name):
     item = dataset[int(dataset.table["has_map"].argmax())]
     assert item["valid"].nonzero().flatten().tolist() == [0, 11]
     assert item["human"].nonzero().flatten().tolist() == [11]
+
+
+@pytest.mark.parametrize(
+    ("files", "kind"),
+    [
+        (("ant/0.png", "about.json"), "files"),
+        (("correction", "._x.json", "about.json"), "corrections"),
+        (("correction", "ant/0.png"), "keep them in two folders, and set MAPS to one"),
+        (("about.json", "._0.png", "Thumbs.db"), "holds neither map files .* nor corrections"),
+        ((), "holds neither map files .* nor corrections"),
+    ],
+)
+def test_what_a_folder_of_maps_holds_decides_how_it_is_read(cub, monkeypatch, files, kind):
+    folder = cub.root / "people"
+    folder.mkdir()
+    tree(folder, *(name for name in files if name != "correction"))
+    if "correction" in files:
+        edit = AttentionEdit(np.ones(GRID, bool), np.ones(GRID, np.float32))
+        correction = Correction.now("8", edit, "0123", "me")
+        save_correction(correction, folder, preview=b"a picture of it, which is no map")
+    monkeypatch.setenv("DATA_DIR", str(cub.root))
+    monkeypatch.setenv("MAPS", str(folder))
+    config = preset("cub2011").data
+    assert config.maps in ("files", "corrections") and config.maps_dir == folder
+    if " " not in kind:
+        assert config.maps == kind
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            read_records(config, "test")
+        assert not any("._" in str(one.message) for one in told)
+        return
+    with pytest.raises(ValueError, match=kind):
+        read_records(config, "test")
+
+
+def test_maps_among_the_pictures_are_refused(tmp_path):
+    class_folders(tmp_path, ("ant", "bee", "heat"))
+    for folder in (tmp_path, tmp_path / "heat"):
+        config = folder_config(tmp_path, maps="files", maps_dir=folder)
+        with pytest.raises(
+            ValueError, match="holds pictures of the data set; keep human maps in a"
+        ):
+            read_records(config, "train")
+
+
+def test_two_pictures_of_one_name_cannot_share_a_map(tmp_path):
+    tree(tmp_path, "ant/0.jpg", "ant/0.png", "bee/1.jpg", "maps/ant/0.png", "maps/bee/._1.png")
+    rows = list_by_folders(tmp_path).rows
+    with pytest.raises(
+        ValueError, match=r"would be the map of ant/0.jpg and of ant/0.png; .* names"
+    ):
+        map_files(tmp_path / "maps", rows)
+    assert map_files(tmp_path / "maps", rows[:1]) == {rows[0]: tmp_path / "maps" / "ant" / "0.png"}
+
+
+# ------------------------------------------------------------------------------ texts and letters
+
+
+ENCODINGS = ("utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32")
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_lists_are_read_in_any_unicode(cub, encoding, ends):
+    cub = replace(cub, val_share=0.0)
+    plain = {part: read_records(cub, part) for part in ("train", "test")}
+    for path in sorted(cub.root.rglob("*.txt")):
+        path.write_bytes(ends.join(path.read_text().splitlines()).encode(encoding))
+    for part, (records, names) in plain.items():
+        again, same = read_records(cub, part)
+        assert same == names and [r.image for r in again] == [r.image for r in records]
+        assert [len(r.gaze) for r in again] == [len(r.gaze) for r in records]
+
+
+@pytest.mark.parametrize("name", ["images", "classes"])
+def test_a_list_that_is_no_unicode_is_one_sentence(cub, name):
+    path = cub.root / "CUB_200_2011" / f"{name}.txt"
+    path.write_bytes(path.read_bytes().replace(b"Ani", b"Perdiz_Chac\xe3o"))
+    with pytest.raises(
+        ValueError, match=rf"{name}.txt, line \d+ has '.*Chac.o.*no UTF-8; save the"
+    ):
+        read_records(cub, "test")
+
+
+NFC, NFD = "\u00e9t\u00e9", "e\u0301te\u0301"
+
+
+@pytest.mark.parametrize(("disk", "text"), [(NFC, NFD), (NFD, NFC)])
+def test_lists_splits_and_maps_are_matched_whatever_the_unicode_form(tmp_path, disk, text):
+    home = tmp_path / "CUB_200_2010"
+    tree(home, "lists/train.txt", "lists/test.txt", "images/x/0.jpg")
+    for part, numbers in (("train", "12"), ("test", "3")):
+        (home / "lists" / f"{part}.txt").write_text(
+            "".join(f"{text}/{text} {n}.jpg\n" for n in numbers) + f"x/{part}.jpg\n"
+        )
+        for number in numbers:
+            picture(home / "images" / disk / f"{disk} {number}.jpg")
+        picture(home / "images" / "x" / f"{part}.jpg")
+    tree(tmp_path, f"maps/{text}/{text} 1.png", f"maps/{disk}/{disk} 2.png")
+    config = DataConfig(
+        name="cub2010", root=tmp_path, maps="files", maps_dir=tmp_path / "maps", val_share=0.0
+    )
+    records, names = read_records(config, "train")
+    assert sorted(names) == ["x", NFC] and all(record.image.is_file() for record in records)
+    assert sorted(r.human.name for r in records if r.human) == sorted(
+        [f"{text} 1.png", f"{disk} 2.png"]
+    )
+    made = choose_split(config, CUB2010.pictures(tmp_path))
+    turned = [replace(row, path=row.path.replace(disk, text)) for row in made.train]
+    splits.write_split(replace(made, train=tuple(turned)), tmp_path / "split.json")
+    again = choose_split(
+        replace(config, split_file=tmp_path / "split.json"), CUB2010.pictures(tmp_path)
+    )
+    assert [row.path for row in again.train] == [row.path for row in made.train]
+
+
+def test_val_and_train_are_the_same_class_in_two_forms(tmp_path):
+    tree(tmp_path, f"train/{NFC}/0.jpg", "train/a/0.jpg", f"val/{NFD}/0.jpg", "val/a/0.jpg")
+    assert [row.label for row in list_by_folders(tmp_path).rows] == [0, 1, 0, 1]
+
+
+def test_a_name_that_is_no_utf8_works_all_the_way(tmp_path):
+    for folder in (b"caf\xe9", b"bee"):
+        for number in range(4):
+            source = picture(tmp_path / "x.jpg", seed=number)
+            os.makedirs(os.path.join(os.fsencode(tmp_path), folder), exist_ok=True)
+            source.rename(
+                os.fsdecode(os.path.join(os.fsencode(tmp_path), folder, b"\xe9%d.jpg" % number))
+            )
+    config = folder_config(tmp_path)
+    listing = list_by_folders(tmp_path)
+    made = splits.per_class(listing.rows, listing.label_list, 0.5, shuffle=True)
+    splits.write_split(made, tmp_path / "split.json")
+    config = replace(config, split_file=tmp_path / "split.json", val_share=0.0)
+    dataset = make_dataset(config, "train", GRID, *PLAIN)
+    assert len(dataset) == 4 and dataset[3]["image"].shape == (3, 48, 64)
 
 
 @pytest.mark.parametrize(

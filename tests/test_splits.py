@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import PurePosixPath
 
 import pytest
 from hypothesis import given, settings
@@ -244,6 +245,41 @@ def test_write_and_read_give_the_same_split(tmp_path_factory, names, counts, dat
     assert ("val" in json.loads(path.read_text(encoding="utf-8"))) == bool(split.val)
 
 
+# Names that Linux takes; "\udce9" stands for a byte that is no UTF-8
+letters = st.text("aA:.\\ \"'\n\t\x7f\u00e9e\u0301\U0001f426\udce9", min_size=1, max_size=6)
+tricky = st.sampled_from(
+    ["images", "C:", "C:\\x", "12:30", "a..b", "a.jpg", "..", " ", "train", "~"]
+)
+on_linux = (letters | tricky).filter(lambda name: name not in (".", ".."))
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(on_linux, min_size=2, max_size=4, unique=True),
+    st.lists(on_linux, min_size=2, max_size=4, unique=True),
+    st.sampled_from(["", "train/", "images/"]),
+)
+def test_any_name_comes_back_from_a_file(tmp_path_factory, names, files, above):
+    rows = [
+        Row(f"{above}{name}/{file}.jpg", label, PurePosixPath(f"{file}.jpg").stem)
+        for label, name in enumerate(names)
+        for file in files
+    ]
+    split = per_class(rows, names, 0.5, shuffle=True)
+    path = tmp_path_factory.mktemp("any") / "split.json"
+    write_split(split, path)
+    assert read_split(path) == split
+
+
+@pytest.mark.parametrize("path", ["/x/a.jpg", "../a.jpg", "x/../../a.jpg", "", ".", ".."])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_exact_paths_stay_inside_too(tmp_path, path, encoding):
+    text = json.dumps({**with_row(path), "exact": True})
+    (tmp_path / "split.json").write_text(text, encoding=encoding)
+    with pytest.raises(SplitError, match="row 4 of train has the image"):
+        read_split(tmp_path / "split.json")
+
+
 def test_a_write_that_fails_keeps_the_old_file(tmp_path):
     path = store(tmp_path, original())
     split = read_split(path)
@@ -289,6 +325,7 @@ def test_more_than_nine_numbered_names_are_in_the_order_of_numbers(tmp_path):
         (["x/a.jpg", 1, "7.jpg"], Row("x/a.jpg", 1, "7")),
         (["x/a.jpg", 1, "a.b"], Row("x/a.jpg", 1, "a.b")),
         (["a.jpg", 0, 0], Row("a.jpg", 0, "0")),
+        (["x/12:30 a..b.jpg", 0, "12:30 a..b"], Row("x/12:30 a..b.jpg", 0, "12:30 a..b")),
         (["./x//a..b.jpg", 0, 0], Row("x/a..b.jpg", 0, "0")),
         (["datasets/CUB_200_2011/images/001.x/a.jpg", 0, 1], Row("001.x/a.jpg", 0, "1")),
         (["images/001.x/a.jpg", 0, 1], Row("001.x/a.jpg", 0, "1")),

@@ -420,16 +420,17 @@ def _no_classes(home: Path) -> FileNotFoundError:
     deeper = [path.name for path in inside if any(map(pictures_in, visible(path)))]
     flat = [path for path in (*inside, home) if pictures_in(path)]
     others = {path.suffix.lower() for folder in inside for path in visible(folder)} - {""}
+    there = f"; {DATA_REMEDY}"
     if deeper:
-        names, one = ", ".join(deeper[:5]), home / deeper[0]
-        there = f"but {names} with class folders: set DATA_DIR to {one}, or call them train and val"
+        one = home / deeper[0]
+        there = f", but {', '.join(deeper[:5])} with class folders; set DATA_DIR to {one}, or call "
+        there += "them train and val"
     elif flat:
-        there = f"but pictures in {flat[0]}: sort them into one folder a class"
+        there = f", but pictures in {flat[0]}; sort them into one folder a class"
     elif others:
-        there = f"but files of other kinds ({', '.join(sorted(others)[:5])}): {DATA_REMEDY}"
-    else:
-        there = DATA_REMEDY
-    return FileNotFoundError(f"{home} has no class folders with pictures in them; {there}.")
+        heic = "pillow-heif reads .heic once installed; " * bool(others & {".heic", ".heif"})
+        there = f", but files of other kinds ({', '.join(sorted(others)[:5])}); {heic}{DATA_REMEDY}"
+    return FileNotFoundError(f"{home} has no class folders with pictures in them{there}.")
 
 
 CLASS_FOLDERS = DataSet(list_by_folders)

@@ -268,7 +268,7 @@ def _row(value: Any, where: str, label_list: Sequence[str], exact: bool) -> Row:
     if not exact:
         inside, name = _from_any_system(inside, name, label_list)
     # Also what an exact name means on this system: on Windows a backslash parts folders
-    if not inside or ".." in Path(inside).parts or Path(inside).anchor:
+    if not Path(inside).name or ".." in Path(inside).parts or Path(inside).anchor:
         raise _not_expected(f"{where} has the image", path, "a path inside the images folder is")
     if name == ".." or Path(name).name != name or not name:
         wanted = "a file name without folders, such as '1', is"

@@ -331,7 +331,8 @@ def _address_space(field: Literal["VmSize", "VmPeak"]) -> int:
     """
     status = Path("/proc/self/status")
     if status.is_file():
-        return 1024 * int(re.search(rf"^{field}:\s+(\d+) kB$", status.read_text(), re.M)[1])
+        found = re.search(rf"^{field}:\s+(\d+) kB$", status.read_text(encoding="utf-8"), re.M)
+        return 1024 * int(found[1])
     import resource  # Windows has none
 
     unit = 1 if sys.platform == "darwin" else 1024

@@ -317,7 +317,7 @@ def read_result(runs: Path, cell: Cell) -> dict[str, Any] | None:
     file = runs / FOLDER / cell.name / RESULT
     if not file.is_file():
         return None
-    result = json.loads(file.read_text())
+    result = json.loads(file.read_text(encoding="utf-8"))
     return None if cfg.difference(cell.config, json.dumps(result["config"])) else result
 
 
@@ -335,7 +335,7 @@ def collect(config: Config) -> pd.DataFrame:
     ours = json.loads(cfg.to_json(preset))
     rows = []
     for file in sorted((config.runs / FOLDER).glob(f"*/{RESULT}")):
-        result = json.loads(file.read_text())
+        result = json.loads(file.read_text(encoding="utf-8"))
         made = result["config"] | {"init": None}
         free = ["seed", "trainable", "human"]
         if made["train"]["trainable"] == "all":

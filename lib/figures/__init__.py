@@ -3,6 +3,7 @@
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from lib.figures.fonts import label
 from lib.figures.overlays import (
     PALETTE,
     maps_in_a_row,

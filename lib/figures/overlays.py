@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -10,10 +9,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from lib.figures.fonts import label
+
 # Colours that readers with any colour vision can tell apart (Okabe and Ito, 2008).
 PALETTE = ["#0072B2", "#999999", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]
 MAP_COLOURS = "viridis"
-LONGEST = 24  # letters of a model's name that fit below a bar, or in a line above a map
 IMAGES_OF = {"train": "training images", "val": "validation images", "test": "test images"}
 
 
@@ -105,7 +105,7 @@ def rows_of_maps(
             for spine in axis.spines.values():
                 spine.set(edgecolor="#009E73" if right else "#D55E00", linewidth=3)
     for axis, name in zip(axes[0], names, strict=True):
-        axis.set_title(textwrap.fill(name, LONGEST), fontsize=9)
+        axis.set_title(label(name), fontsize=9)
     title = "Where each model looks (class row of the last block)"
     figure.suptitle(f"{title}\ngreen frame: right, red frame: wrong", fontsize=10)
     return figure
@@ -124,7 +124,7 @@ def maps_in_a_row(
     axes.flat[0].set_title("image", fontsize=9)
     for axis, (name, map_) in zip(axes.flat[1:], maps.items(), strict=False):
         overlay(axis, image, map_)
-        axis.set_title(name, fontsize=9)
+        axis.set_title(label(name), fontsize=9)
     figure.suptitle(title, fontsize=10)
     return figure
 
@@ -164,8 +164,8 @@ def rows_of_tokens(
             overlay(axis, image, maps[row])
     for axis in axes.flat:
         axis.set_axis_off()
-    titles = ["image", *(f"norm\n{name}" for name in norms)]
-    titles += [f"attention\n{name}" for name in attention]
+    titles = ["image", *(f"norm\n{label(name)}" for name in norms)]
+    titles += [f"attention\n{label(name)}" for name in attention]
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=9)
     figure.colorbar(shown, ax=axes, label="norm of the token", shrink=0.6)

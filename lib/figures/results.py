@@ -11,7 +11,8 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from scipy.integrate import trapezoid
 
-from lib.figures.overlays import IMAGES_OF, LONGEST, PALETTE, axes_grid, name_axis
+from lib.figures.fonts import LINE, LONGEST, label, labelled
+from lib.figures.overlays import IMAGES_OF, PALETTE, axes_grid, name_axis
 
 
 def comparison(
@@ -24,6 +25,7 @@ def comparison(
         wide: panels in a row.
     """
     shown = {k: words for k, words in columns.items() if k in seeds and seeds[k].notna().any()}
+    seeds = labelled(seeds)
     models = list(dict.fromkeys(seeds["variant"]))
     fit = max(map(len, models)) <= LONGEST
     rows, across = -(-len(shown) // wide), min(wide, len(shown))
@@ -38,8 +40,8 @@ def comparison(
         sns.stripplot(seeds, x="variant", y=key, order=models, color="black", size=4, ax=axis)
         name_axis(axis, words, 9, xlabel="", ylabel="")
         axis.set_xticks(range(len(models)), models if fit else [], rotation=60, fontsize=8)
-        for label in axis.get_xticklabels():
-            label.set(ha="right", rotation_mode="anchor")
+        for name in axis.get_xticklabels():
+            name.set(ha="right", rotation_mode="anchor")
     if not fit:  # a name of a sweep is longer than a panel is high: named once, by their colours
         bars = axes[0, 0].patches[: len(models)]
         figure.legend(bars, models, loc="outside lower left", frameon=False, fontsize=8)
@@ -50,6 +52,7 @@ def comparison(
 
 def true_class_density(images: pd.DataFrame, split: str = "test") -> Figure:
     """How sure each model is of the right class: the distribution over a split's images."""
+    images = labelled(images)
     models = list(dict.fromkeys(images["variant"]))
     figure, axis = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
     sns.kdeplot(
@@ -76,8 +79,8 @@ def reliability(bins: pd.DataFrame, errors: Mapping[str, float], split: str = "t
     axis.plot([0, 1], [0, 1], color="black", linewidth=1, linestyle=":", label="calibrated")
     for colour, (name, error) in zip(cycle(PALETTE), errors.items(), strict=False):
         part = bins[(bins["variant"] == name) & (bins["images"] > 0)].sort_values("confidence")
-        label = f"{name} (ECE {error:.3f})"
-        axis.plot(part["confidence"], part["accuracy"], "o-", ms=4, color=colour, label=label)
+        words = label(f"{name} (ECE {error:.3f})", LINE)
+        axis.plot(part["confidence"], part["accuracy"], "o-", ms=4, color=colour, label=words)
         share = part["images"] / part["images"].sum()
         below.plot(part["confidence"], share, "o-", ms=3, color=colour)
     title = f"Confidence against accuracy, {IMAGES_OF[split]} (below the line: too sure)"
@@ -98,6 +101,7 @@ def accuracy_and_alignment(
         lines: CC of maps that no model made, e.g. of one person with the others, by name.
     """
     figure, axis = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
+    seeds = labelled(seeds)
     models = list(dict.fromkeys(seeds["variant"]))
     for colour, marker, name in zip(cycle(PALETTE), cycle("osD^vPX*"), models, strict=False):
         part = seeds[seeds["variant"] == name]
@@ -115,6 +119,7 @@ def ladder(table: pd.DataFrame, title: str, ylabel: str) -> Figure:
     Args:
         table: columns rung, variant, top1 (one row an image, or means).
     """
+    table = labelled(table)
     models = list(dict.fromkeys(table["variant"]))
     figure, axis = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
     sns.pointplot(
@@ -156,7 +161,7 @@ def erasing(table: pd.DataFrame) -> Figure:
             axis.axhline(0, color="black", linewidth=0.8)
             axis.set(xlabel="", ylabel=words if column == 0 else "")
             axis.legend_.remove()
-        axes[0, column].set_title(model, fontsize=9)
+        axes[0, column].set_title(label(model), fontsize=9)
         axes[1, column].tick_params(axis="x", labelsize=7)
     lines = axes[0, 0].get_legend_handles_labels()
     figure.legend(*lines, loc="outside right center", frameon=False, title="erased")
@@ -189,9 +194,10 @@ def curves(table: pd.DataFrame, hue: str | None = None) -> Figure:
             for name, line in part.groupby("hue", sort=False):
                 mean = line.groupby("fraction")["p_true"].mean()
                 area = trapezoid(mean, mean.index)
-                label = f"{name}: area {area:.2f}" if hue else f"area {area:.2f}"
-                axis.plot(mean.index, mean, "o-", ms=3, color=colours[name], label=label)
-            name_axis(axis, f"{model}\n{words}" if model else words, 9, xlim=(0, 1), ylim=(0, 1))
+                told = f"{name}: area {area:.2f}" if hue else f"area {area:.2f}"
+                axis.plot(mean.index, mean, "o-", ms=3, color=colours[name], label=told)
+            title = f"{label(model, LINE)}\n{words}" if model else words
+            name_axis(axis, title, 9, xlim=(0, 1), ylim=(0, 1))
             axis.legend(frameon=False, fontsize=8)
             if model == models[-1]:
                 axis.set_xlabel(f"share of {what}")
@@ -210,6 +216,7 @@ def outliers(table: pd.DataFrame) -> Figure:
             dotted line is the share of patches: what uniform attention would put there.
     """
     table = table.assign(variant=table.get("variant", "model"), block=table["block"] + 1)
+    table = labelled(table)
     models = list(dict.fromkeys(table["variant"]))
     palette = dict(zip(models, PALETTE, strict=False))
     panels = {

@@ -67,7 +67,8 @@ class Run:
         for name in ("config.json", "classes.json"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} is no finished run: it has no {name}; train it")
-        run = cls(folder, cfg.from_json(RunConfig, (folder / "config.json").read_text()))
+        made = (folder / "config.json").read_text(encoding="utf-8")
+        run = cls(folder, cfg.from_json(RunConfig, made))
         made, wanted = len(run.history), run.config.train.epochs
         if made < wanted:
             raise FileNotFoundError(
@@ -88,7 +89,7 @@ class Run:
     @property
     def classes(self) -> list[str]:
         """Class names by label."""
-        return json.loads((self.folder / "classes.json").read_text())
+        return json.loads((self.folder / "classes.json").read_text(encoding="utf-8"))
 
     @property
     def history(self) -> pd.DataFrame:
@@ -200,7 +201,7 @@ def _prepared(
 def refuse_conflict(folder: Path, config: RunConfig) -> None:
     """RunConflict when `folder` holds a run of another configuration; names a difference."""
     if (folder / "config.json").is_file():
-        found = cfg.difference(config, (folder / "config.json").read_text())
+        found = cfg.difference(config, (folder / "config.json").read_text(encoding="utf-8"))
         if found:
             raise RunConflict(
                 f"{folder} was made with another configuration ({found}); choose another name or "

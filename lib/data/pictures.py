@@ -59,7 +59,6 @@ THREADS = min(16, os.cpu_count() or 1)
 AHEAD = 32  # pictures that wait for being written: bounds the memory
 SAMPLE = 16  # pictures that the size of the whole is estimated from
 
-LARGE = 50_000_000  # pixels, from which a picture is said to be slow
 ORIENTATION = 0x0112  # of EXIF; whatever is not a number from 2 to 8 turns nothing
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -151,20 +150,17 @@ def is_in_colours(path: Path) -> bool:
 
 
 def unusual(path: Path) -> dict[str, str]:
-    """What `read_picture` changes, drops or is slow at: deep, transparent, frames, large; how much.
-
-    Raises as `read_picture`.
-    """
+    """What `read_picture` changes, drops or is slow at, and how much; raises as it does."""
     with _opened(path) as picture:
         pixels, found = math.prod(picture.size), {}
         if _is_deep(picture):
             found["deep"] = f"mode {picture.mode}"
         elif picture.has_transparency_data:
-            share = np.mean(np.asarray(picture.convert("RGBA"))[..., 3] < 255)
-            found |= {"transparent": f"{share:.0%} of it"} if share else {}
-        frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
-        found |= {"frames": f"{frames} frames"} if frames > 1 else {}  # a camera's 2nd is a preview
-        return found | ({"large": f"{pixels:,} pixels"} if pixels > LARGE else {})
+            clear = (np.asarray(picture.convert("RGBA"))[..., 3] < 255).mean()
+            found |= {"transparent": f"{clear:.0%} of it"} if clear else {}
+        frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)  # 2: a preview
+        found |= {"frames": f"{frames} frames"} if frames > 1 else {}
+        return found | ({"large": f"{pixels:,} pixels"} if pixels > 50_000_000 else {})
 
 
 def _refused(path: Path, reason: object, remedy: str = RESTORE) -> PictureError:

@@ -10,6 +10,8 @@ MAPS      gaze, boxes, parts, none, or    WEIGHTS   a file
 SPLIT     a file of `python -m lib split` CACHE     1, or a folder: keep decoded pictures
 TRAINABLE all, last_block, head or a      RECIPE    tuned, or original (see `RECIPES`)
           number of blocks
+
+An empty variable is one that is not set. What a relative path means: `resolved`.
 """
 
 from __future__ import annotations
@@ -17,17 +19,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
-from lib.files import has_corrections, maps_beside
+from lib.files import ROOT, asked, has_corrections, maps_beside, resolved, there
 
 T = TypeVar("T")
 
-ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ("toy", "cub2011", "cub2010", "folder")
 
 # Words of `HumanConfig`, of which a `Sweep` compares several.
@@ -71,6 +71,9 @@ class DataConfig:
                 f'maps is "{self.maps}" and maps_dir {self.maps_dir}; give a folder with '
                 'maps="files" or "corrections", and only then'
             )
+        for name in ("root", "maps_dir", "split_file", "cache"):
+            if getattr(self, name) is not None:  # a run means the same wherever it is loaded
+                setattr(self, name, resolved(getattr(self, name)))
 
 
 @dataclass
@@ -80,6 +83,9 @@ class ModelConfig:
     name: str = "vit_small_patch16_224"  # timm name
     weights: Path | None = None  # .safetensors or .pt state dict; None starts from random weights
     overrides: dict[str, int | float] = field(default_factory=dict)  # passed to timm.create_model
+
+    def __post_init__(self) -> None:
+        self.weights = self.weights and resolved(self.weights)
 
 
 @dataclass
@@ -268,17 +274,20 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def preset(name: str | None = None, recipe: str | None = None) -> Config:
     """The configuration of a preset, by name or from the environment variables PRESET and RECIPE.
 
+    Every path in it is absolute, see `resolved`.
+
     Raises:
-        ValueError: for a preset or recipe that does not exist.
+        ValueError: for a preset or recipe that does not exist. FileNotFoundError: DATA_DIR, MAPS or
+            SPLIT names what is not there; says where it was looked for.
     """
-    name = name or os.environ.get("PRESET") or "toy"
-    recipe = recipe or os.environ.get("RECIPE") or "tuned"
+    name = name or asked("PRESET") or "toy"
+    recipe = recipe or asked("RECIPE") or "tuned"
     if name not in PRESETS:
         raise ValueError(f'PRESET is "{name}"; use one of {", ".join(PRESETS)}')
     if recipe not in RECIPES:
         raise ValueError(f'the recipe is "{recipe}"; use one of {", ".join(RECIPES)}')
     config = _toy() if name == "toy" else _pictures(name)
-    config.runs = Path(os.environ.get("RUNS_DIR", config.runs)) / name
+    config.runs = resolved(asked("RUNS_DIR") or config.runs) / name
     train, data = RECIPES[recipe]
     config.ft, config.hitl = replace(config.ft, **train), replace(config.hitl, **train)
     config.data = replace(config.data, **data)
@@ -310,9 +319,9 @@ def _pictures(name: str) -> Config:
 
     Without human maps there is nothing to compare fine-tuning with: `variants` is empty then.
     """
-    model = os.environ.get("MODEL", "vit_small_patch16_224")
-    weights = Path(os.environ.get("WEIGHTS", ROOT / "models" / f"{model}.pt"))
-    trainable = os.environ.get("TRAINABLE", "last_block")
+    model = asked("MODEL") or "vit_small_patch16_224"
+    weights = there("WEIGHTS", missing=True) or ROOT / "models" / f"{model}.pt"
+    trainable = asked("TRAINABLE") or "last_block"
     trainable = int(trainable) if trainable.isdecimal() else trainable
     stage = {"batch_size": 32, "epochs": 10, "workers": 2, "trainable": trainable}
     if trainable == "all":
@@ -320,16 +329,16 @@ def _pictures(name: str) -> Config:
         stage |= {"ema": 0.99}
     else:
         stage |= {"lr": 1e-4, "head_lr_factor": 10.0, "cache_tokens": True}
-    root, split = Path(os.environ.get("DATA_DIR", ROOT / "datasets")), os.environ.get("SPLIT")
-    cache = os.environ.get("CACHE", "0")
+    root, split = there("DATA_DIR") or ROOT / "datasets", there("SPLIT")
+    cache = asked("CACHE")
     data = DataConfig(
         name=name,
         root=root,
         image_size=(224, 224),
         **_maps_from_environment(name, root),
-        split_file=Path(split) if split else None,
-        split_md5=file_md5(Path(split)) if split else None,
-        cache={"0": None, "": None, "1": root / "decoded"}.get(cache, Path(cache)),
+        split_file=split,
+        split_md5=file_md5(split) if split else None,
+        cache={"0": None, "": None, "1": root / "decoded"}.get(cache, cache),
     )
     variants = {
         "control": {"lam": 0.0},
@@ -353,7 +362,7 @@ def _maps_from_environment(name: str, root: Path) -> dict[str, Any]:
     Usual is gaze for the toy birds and CUB-200-2011, else the folder `maps` beside the pictures
     where there is one; a class may be called maps, see `maps_beside`.
     """
-    maps = os.environ.get("MAPS")
+    maps = asked("MAPS")
     if not maps:
         # CUB-200-2010 has a folder of its own: beside that, nothing is a class called maps.
         beside = maps_beside(root) if name == "folder" else root / "maps"
@@ -361,8 +370,9 @@ def _maps_from_environment(name: str, root: Path) -> dict[str, Any]:
         maps = "gaze" if name in ("toy", "cub2011") else beside
     if maps in ("gaze", "boxes", "parts", "none"):
         return {"maps": maps}
-    kind = "corrections" if has_corrections(Path(maps)) else "files"
-    return {"maps": kind, "maps_dir": Path(maps)}
+    folder = there("MAPS") or Path(maps)
+    kind = "corrections" if has_corrections(folder) else "files"
+    return {"maps": kind, "maps_dir": folder}
 
 
 def file_md5(path: Path) -> str:

@@ -1,5 +1,5 @@
 """Files that are never half-written (a temporary name in the same folder, then a rename), and what
-the names in a folder of data mean.
+names mean: of paths in environment variables, and in a folder of data.
 """
 
 from __future__ import annotations
@@ -15,6 +15,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# What to do where an environment variable names something that is not there.
+INPUTS = {
+    "DATA_DIR": "set DATA_DIR to the folder that holds the data",
+    "MAPS": "set MAPS to gaze, boxes, parts, none, or a folder of map files or corrections",
+    "SPLIT": "make it with `python -m lib split`",
+    "WEIGHTS": "set WEIGHTS to a .safetensors or .pt file",
+}
 
 
 class StorageError(OSError):
@@ -135,6 +145,50 @@ def claimed(paths: Iterable[Path]) -> Iterator[Path]:
         finally:
             mark.unlink(missing_ok=True)
     raise StorageError(f"no name is free up to {path}; use another folder")
+
+
+# ------------------------------------------------------------------- paths of the environment
+
+
+def asked(variable: str) -> str:
+    """The value of an environment variable without quotes and spaces around it; "" when unset."""
+    return os.environ.get(variable, "").strip().strip("\"'").strip()
+
+
+def resolved(path: str | Path) -> Path:
+    """A path made absolute, `~` expanded.
+
+    A relative one starts where you stand. The kernels of this project's notebooks stand in
+    notebooks/: there it starts in ROOT, as for commands that are typed in ROOT.
+    """
+    path = Path(os.path.expanduser(path))
+    if path.is_absolute():
+        return path
+    here = Path.cwd()
+    return (ROOT if here.is_relative_to(ROOT / "notebooks") else here) / path
+
+
+def there(variable: str, missing: bool = False) -> Path | None:
+    """The file or folder that an environment variable names; None where it is unset.
+
+    What is not where `resolved` says is looked for in the working folder, then in the shell's.
+
+    Raises:
+        FileNotFoundError: it is in none of them (unless it may be `missing`); names all, and the
+            remedy.
+    """
+    text = asked(variable)
+    if not text:
+        return None
+    text = os.path.expanduser(text)  # an absolute path is the same below every folder
+    below = (Path(folder, text) for folder in (Path.cwd(), os.environ.get("PWD") or Path.cwd()))
+    first, *others = dict.fromkeys([resolved(text), *below])
+    found = next((path for path in (first, *others) if path.exists()), None)
+    if found is None and not missing:
+        also = "".join(f", and so is {path}" for path in others)
+        also += "" if Path(text).is_absolute() else f' ({variable} is "{text}")'
+        raise FileNotFoundError(f"{first} is missing{also}; {INPUTS[variable]}.")
+    return found or first
 
 
 # ------------------------------------------------------------------------------ folders of data

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 from conftest import CUB_CLASSES
 
 from lib.__main__ import main
@@ -47,7 +49,7 @@ def run_main(monkeypatch, capsys):
     """Runs a command in this process, which spares a start of several seconds."""
 
     def run(*arguments: str, **environment: str) -> tuple[int, str, str]:
-        for name in ("PRESET", "DATA_DIR", "MAPS", "SPLIT", "CACHE", "MODEL", "WEIGHTS"):
+        for name in ("PRESET", "DATA_DIR", "MAPS", "SPLIT", "CACHE", "MODEL", "WEIGHTS", "PWD"):
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
@@ -102,18 +104,90 @@ def test_split_writes_the_file_of_the_original_experiment(cub, run_main):
     assert first == [f"{CUB_CLASSES[0]}/bird_6.jpg", 0, "7"]
 
 
-def test_check_prints_a_table_and_its_exit_code_is_the_verdict(cub, run_main):
-    environment = {"DATA_DIR": str(cub.root), "TQDM_DISABLE": "1"}
+@pytest.fixture
+def tiny_weights(tmp_path):
+    """MODEL and WEIGHTS of a ViT of 0.4 million parameters; the file is the test's to damage."""
+    torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "vit.pt")
+    return {"MODEL": "test_vit", "WEIGHTS": str(tmp_path / "vit.pt"), "TQDM_DISABLE": "1"}
+
+
+def test_check_says_what_was_found_and_its_exit_code_is_the_verdict(cub, run_main, tiny_weights):
+    environment = {"DATA_DIR": str(cub.root), **tiny_weights}
     details = cub.root / "details.csv"
     code, out, error = run_main("check", "cub2011", "--details", str(details), **environment)
     assert code == 0, error
-    assert "training can start" in out and "picture: unreadable" in out
-    assert "map: none" in details.read_text()
+    found, _, absent = out.partition("looked for and not found: ")
+    assert "stops training" not in found and "worth knowing\n" in found
+    assert "     1  map: none" in found and "to do: nothing; these pictures take part" in found
+    assert "unreadable" in absent and "map: none" not in absent
+    assert "training can start" in absent and "map: none" in details.read_text()
     broken = cub.root / "CUB_200_2011" / "images" / CUB_CLASSES[0] / "bird_2.jpg"
     broken.write_bytes(b"no picture")
     code, out, error = run_main("check", "cub2011", **environment)
     assert code == 1 and "training would fail" in out
-    assert f"first picture: unreadable: {broken}" in out
+    stops = out.partition("worth knowing")[0]
+    assert f"{broken.relative_to(cub.root)}: cannot be decoded" in stops
+    assert "     1  picture: unreadable (" in stops
+    assert "to do: restore it from where it came from, or delete it" in stops
+    assert max(map(len, out.splitlines())) <= 100 + len(str(cub.root))
+
+
+def test_check_tells_scripts_in_json_and_nothing_else(cub, run_main, tiny_weights):
+    environment = {"DATA_DIR": str(cub.root), **tiny_weights, "TQDM_DISABLE": "0"}
+    details = cub.root / "details.csv"
+    arguments = ("check", "cub2011", "--json", "--details", str(details))
+    code, out, error = run_main(*arguments, **environment)
+    report = json.loads(out)
+    assert code == 0 and "findings: " in error and details.is_file()
+    assert list(report) == ["preset", "root", "can_train", "problems", "balance"]
+    assert report["preset"] == "cub2011" and report["root"] == str(cub.root)
+    assert report["can_train"] is True
+    assert {row["problem"]: row["count"] for row in report["problems"]}["map: none"] == 1
+    assert all(row["remedy"] and not row["stops_training"] for row in report["problems"])
+
+
+@pytest.mark.parametrize("stand", ["absent.pt", "no_weights", "not_finite"])
+def test_check_tells_of_weights_that_training_would_fail_at(cub, run_main, tiny_weights, stand):
+    environment = {"DATA_DIR": str(cub.root), **tiny_weights}
+    path = Path(environment["WEIGHTS"])
+    if stand == "no_weights":
+        path.write_bytes(b"no weights")
+    elif stand == "not_finite":
+        state = torch.load(path)
+        state["blocks.0.attn.qkv.weight"][0, 0] = torch.nan
+        torch.save(state, path)
+    else:
+        environment["WEIGHTS"] = stand
+    code, out, _ = run_main("check", "cub2011", "--json", **environment)
+    report = json.loads(out)
+    (row,) = [row for row in report["problems"] if row["stops_training"]]
+    assert code == 1 and not report["can_train"] and len(report["balance"]) == 3
+    kind = "missing" if stand == "absent.pt" else "cannot be used"
+    assert row["problem"] == f"weights: {kind}"
+    assert (stand if stand == "absent.pt" else str(path)) in row["examples"][0]
+
+
+@pytest.mark.parametrize("variable", ["DATA_DIR", "MAPS", "SPLIT"])
+def test_check_tells_of_a_variable_that_names_nothing(cub, run_main, tiny_weights, variable):
+    environment = {"DATA_DIR": str(cub.root), **tiny_weights, variable: "not/there"}
+    code, out, _ = run_main("check", "cub2011", "--json", **environment)
+    (row,) = json.loads(out)["problems"]
+    assert code == 1 and row["problem"] == "path: cannot be used"
+    assert f'not/there is missing ({variable} is "not/there")' in row["examples"][0]
+    code, out, _ = run_main("check", "cub2011", **environment)
+    assert code == 1 and "training would fail" in out
+
+
+def test_a_run_remembers_where_its_data_is_whatever_folder_it_is_loaded_from(
+    tmp_path, run_main, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    tiny = ["--data.toy-train", "16", "--data.toy-val", "8", "--epochs", "1", "--batch-size", "8"]
+    tiny += ["--model.weights", "None", "--model.overrides.depth", "1", "--data.root", "photos"]
+    code, _, error = run_main("train", "ft", *tiny, RUNS_DIR="trained", PRESET="toy")
+    assert code == 0, error
+    kept = json.loads((tmp_path / "trained" / "toy" / "ft-s0" / "config.json").read_text())
+    assert kept["data"]["root"] == str(tmp_path / "photos")
 
 
 def test_a_run_that_exists_is_refused_unless_told_what_to_do(tmp_path, run_main):

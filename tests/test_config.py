@@ -9,18 +9,19 @@ from pathlib import Path
 import pytest
 
 from lib import config as cfg
+from lib import files
 from lib.config import HumanConfig, RunConfig, TrainConfig, preset
 from lib.training.runs import fine_tuning, human_in_the_loop
 
 
-def test_one_variable_flips_the_preset(monkeypatch):
+def test_one_variable_flips_the_preset(monkeypatch, tmp_path):
     monkeypatch.delenv("PRESET", raising=False)
     assert preset().preset == "toy" and preset().data.name == "toy"
     monkeypatch.setenv("PRESET", "cub2011")
-    monkeypatch.setenv("DATA_DIR", "/elsewhere")
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
     monkeypatch.setenv("MODEL", "vit_small_patch14_dinov2")
     config = preset()
-    assert config.data.name == "cub2011" and config.data.root == Path("/elsewhere")
+    assert config.data.name == "cub2011" and config.data.root == tmp_path
     assert config.model.name == "vit_small_patch14_dinov2"
     assert config.model.weights.name == "vit_small_patch14_dinov2.pt"
     monkeypatch.setenv("WEIGHTS", "/w.safetensors")
@@ -46,9 +47,11 @@ def test_the_environment_says_where_maps_split_and_cache_are(monkeypatch, tmp_pa
     monkeypatch.setenv("DATA_DIR", str(tmp_path))
     assert [preset(n).data.maps for n in cfg.PRESETS] == ["gaze", "gaze", "none", "none"]
     assert not preset("folder").variants and preset("folder").data.cache is None
-    (tmp_path / "maps").mkdir()
+    for name in ("birds/a.png", "maps/birds/a.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
     assert preset("folder").data.maps_dir == tmp_path / "maps" and preset("folder").variants
-    (tmp_path / "maps" / "1.json").write_text("{}")
+    (tmp_path / "maps" / "1.json").write_text('{"schema": 1, "image_id": "1"}')
     monkeypatch.setenv("MAPS", str(tmp_path / "maps"))
     assert preset("toy").data.maps == "corrections"
     monkeypatch.setenv("MAPS", "boxes")
@@ -131,3 +134,88 @@ def test_a_field_that_an_older_run_did_not_have_was_the_default():
     config.train.human = replace(config.train.human, noise="blurred")
     found = cfg.difference(config, json.dumps(older))
     assert found == "train.human.noise is 'none' there and 'blurred' here"
+
+
+@pytest.fixture
+def project(monkeypatch, tmp_path):
+    """A project of which people stand in the folder, in notebooks/, or elsewhere."""
+    for name in (
+        *files.INPUTS,
+        "PRESET",
+        "RUNS_DIR",
+        "CACHE",
+        "MODEL",
+        "TRAINABLE",
+        "RECIPE",
+        "PWD",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    for module in (cfg, files):
+        monkeypatch.setattr(module, "ROOT", tmp_path / "project")
+    for folder in ("project/notebooks/mine", "project/my photos/maps", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("split.json", "vit.pt", "my photos/maps/1.png"):
+        (cfg.ROOT / file).write_text("{}")
+    return cfg.ROOT
+
+
+@pytest.mark.parametrize("stand", [".", "notebooks", "notebooks/mine"])
+@pytest.mark.parametrize("write", ["{}", "{}/", '"{}"', " {} ", "./{}"])
+def test_a_relative_path_means_the_same_in_commands_and_notebooks(
+    stand, write, project, monkeypatch
+):
+    monkeypatch.chdir(project / stand)
+    asked = {"DATA_DIR": "my photos", "MAPS": "my photos/maps", "SPLIT": "split.json"}
+    asked |= {"WEIGHTS": "vit.pt", "RUNS_DIR": "trained", "CACHE": "decoded"}
+    for name, text in asked.items():
+        monkeypatch.setenv(name, write.format(text))
+    config = preset("folder")
+    data, photos = config.data, project / "my photos"
+    assert (data.root, data.maps_dir, data.maps) == (photos, photos / "maps", "files")
+    assert (data.split_file, data.cache) == (project / "split.json", project / "decoded")
+    assert config.model.weights == project / "vit.pt"
+    assert config.runs == project / "trained" / "folder"
+
+
+def test_elsewhere_a_relative_path_starts_where_one_stands(project, monkeypatch, tmp_path):
+    monkeypatch.setenv("DATA_DIR", "my photos")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "my photos").mkdir()
+    assert preset("folder").data.root == tmp_path / "elsewhere" / "my photos"
+    assert cfg.DataConfig(root="a", cache="~/b").root == tmp_path / "elsewhere" / "a"
+    assert cfg.DataConfig(cache=Path("~/b")).cache == Path.home() / "b"
+    assert cfg.ModelConfig(weights=Path("w.pt")).weights == tmp_path / "elsewhere" / "w.pt"
+    assert cfg.ModelConfig().weights is None
+
+
+def test_what_is_not_there_is_looked_for_in_every_place_that_could_be_meant(
+    project, monkeypatch, tmp_path
+):
+    """JupyterLab started elsewhere: its kernels know the shell's folder as PWD."""
+    notebooks, elsewhere = project / "notebooks", tmp_path / "elsewhere"
+    monkeypatch.chdir(notebooks)
+    monkeypatch.setenv("PWD", str(elsewhere))
+    monkeypatch.setenv("DATA_DIR", "birds")
+    with pytest.raises(FileNotFoundError) as caught:
+        preset("folder")
+    assert str(caught.value) == (
+        f"{project / 'birds'} is missing, and so is {notebooks / 'birds'}, and so is "
+        f'{elsewhere / "birds"} (DATA_DIR is "birds"); set DATA_DIR to the folder that holds the '
+        "data."
+    )
+    for folder in (elsewhere, notebooks, project):  # the last one that is made is meant first
+        (folder / "birds").mkdir()
+        assert preset("folder").data.root == folder / "birds"
+    monkeypatch.setenv("MAPS", "boxs")
+    with pytest.raises(FileNotFoundError, match=r"boxs is missing.*set MAPS to gaze, boxes"):
+        preset("folder")
+    monkeypatch.setenv("MAPS", "none")
+    monkeypatch.setenv("WEIGHTS", "absent.pt")  # told by whoever loads them
+    assert preset("folder").model.weights == project / "absent.pt"
+
+
+def test_an_empty_variable_is_not_set(project, monkeypatch):
+    unset = cfg.to_json(preset("folder"))
+    for name in (*files.INPUTS, "RUNS_DIR", "CACHE", "MODEL", "TRAINABLE", "RECIPE"):
+        monkeypatch.setenv(name, " ")
+    assert cfg.to_json(preset("folder")) == unset

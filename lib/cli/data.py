@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import replace
+from json import dumps
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from lib.config import PRESETS, ROOT, preset
+from lib.config import PRESETS, ROOT, Config, asked, preset, resolved, there
+
+if TYPE_CHECKING:
+    from lib.data.check import Finding
+    from lib.model.vit import SigmoidViT
 
 # Each command imports what it needs itself: help and downloads do not wait for PyTorch.
 
@@ -91,29 +100,63 @@ def fetch(
 
 
 def check(
-    name: tyro.conf.Positional[Literal[PRESETS] | None] = None, details: Path | None = None
+    name: tyro.conf.Positional[Literal[PRESETS] | None] = None,
+    details: Path | None = None,
+    json: bool = False,
 ) -> int:
-    """Read every picture and every human map once and say what is wrong; exit code 1 if training
-    would fail.
+    """Read every picture, every human map and the weights once and say what is wrong, and what is
+    not read; exit code 1 if training would fail.
 
     Args:
         name: the preset; PRESET when left out.
         details: a .csv file to write every single finding to.
+        json: print one JSON object and nothing else, for scripts.
     """
-    from lib.data.check import check_data
+    from lib.data.check import Finding, Report, check_data
     from lib.files import write_text
     from lib.training.runs import bare_model, fine_tuning
 
-    config = preset(name)
-    grid = bare_model(fine_tuning(config, seed=0), num_classes=0).grid
-    report = check_data(config.data, grid)
-    print(f"preset {config.preset}: what was looked for, and how often it was found\n")
-    print(report.table().to_string())
-    for example in report.examples():
-        print(f"\nfirst {example}")
-    print(f"\n{report.balance.to_string()}\n")
+    with redirect_stdout(sys.stderr):  # whatever a library says is no part of the report
+        try:
+            config = preset(name)
+        except OSError as error:  # of a variable; nothing else can be known then
+            config, root = None, resolved(asked("DATA_DIR") or ROOT / "datasets")
+            report = Report((Finding("path: cannot be used", "", "", str(error)),))
+        else:
+            root = config.data.root
+            model = bare_model(fine_tuning(config, seed=0), num_classes=0)
+            report = check_data(config.data, model.grid)
+            report = replace(report, findings=(*_about_weights(model, config), *report.findings))
     if details is not None:
         write_text(details, report.details().to_csv(index=False))
-        print(f"{len(report.findings)} findings: {details}")
-    print("training would fail" if report.stops_training else "training can start")
+        print(f"{len(report.findings)} findings: {details}", file=sys.stderr if json else None)
+    shown = config.preset if config else name or asked("PRESET")
+    if json:
+        print(dumps({"preset": shown, "root": str(root)} | report.to_plain(), indent=2))
+    else:
+        print(f"preset {shown}: {root}\n\n{report.in_words(root)}\n")
+        print("training would fail" if report.stops_training else "training can start")
     return int(report.stops_training)
+
+
+def _about_weights(model: SigmoidViT, config: Config) -> Iterator[Finding]:
+    """What would go wrong with the weights that training starts from."""
+    import torch
+
+    from lib.data.check import Finding
+    from lib.model.weights import load_weights
+
+    path = config.model.weights
+    if path is None:
+        return
+    try:
+        there("WEIGHTS")  # names all places where they were looked for
+        load_weights(model, path)
+    except FileNotFoundError as error:
+        yield Finding("weights: missing", "", "", str(error))
+    except (OSError, ValueError) as error:
+        yield Finding("weights: cannot be used", "", "", str(error))
+    else:
+        if not all(torch.isfinite(values).all() for values in model.parameters()):
+            words = "not all of its numbers are finite: it is of a training that failed"
+            yield Finding("weights: cannot be used", "", str(path), words)

@@ -1,51 +1,82 @@
 """Read a whole data set once and say what is wrong with it, before a night of training does.
 
-`check_data` opens every picture and every human map of every part, in parallel. What would stop
-training is told apart from what would only make it worse.
+`check_data` opens every picture and every human map of every part, in parallel, and looks for what
+lies beside them and is not read. What would stop training is told apart from what would only make
+it worse; every problem comes with a remedy.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections import Counter
+import re
+import unicodedata
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from textwrap import fill
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from lib.config import DataConfig
-from lib.data.dataset import read_records
+from lib.config import DataConfig, file_md5
+from lib.data.dataset import DATA_SETS, read_records
 from lib.data.maps import Box, human_map
-from lib.data.pictures import is_in_colours, read_picture
+from lib.data.pictures import is_in_colours, read_picture, unusual
 from lib.data.sources import Record
 from lib.data.splits import PARTS
+from lib.data.unread import UNREAD, left_out
 
-# Every problem that is looked for, and whether training stops at it.
-PROBLEMS: dict[str, bool] = {
-    "lists: cannot be used": True,
-    "picture: missing": True,
-    "picture: unreadable": True,
-    "picture: of another size than its gaze": True,
-    "picture: smaller than the model's input": False,
-    "picture: same file as another": False,
-    "picture: same file in train and in another part": False,
-    "picture: same file with another label": False,
-    "box: reaches out of the picture": False,
-    "gaze: fixations out of the picture": False,
-    "map: none": False,
-    "map: unreadable or of another size": True,
-    "map: zeros only": False,
-    "map: in colours, read as brightness": False,
-    "maps: no training picture has one": True,
-    "class: no training picture": False,
-    "class: no test picture": False,
+UNUSUAL = {  # by the words of lib.data.pictures.unusual
+    "large": "picture: larger than 50 million pixels",
+    "transparent": "picture: transparent",
+    "deep": "picture: more than 8 bits a channel",
+    "frames": "picture: several frames",
 }
+FEW = 5  # training pictures of a class, below which little is learned of it
+FEW_PICTURES = f"class: fewer than {FEW} training pictures"
+NO_MAP_THERE = ("map: none", "map: zeros only", "map: unreadable or of another size")
+SAME_MAP = "map: same file as that of another picture"
+
+# Every problem that is looked for, and its remedy: what training stops at, and what it does not.
+STOPS = {
+    "path: cannot be used": "correct the variable, or unset it",
+    "lists: cannot be used": "do what the sentence says",
+    "weights: missing": "`python -m lib weights` fetches timm's; or set WEIGHTS to a file",
+    "weights: cannot be used": "set WEIGHTS to a file of this MODEL, or MODEL to that of the file",
+    "picture: missing": "restore it, or make the split again with `python -m lib split`",
+    "picture: unreadable": "restore it from where it came from, or delete it",
+    "picture: of another size than its gaze": "use the original picture, not a resized one",
+    "map: unreadable or of another size": "make it again, in the proportions of its picture",
+    "maps: no training picture has one": "set MAPS to where they are, or to none",
+}
+WORTH_KNOWING = {
+    "class: no training picture": "move some there, or leave the class out",
+    "class: no test picture": "move some there: nothing can be measured of it",
+    FEW_PICTURES: "add some; what is measured of it means little",
+    "class: names look the same": "rename one, or join them if they are one class",
+    **{f"left out: {why}": remedy for why, remedy in UNREAD.items()},
+    "picture: same file with another label": "keep the one whose class is right",
+    "picture: same file in train and in another part": "keep one: the test is no test otherwise",
+    "picture: same file as another": "keep one of them",
+    "map: none": "nothing; these pictures take part with their label alone",
+    "map: zeros only": "paint it, or delete it: it counts as none",
+    "map: in colours, read as brightness": "save it in grey: a colour scale is no brightness",
+    SAME_MAP: "give each picture its own",
+    "box: reaches out of the picture": "correct the box; what is outside is cut",
+    "gaze: fixations out of the picture": "nothing; they are left out",
+    UNUSUAL["transparent"]: "nothing, if white is the right ground; else save it on another",
+    UNUSUAL["deep"]: "nothing; 16 bits are divided by 65535",
+    UNUSUAL["frames"]: "save the others as files: only the first is read",
+    UNUSUAL["large"]: "make it smaller: it is slow to read",
+    "picture: smaller than the model's input": "nothing; it is enlarged, and larger ones show more",
+}
+PROBLEMS = STOPS | WORTH_KNOWING
 
 
 @dataclass(frozen=True)
@@ -53,9 +84,10 @@ class Finding:
     """One thing that is wrong."""
 
     problem: str  # a key of PROBLEMS
-    part: str  # train, val, test
-    where: str  # a file, or a class
+    part: str  # train, val, test; "" of all, or of none
+    where: str  # a file, a folder or a class
     detail: str = ""
+    count: int = 1  # of files, where they are told together
 
 
 @dataclass(frozen=True)
@@ -63,30 +95,75 @@ class Report:
     """What `check_data` found."""
 
     findings: tuple[Finding, ...]
-    balance: pd.DataFrame  # a row a part: pictures, with a map, classes, pictures a class
+    # a row a part: pictures, with a map, classes, pictures a class
+    balance: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @property
     def stops_training(self) -> bool:
-        return any(PROBLEMS[finding.problem] for finding in self.findings)
+        return any(finding.problem in STOPS for finding in self.findings)
 
     def details(self) -> pd.DataFrame:
-        """One row a finding: problem, part, where, detail."""
-        return pd.DataFrame(list(self.findings), columns=["problem", "part", "where", "detail"])
+        """One row a finding: problem, part, where, detail, count."""
+        columns = ["problem", "part", "where", "detail", "count"]
+        return pd.DataFrame(list(self.findings), columns=columns)
 
-    def table(self) -> pd.DataFrame:
-        """One row a problem that was looked for: how often it was found, by part."""
-        found = Counter((finding.problem, finding.part) for finding in self.findings)
-        rows = {problem: [found[problem, part] for part in PARTS] for problem in PROBLEMS}
-        table = pd.DataFrame.from_dict(rows, "index", columns=PARTS).rename_axis("problem")
-        stop = table.any(axis=1) & pd.Series(PROBLEMS)
-        return table.assign(**{"stops training": np.where(stop, "yes", "")})
+    def problems(self) -> list[dict[str, Any]]:
+        """What was found, in the order of PROBLEMS, each as plain values for JSON.
 
-    def examples(self) -> list[str]:
-        """The first case of every problem that was found, in words."""
-        first = {finding.problem: finding for finding in reversed(self.findings)}
-        found = [first[problem] for problem in PROBLEMS if problem in first]
-        words = [(f"{one.problem}:", one.where, one.detail) for one in found]
-        return [" ".join(filter(None, of_one)) for of_one in words]
+        problem, stops_training, count, by_part (parts in which it was found), examples (up to 5),
+        remedy.
+        """
+        of: dict[str, list[Finding]] = defaultdict(list)
+        for finding in self.findings:
+            of[finding.problem].append(finding)
+        found = []
+        for problem in filter(of.get, PROBLEMS):
+            by_part: Counter[str] = Counter()
+            for one in of[problem]:
+                by_part[one.part] += one.count
+            words = [": ".join(filter(None, (one.where, one.detail))) for one in of[problem]]
+            row = {"problem": problem, "stops_training": problem in STOPS}
+            row |= {"count": by_part.total()}
+            row |= {"by_part": {part: by_part[part] for part in PARTS if by_part[part]}}
+            found.append(row | {"examples": words[:5], "remedy": PROBLEMS[problem]})
+        return found
+
+    def to_plain(self) -> dict[str, Any]:
+        """The report for scripts: can_train, problems, and a row a part in balance."""
+        rows = self.balance.reset_index().to_dict("records") if len(self.balance) else []
+        balance = [{key.replace(" ", "_"): value for key, value in row.items()} for row in rows]
+        problems = self.problems()
+        return {"can_train": not self.stops_training, "problems": problems, "balance": balance}
+
+    def in_words(self, root: Path) -> str:
+        """The report for people, in lines of up to 96 characters; paths start below `root`."""
+        problems = self.problems()
+        lines = []
+        for title, stop in (("stops training", True), ("worth knowing", False)):
+            some = [row for row in problems if row["stops_training"] == stop]
+            lines += [title, *(_in_lines(row, root) for row in some), ""] if some else []
+        absent: dict[str, list[str]] = defaultdict(list)
+        found = {row["problem"] for row in problems}
+        for kind, _, name in (problem.partition(": ") for problem in PROBLEMS):
+            if f"{kind}: {name}" not in found and kind != "left out":
+                absent[kind].append(name)
+        names = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in absent.items())
+        lines += [_wrapped(f"looked for and not found: {names}", "", "  "), ""]
+        return "\n".join([*lines, self.balance.to_string() if len(self.balance) else "no pictures"])
+
+
+def _in_lines(row: dict[str, Any], root: Path) -> str:
+    """A problem: how often and where, two examples, what to do."""
+    parts = ", ".join(f"{part} {count}" for part, count in row["by_part"].items())
+    first = f"{row['count']:>6}  {row['problem']}{f' ({parts})' * bool(parts)}"
+    examples = [words.replace(f"{root}{os.sep}", "") for words in row["examples"][:2]]
+    more = [*filter(None, examples), f"to do: {row['remedy']}"]
+    return "\n".join([first, *(_wrapped(words, " " * 8, " " * 10) for words in more)])
+
+
+def _wrapped(text: str, first: str, later: str) -> str:
+    whole = {"break_long_words": False, "break_on_hyphens": False}
+    return fill(text, 96, initial_indent=first, subsequent_indent=later, **whole)
 
 
 def check_data(config: DataConfig, grid: tuple[int, int]) -> Report:
@@ -95,22 +172,34 @@ def check_data(config: DataConfig, grid: tuple[int, int]) -> Report:
     `grid` is the model's; maps are put on it as in training. Never raises for what is wrong with
     the data: that is in the report.
     """
-    findings: list[Finding] = []
+    with warnings.catch_warnings():  # of libraries about single files; the report tells what counts
+        warnings.simplefilter("ignore")
+        return _checked(config, grid)
+
+
+def _checked(config: DataConfig, grid: tuple[int, int]) -> Report:
     parts: dict[str, list[Record]] = {}
     names: list[str] = []
+    failed: dict[str, list[str]] = defaultdict(list)
     for part in PARTS:
         try:
             parts[part], names = read_records(config, part)
-        except (OSError, ValueError) as error:
-            findings.append(Finding("lists: cannot be used", part, "", str(error)))
+        except Exception as error:  # whatever a damaged file makes its reader raise
+            failed[str(error) or type(error).__name__].append(part)
+    findings = [
+        Finding("lists: cannot be used", of[0] if len(of) == 1 else "", "", text)
+        for text, of in failed.items()
+    ]
     everything = [(part, record) for part, records in parts.items() for record in records]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = pool.map(lambda pair: _examine(*pair, config, grid), everything)
         examined = list(tqdm(found, "checking", len(everything), unit="picture", leave=False))
-    findings += [finding for some, _ in examined for finding in some]
-    findings += _same_files(everything, [digest for _, digest in examined])
-    findings += _empty_classes(parts, names)
-    without = {(f.part, f.where) for f in findings if f.problem.startswith("map: ")}
+    for some, _, _ in examined:
+        findings += some
+    findings += _same_files(everything, [digest for _, digest, _ in examined])
+    findings += _same_maps(everything, [digest for _, _, digest in examined])
+    findings += _about_classes(parts, names)
+    without = {(f.part, f.where) for f in findings if f.problem in NO_MAP_THERE}
     mapped = {
         part: sum((part, _name(record)) not in without for record in records)
         for part, records in parts.items()
@@ -118,8 +207,20 @@ def check_data(config: DataConfig, grid: tuple[int, int]) -> Report:
     if config.maps == "none":
         mapped = dict.fromkeys(parts, 0)
     elif parts.get("train") and not mapped["train"]:
-        findings.append(Finding("maps: no training picture has one", "train", config.maps))
-    return Report(tuple(findings), _balance(parts, mapped, names))
+        maps = str(config.maps_dir or config.maps)
+        findings.append(Finding("maps: no training picture has one", "train", maps))
+    return Report((*findings, *_left_out(config)), _balance(parts, mapped, names))
+
+
+def _left_out(config: DataConfig) -> Iterator[Finding]:
+    listing = None
+    if config.name in DATA_SETS:
+        try:
+            listing = DATA_SETS[config.name].pictures(config.root)
+        except Exception:  # told by the lists
+            listing = None
+    for one in left_out(config, listing):
+        yield Finding(f"left out: {one.problem}", "", str(one.path), one.detail, one.count)
 
 
 def _name(record: Record) -> str:
@@ -128,19 +229,23 @@ def _name(record: Record) -> str:
 
 def _examine(
     part: str, record: Record, config: DataConfig, grid: tuple[int, int]
-) -> tuple[list[Finding], str]:
-    """What is wrong with one picture and its map, and a digest of its file."""
+) -> tuple[list[Finding], str, str]:
+    """What is wrong with one picture and its map, and digests of both files; "" where none is."""
     say = partial(Finding, part=part, where=_name(record))
-    digest = ""
+    digest = of_map = ""
     found: list[Finding] = []
     if isinstance(record.image, Path):
         try:
             picture = read_picture(record.image)
-            digest = hashlib.md5(record.image.read_bytes()).hexdigest()
+            digest = file_md5(record.image)
+            found += [
+                say(UNUSUAL[what], detail=words) for what, words in unusual(record.image).items()
+            ]
         except FileNotFoundError:
-            return [say("picture: missing")], ""
-        except OSError:
-            return [say("picture: unreadable")], ""
+            return [say("picture: missing")], "", ""
+        except Exception as error:  # whatever it is, the others are read
+            words = str(error).removeprefix(f"{record.image} ") or type(error).__name__
+            return [say("picture: unreadable", detail=words)], "", ""
         words = f"{picture.width} x {picture.height} pixels"
         if record.gaze and (picture.height, picture.width) != record.gaze[0].size:
             detail = f"{words}, its gaze {record.gaze[0].width} x {record.gaze[0].height}"
@@ -160,8 +265,11 @@ def _examine(
     if outside:
         found.append(say("gaze: fixations out of the picture", detail=str(outside)))
     if config.maps != "none":
-        found += _about_map(say, record, config, grid)
-    return found, digest
+        about = list(_about_map(say, record, config, grid))
+        found += about
+        if isinstance(record.human, Path) and not {one.problem for one in about} & {*NO_MAP_THERE}:
+            of_map = file_md5(record.human)
+    return found, digest, of_map
 
 
 def _about_map(
@@ -172,15 +280,17 @@ def _about_map(
         yield say("map: none")
         return
     style = (config.sigma, config.sigma_unit, config.weight)
+    is_picture = isinstance(source, Path) and source.suffix.lower() != ".npy"
     try:
         _, known = human_map(source, record.size, grid, *style, shown=tuple(config.image_size))
-    except (OSError, ValueError) as error:
-        yield say("map: unreadable or of another size", detail=str(error))
+        in_colours = is_picture and is_in_colours(source)
+    except Exception as error:
+        words = str(error) or type(error).__name__
+        yield say("map: unreadable or of another size", detail=words)
         return
     if not known.any():
         yield say("map: zeros only")
-    is_picture = isinstance(source, Path) and source.suffix.lower() != ".npy"
-    if is_picture and is_in_colours(source):
+    if in_colours:
         yield say("map: in colours, read as brightness", where=str(source))
 
 
@@ -203,13 +313,32 @@ def _same_files(
         yield Finding(problem, part, _name(record), detail)
 
 
-def _empty_classes(parts: dict[str, list[Record]], names: Sequence[str]) -> Iterator[Finding]:
-    for part in ("train", "test"):
-        present = {record.label for record in parts.get(part, ())}
-        problem = f"class: no {'training' if part == 'train' else 'test'} picture"
-        for label, name in enumerate(names if present else ()):
-            if label not in present:
-                yield Finding(problem, part, name)
+def _same_maps(
+    everything: Sequence[tuple[str, Record]], digests: Sequence[str]
+) -> Iterator[Finding]:
+    """Map files that are byte for byte that of another picture."""
+    first: dict[str, Record] = {}
+    for (part, record), digest in zip(everything, digests, strict=True):
+        other = first.setdefault(digest, record)
+        if digest and other is not record:
+            yield Finding(SAME_MAP, part, _name(record), f"as {_name(other)}")
+
+
+def _about_classes(parts: dict[str, list[Record]], names: Sequence[str]) -> Iterator[Finding]:
+    """Classes with few pictures or none, and those whose names cannot be told apart."""
+    for part, word in (("train", "training"), ("test", "test")):
+        counts = Counter(record.label for record in parts.get(part, ()))
+        for label, name in enumerate(names if counts else ()):
+            if not counts[label]:
+                yield Finding(f"class: no {word} picture", part, name)
+            elif part == "train" and counts[label] < FEW:
+                yield Finding(FEW_PICTURES, part, name, f"{counts[label]} of them")
+    first: dict[str, str] = {}
+    for name in names:
+        seen = re.sub(r"[\s_-]+", "", unicodedata.normalize("NFKC", name)).casefold()
+        other = first.setdefault(seen, name)
+        if other != name:
+            yield Finding("class: names look the same", "", name, f"as {other}")
 
 
 def _balance(
@@ -217,7 +346,7 @@ def _balance(
 ) -> pd.DataFrame:
     rows = {}
     for part, records in parts.items():
-        counts = np.bincount([record.label for record in records], minlength=len(names))
+        counts = np.bincount([record.label for record in records], minlength=max(len(names), 1))
         rows[part] = {
             "pictures": len(records),
             "with a map": mapped[part],

@@ -31,13 +31,14 @@ from lib.data.pictures import DecodedImages, decoded_images, read_picture
 from lib.data.sources import CLASS_FOLDERS, DataSet, Record
 from lib.data.splits import PARTS, Part
 from lib.data.toy.birds import toy_records
+from lib.data.unread import in_a_sentence, left_out
 
 # The data sets on disk by name; "toy" is drawn.
 DATA_SETS: dict[str, DataSet] = {"cub2011": CUB2011, "cub2010": CUB2010, "folder": CLASS_FOLDERS}
 
 CORNERS = ("x0", "y0", "x1", "y1")  # columns of a box in the table, behind its prefix
 FINE = 4  # cells of a training map per grid cell and axis: a crop then moves it by quarter patches
-_TOLD: set[tuple[Path, str]] = set()  # what was said about missing maps, and of which data
+_TOLD: set[tuple[Path, str]] = set()  # what was said about data, and of which
 
 
 class BirdDataset(Dataset):
@@ -305,7 +306,20 @@ def make_dataset(
     if split not in PARTS:
         raise ValueError(f"split {split!r} is unknown; use train, val or test.")
     records, classes = read_records(config, split)
+    if split == "train" and config.name != "toy":
+        _tell_left_out(config)
     return BirdDataset(records, classes, config, grid, mean, std, augment)
+
+
+def _tell_left_out(config: DataConfig) -> None:
+    """Warns once a process of what lies in the data's folders and is not read."""
+    with warnings.catch_warnings():  # of the files themselves: reading the records has told them
+        warnings.simplefilter("ignore")
+        text = in_a_sentence(left_out(config, DATA_SETS[config.name].pictures(config.root)))
+    if text and (config.root, text) not in _TOLD:
+        _TOLD.add((config.root, text))
+        words = f"not all in {config.root} is read: {text}; `python -m lib check` says more"
+        warnings.warn(words, stacklevel=3)
 
 
 def subset(dataset: BirdDataset, images: Sequence[int] | None) -> Subset:

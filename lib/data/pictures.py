@@ -149,6 +149,20 @@ def is_in_colours(path: Path) -> bool:
     return int(np.ptp(channels, axis=2).max()) > 24
 
 
+def unusual(path: Path) -> dict[str, str]:
+    """What `read_picture` changes, drops or is slow at, and how much; raises as it does."""
+    with _opened(path) as picture:
+        pixels, found = math.prod(picture.size), {}
+        if _is_deep(picture):
+            found["deep"] = f"mode {picture.mode}"
+        elif picture.has_transparency_data:
+            clear = (np.asarray(picture.convert("RGBA"))[..., 3] < 255).mean()
+            found |= {"transparent": f"{clear:.0%} of it"} if clear else {}
+        frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)  # 2: a preview
+        found |= {"frames": f"{frames} frames"} if frames > 1 else {}
+        return found | ({"large": f"{pixels:,} pixels"} if pixels > 50_000_000 else {})
+
+
 def _refused(path: Path, reason: object, remedy: str = PICTURE_REMEDY) -> PictureError:
     return PictureError(f"{path} {UNUSABLE}: {reason}; {remedy}.")
 

@@ -93,7 +93,7 @@ def read_checkpoint(path: Path) -> tuple[object, tuple[str, ...]]:
         if kind == "npz":
             with np.load(path, allow_pickle=False) as file:
                 arrays = {key: file[key] for key in file.files}
-            numbers = {key: value for key, value in arrays.items() if value.dtype.kind in "fiu"}
+            numbers = {key: value for key, value in arrays.items() if value.dtype.kind not in "SU"}
             return {key: torch.from_numpy(value) for key, value in numbers.items()}, ()
         return _torch_load(path)
     except pickle.UnpicklingError as error:  # its own text advises to run the code in the file

@@ -42,6 +42,9 @@ FORMATS = (".safetensors", ".pt", ".pth")
 _OF_JAX = "embedding/kernel"  # in the original files (.npz) of google-research
 _JAX_BLOCK = re.compile(r"encoderblock_(\d+)/")
 _JAX_STACK = "encoderblock/LayerNorm_0/scale"  # where all blocks are in one tensor
+_KERNEL = "patch_embed.proj.weight"
+_HEADS = ("head.", "head_dist.")
+_BODY = ("blocks.", "patch_embed.", "norm_pre.", "reg_token", "dist_token")
 _GRID_HINT = ", and for images that are not square a file of save_weights, which records the grid"
 
 
@@ -87,8 +90,8 @@ def load_weights(model: SigmoidViT, path: Path) -> LoadReport:
 
     Raises:
         FileNotFoundError: with the path. WeightsError: unreadable, no ViT in it, values that are
-            not finite, another width or depth, or anything but the head is missing or of another
-            shape; nothing is loaded then.
+            not finite, or another architecture: anything but the head is missing, of another shape,
+            or a layer that the model has not; nothing is loaded then.
     """
     path = Path(path)
     if not path.exists():
@@ -118,7 +121,7 @@ def load_weights(model: SigmoidViT, path: Path) -> LoadReport:
     # Where there is nothing to resample, timm hands on the very tensor.
     resampled = tuple(
         key
-        for key in ("pos_embed", "patch_embed.proj.weight")
+        for key in ("pos_embed", _KERNEL)
         if key in loaded and key in state and fitted[key] is not state[key]
     )
     return LoadReport(
@@ -139,7 +142,7 @@ class _Candidate:
 
     prefix: str
     state: dict[str, Tensor]  # as in the file, without the prefix
-    fitted: dict[str, Tensor]  # in timm's names, embeddings resampled; empty after an error
+    fitted: dict[str, Tensor]  # in timm's names, embeddings resampled, if there was no error
     error: Exception | None = None
 
     @property
@@ -156,12 +159,12 @@ def _candidate(
     try:
         return _Candidate(prefix, state, _fit_embeddings(state, grid, vit))
     except Exception as error:  # timm's conversions of foreign files have no common class
-        return _Candidate(prefix, state, {}, error)
+        return _Candidate(prefix, state, state if _KERNEL in state else {}, error)
 
 
 def _sizes(state: dict[str, Tensor]) -> tuple[int, int]:
     """Width and number of blocks."""
-    kernel = state.get("patch_embed.proj.weight", ())
+    kernel = state.get(_KERNEL, ())
     return len(kernel), len({key.split(".")[1] for key in state if key.startswith("blocks.")})
 
 
@@ -174,25 +177,29 @@ def _differences(there: tuple[int, int], here: tuple[int, int]) -> list[str]:
 
 
 def _refuse_unlike(best: _Candidate, own: dict[str, Tensor], path: Path, kind: str) -> None:
-    """WeightsError, unless the head alone is missing or of another shape."""
+    """WeightsError, unless the head alone is missing or of another shape.
+
+    Layers in the file that the model has not (blocks, registers, layer scale, norms) would change
+    what the others do: then it is another architecture, too.
+    """
     refused = f"{path}{f', at {best.where},' * bool(best.prefix)} does not fit {kind}: "
     remedy = "use weights of the same architecture"
     if re.search(r"\d+-of-\d+", path.name):
         remedy = "the file is one part of several; make one file of all parts"
-    if best.error is not None:
-        raise WeightsError(
-            f"{refused}its embeddings cannot be resampled ({first_sentence(best.error)}); "
-            f"{remedy}{_GRID_HINT}"
-        ) from best.error
-    fitted = best.fitted
+    fitted, told = best.fitted, []
     shaped = [key for key in own if key in fitted and fitted[key].shape != own[key].shape]
     wrong = [key for key in own if key not in fitted or key in shaped]
-    wrong = [key for key in wrong if not key.startswith(("head.", "head_dist."))]
-    told = _differences(_sizes(fitted), _sizes(own))
-    if not wrong and not told:
+    wrong = [key for key in wrong if not key.startswith(_HEADS)]
+    others = [key for key in fitted if key not in own and not key.startswith(_HEADS)]
+    if not (best.error or wrong or any(key.startswith(_BODY) for key in others)):
         return
-    if wrong:
-        told.append(f"missing or of another shape: {some(wrong)}")
+    if best.error:
+        told.append(f"its embeddings cannot be resampled ({first_sentence(best.error)})")
+    if fitted:
+        differences = _differences(_sizes(fitted), _sizes(own))
+        if wrong and not differences:
+            told.append(f"missing or of another shape: {some(wrong)}")
+        told += differences
     if first := [key for key in shaped if key in wrong][:1]:
         here, there = shape_of(own[first[0]]), shape_of(fitted[first[0]])
         told.append(f"{first[0]} is {there} in the file, {here} in the model")
@@ -201,10 +208,10 @@ def _refuse_unlike(best: _Candidate, own: dict[str, Tensor], path: Path, kind: s
             "fc_norm stands in place of norm, as the model was trained to average its patches, so "
             "that no class row decides"
         )
-    if others := [key for key in fitted if key not in own]:
+    if others:
         told.append(f"in the file but not in the model: {some(others)}")
-    hint = _GRID_HINT if wrong == shaped == ["pos_embed"] else ""
-    raise WeightsError(f"{refused}{'; '.join(told)}; {remedy}{hint}")
+    hint = _GRID_HINT if best.error or wrong == shaped == ["pos_embed"] else ""
+    raise WeightsError(f"{refused}{'; '.join(told)}; {remedy}{hint}") from best.error
 
 
 def _refuse_unusable(value: Tensor, owner: str, name: str) -> None:
@@ -243,7 +250,7 @@ def _from_jax(arrays: dict[str, Tensor], path: Path, vit: nn.Module) -> _Candida
     fitted = {name: value for name, value in read.state_dict().items() if not value.isnan().all()}
     # Its embeddings are resampled already; where that was so, the file's own have another shape.
     position = next(value for name, value in arrays.items() if name.endswith("pos_embedding"))
-    theirs = {"pos_embed": position, "patch_embed.proj.weight": kernel.permute(3, 2, 0, 1)}
+    theirs = {"pos_embed": position, _KERNEL: kernel.permute(3, 2, 0, 1)}
     theirs = {key: one for key, one in theirs.items() if one.shape != fitted[key].shape}
     return _Candidate("", {**fitted, **theirs}, fitted)
 

@@ -43,8 +43,8 @@ _OF_JAX = "embedding/kernel"  # in the original files (.npz) of google-research
 _JAX_BLOCK = re.compile(r"encoderblock_(\d+)/")
 _JAX_STACK = "encoderblock/LayerNorm_0/scale"  # where all blocks are in one tensor
 _KERNEL = "patch_embed.proj.weight"
-_HEADS = ("head.", "head_dist.")
-_BODY = ("blocks.", "patch_embed.", "norm_pre.", "reg_token", "dist_token")
+_VIT_HEADS = ("head.", "head_dist.")
+_VIT_LAYERS = ("blocks.", "patch_embed.", "norm_pre.", "reg_token", "dist_token")
 _GRID_HINT = ", and for images that are not square a file of save_weights, which records the grid"
 
 
@@ -189,9 +189,9 @@ def _refuse_unlike(best: _Candidate, own: dict[str, Tensor], path: Path, kind: s
     fitted, told = best.fitted, []
     shaped = [key for key in own if key in fitted and fitted[key].shape != own[key].shape]
     wrong = [key for key in own if key not in fitted or key in shaped]
-    wrong = [key for key in wrong if not key.startswith(_HEADS)]
-    others = [key for key in fitted if key not in own and not key.startswith(_HEADS)]
-    if not (best.error or wrong or any(key.startswith(_BODY) for key in others)):
+    wrong = [key for key in wrong if not key.startswith(_VIT_HEADS)]
+    others = [key for key in fitted if key not in own and not key.startswith(_VIT_HEADS)]
+    if not (best.error or wrong or any(key.startswith(_VIT_LAYERS) for key in others)):
         return
     if best.error:
         told.append(f"its embeddings cannot be resampled ({first_sentence(best.error)})")

@@ -5,16 +5,16 @@ What timm must fetch from a hub is fetched once, to a file; what is loaded says 
 
 from __future__ import annotations
 
+import copy
 import difflib
 import io
-import pickle
+import math
+import re
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
-import safetensors
 import safetensors.torch
 import timm
 import torch
@@ -24,15 +24,28 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from lib.files import make_folder, write_bytes
+from lib.model.checkpoints import (
+    GRID_KEY,
+    WeightsError,
+    below,
+    describe,
+    find_prefixes,
+    first_sentence,
+    flatten,
+    read_checkpoint,
+    shape_of,
+    some,
+)
 from lib.model.vit import SigmoidViT
 
 FORMATS = (".safetensors", ".pt", ".pth")
-GRID_KEY = "patch_grid"  # in a file's metadata: rows and columns of its position embedding, "7x28"
+_OF_JAX = "embedding/kernel"  # in the original files (.npz) of google-research
+_JAX_BLOCK = re.compile(r"encoderblock_(\d+)/")
+_JAX_STACK = "encoderblock/LayerNorm_0/scale"  # where all blocks are in one tensor
+_KERNEL = "patch_embed.proj.weight"
+_VIT_HEADS = ("head.", "head_dist.")
+_VIT_LAYERS = ("blocks.", "patch_embed.", "norm_pre.", "reg_token", "dist_token")
 _GRID_HINT = ", and for images that are not square a file of save_weights, which records the grid"
-
-
-class WeightsError(ValueError):
-    """A weights file does not fit the model, or cannot be had or read."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,9 @@ class LoadReport:
     unused: tuple[str, ...]  # in the file, but not in the model
     resampled: tuple[str, ...]  # of `loaded`: embeddings brought to the model's patch grid or size
     misfit: tuple[str, ...]  # of `new`: in the file, but for another number of classes
+    taken: str = ""  # path and prefix of the tensors in the file, such as "teacher.backbone"
+    others: tuple[str, ...] = ()  # paths of other ViTs in the file
+    passed_over: tuple[str, ...] = ()  # Python objects in the file, which were not made
 
     def __str__(self) -> str:
         lists = {
@@ -51,18 +67,21 @@ class LoadReport:
             "new": self.new,
             "of another shape in the file": self.misfit,
             "in the file but unused": self.unused,
+            "passed over": self.passed_over,
         }
-        told = [f"{title}: {_some(names)}" for title, names in lists.items() if names]
-        return "; ".join([f"{len(self.loaded)} tensors loaded", *told])
-
-
-def _some(names: Sequence[str], most: int = 6) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+        told = [f"{title}: {some(names)}" for title, names in lists.items() if names]
+        taken = f" from {self.taken or 'the top level'}" if self.taken or self.others else ""
+        taken += f", not from {some(self.others)}" if self.others else ""
+        return "; ".join([f"{len(self.loaded)} tensors loaded{taken}", *told])
 
 
 def load_weights(model: SigmoidViT, path: Path) -> LoadReport:
-    """Reads a timm or SigmoidViT state dict (.pt, .pth or .safetensors) into `model`.
+    """Reads a ViT that timm can convert, from a checkpoint of any make, into `model`.
+
+    The file is one of torch.save, safetensors or NumPy, whatever its suffix. The ViT may lie in
+    nested dicts and below prefixes (`state_dict`, `module.`, `teacher.backbone.`, ...). Of several
+    it is one of the model's width and depth, and among these an average (teacher, EMA, target or
+    momentum encoder) before any other, a student last. The report says which.
 
     Position and patch embeddings are resampled to the model by timm's own functions. The grid
     that they come from is in files of `save_weights`; for others it is taken as timm takes it:
@@ -70,41 +89,170 @@ def load_weights(model: SigmoidViT, path: Path) -> LoadReport:
     the model's own head in place and is reported as new.
 
     Raises:
-        FileNotFoundError: with the path. WeightsError: unreadable, or anything but the head is
-            missing or of another shape; nothing is loaded then.
+        FileNotFoundError: with the path. WeightsError: unreadable, no ViT in it, values that are
+            not finite, or another architecture: anything but the head is missing, of another shape,
+            or a layer that the model has not; nothing is loaded then.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"no weights at {path}; set WEIGHTS to a .safetensors or .pt file")
-    state, grid = _read_state(path)
-    state = {key.removeprefix("vit."): value for key, value in state.items()}
-    kind = type(model.vit).__name__
-    try:
-        fitted = _fit_embeddings(state, grid, model.vit)
-    except Exception as error:  # timm's conversions of foreign files have no common class
+    content, passed_over = read_checkpoint(path)
+    tensors, grids = flatten(content)
+    if any(name.endswith(_OF_JAX) for name in tensors):
+        found = [_from_jax(tensors, path, model.vit)]
+    else:
+        prefixes = find_prefixes(tensors)
+        found = [_candidate(prefix, tensors, grids, model.vit) for prefix in prefixes]
+    if not found:
+        beside = f"; passed over: {some(passed_over)}" if passed_over else ""
         raise WeightsError(
-            f"{path} does not fit {kind}: its embeddings cannot be resampled "
-            f"({first_sentence(error)}); use weights of the same architecture{_GRID_HINT}"
-        ) from error
-    own = model.vit.state_dict()
-    misfit = [key for key in own if key in fitted and fitted[key].shape != own[key].shape]
-    new = [key for key in own if key not in fitted or key in misfit]
-    wrong = [key for key in new if not key.startswith(("head.", "head_dist."))]
-    if wrong:
-        raise WeightsError(
-            f"{path} does not fit {kind}: missing or of another shape: {_some(wrong)}; use weights "
-            f"of the same architecture{_GRID_HINT if wrong == ['pos_embed'] else ''}"
+            f"{path} cannot be read as weights of a ViT (such as patch_embed.proj.weight): "
+            f"{describe(content, tensors)}{beside}"
         )
-    loaded = {key: fitted[key] for key in own if key not in new}
+    own = model.vit.state_dict()
+    best = min(found, key=lambda one: len(_differences(_sizes(one.fitted), _sizes(own))))
+    _refuse_unlike(best, own, path, type(model.vit).__name__)
+    fitted, state = best.fitted, best.state
+    loaded = {key: one for key, one in fitted.items() if key in own and one.shape == own[key].shape}
+    for key, value in loaded.items():
+        _refuse_unusable(state.get(key, value), f"{path} has", best.prefix + key)
     model.vit.load_state_dict(loaded, strict=False)
-    unused = tuple(key for key in fitted if key not in own)
+    new = tuple(key for key in own if key not in loaded)
     # Where there is nothing to resample, timm hands on the very tensor.
     resampled = tuple(
         key
-        for key in ("pos_embed", "patch_embed.proj.weight")
+        for key in ("pos_embed", _KERNEL)
         if key in loaded and key in state and fitted[key] is not state[key]
     )
-    return LoadReport(tuple(loaded), tuple(new), unused, resampled, tuple(misfit))
+    return LoadReport(
+        loaded=tuple(loaded),
+        new=new,
+        unused=tuple(key for key in fitted if key not in own),
+        resampled=resampled,
+        misfit=tuple(key for key in new if key in fitted),
+        taken=best.where,
+        others=tuple(one.where or "the top level" for one in found if one is not best),
+        passed_over=passed_over,
+    )
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """One ViT of a file."""
+
+    prefix: str
+    state: dict[str, Tensor]  # as in the file, without the prefix
+    fitted: dict[str, Tensor]  # in timm's names, embeddings resampled, if there was no error
+    error: Exception | None = None
+
+    @property
+    def where(self) -> str:
+        return self.prefix.rstrip(".")
+
+
+def _candidate(
+    prefix: str, tensors: dict[str, Tensor], grids: dict[str, tuple[int, int]], vit: nn.Module
+) -> _Candidate:
+    state = below(tensors, prefix)
+    above = [place for place in grids if not place or prefix.startswith(f"{place}.")]
+    grid = grids[max(above, key=len)] if above else None
+    try:
+        return _Candidate(prefix, state, _fit_embeddings(state, grid, vit))
+    except Exception as error:  # timm's conversions of foreign files have no common class
+        return _Candidate(prefix, state, state if _KERNEL in state else {}, error)
+
+
+def _sizes(state: dict[str, Tensor]) -> tuple[int, int]:
+    """Width and number of blocks."""
+    kernel = state.get(_KERNEL, ())
+    return len(kernel), len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+
+
+def _differences(there: tuple[int, int], here: tuple[int, int]) -> list[str]:
+    return [
+        f"{what}: {theirs} in the file, {ours} in the model"
+        for what, theirs, ours in zip(("width", "blocks"), there, here, strict=True)
+        if theirs != ours
+    ]
+
+
+def _refuse_unlike(best: _Candidate, own: dict[str, Tensor], path: Path, kind: str) -> None:
+    """WeightsError, unless the head alone is missing or of another shape.
+
+    Layers in the file that the model has not (blocks, registers, layer scale, norms) would change
+    what the others do: then it is another architecture, too.
+    """
+    refused = f"{path}{f', at {best.where},' * bool(best.prefix)} does not fit {kind}: "
+    remedy = "use weights of the same architecture"
+    if re.search(r"\d+-of-\d+", path.name):
+        remedy = "the file is one part of several; make one file of all parts"
+    fitted, told = best.fitted, []
+    shaped = [key for key in own if key in fitted and fitted[key].shape != own[key].shape]
+    wrong = [key for key in own if key not in fitted or key in shaped]
+    wrong = [key for key in wrong if not key.startswith(_VIT_HEADS)]
+    others = [key for key in fitted if key not in own and not key.startswith(_VIT_HEADS)]
+    if not (best.error or wrong or any(key.startswith(_VIT_LAYERS) for key in others)):
+        return
+    if best.error:
+        told.append(f"its embeddings cannot be resampled ({first_sentence(best.error)})")
+    if fitted:
+        differences = _differences(_sizes(fitted), _sizes(own))
+        if wrong and not differences:
+            told.append(f"missing or of another shape: {some(wrong)}")
+        told += differences
+    if first := [key for key in shaped if key in wrong][:1]:
+        here, there = shape_of(own[first[0]]), shape_of(fitted[first[0]])
+        told.append(f"{first[0]} is {there} in the file, {here} in the model")
+    if "norm.weight" in wrong and "fc_norm.weight" in fitted:
+        told.append(
+            "fc_norm stands in place of norm, as the model was trained to average its patches, so "
+            "that no class row decides"
+        )
+    if others:
+        told.append(f"in the file but not in the model: {some(others)}")
+    hint = _GRID_HINT if best.error or wrong == shaped == ["pos_embed"] else ""
+    raise WeightsError(f"{refused}{'; '.join(told)}; {remedy}{hint}") from best.error
+
+
+def _refuse_unusable(value: Tensor, owner: str, name: str) -> None:
+    if not value.is_floating_point():
+        raise WeightsError(
+            f"{owner} {name} in {value.dtype}, not in floating point: it is quantised; use the "
+            "file that it was made from"
+        )
+    finite = value.float().isfinite()
+    if not finite.all():
+        raise WeightsError(
+            f"{owner} {int((~finite).sum())} of {value.numel()} values in {name} that are NaN or "
+            "infinite: its training had failed, or it is damaged; use an earlier checkpoint"
+        )
+
+
+def _from_jax(arrays: dict[str, Tensor], path: Path, vit: nn.Module) -> _Candidate:
+    """An original file of google-research (.npz), by timm's own loader."""
+    kernel = next(value for name, value in arrays.items() if name.endswith(_OF_JAX))
+    blocks = len({found[1] for found in map(_JAX_BLOCK.search, arrays) if found})
+    stacked = (len(value) for name, value in arrays.items() if name.endswith(_JAX_STACK))
+    sizes = kernel.shape[-1], blocks or next(stacked, 0)
+    read = copy.deepcopy(vit).cpu()
+    for parameter in read.parameters():
+        nn.init.constant_(parameter, math.nan)  # what stays so is not in the file
+    try:
+        if not (differ := "; ".join(_differences(sizes, _sizes(vit.state_dict())))):
+            read.load_pretrained(str(path))
+    except Exception as error:  # KeyError, RuntimeError, ValueError
+        differ = first_sentence(error)
+    if differ:
+        raise WeightsError(
+            f"{path} does not fit {type(vit).__name__}: {differ}; use weights of the same "
+            "architecture"
+        )
+    fitted = {name: value for name, value in read.state_dict().items() if not value.isnan().all()}
+    # Its embeddings are resampled already; where that was so, the file's own have another shape.
+    position = next(value for name, value in arrays.items() if name.endswith("pos_embedding"))
+    theirs = {"pos_embed": position, _KERNEL: kernel.permute(3, 2, 0, 1)}
+    theirs = {key: one for key, one in theirs.items() if one.shape != fitted[key].shape}
+    return _Candidate("", {**fitted, **theirs}, fitted)
 
 
 def _fit_embeddings(
@@ -126,38 +274,6 @@ def _fit_embeddings(
         prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
         position = resample_abs_pos_embed(position, vit.patch_embed.grid_size, grid, prefix, **how)
     return {**fitted, "pos_embed": position}
-
-
-def _read_state(path: Path) -> tuple[dict[str, Tensor], tuple[int, int] | None]:
-    """Tensors by name, and the patch grid of the position embedding if the file records it."""
-    try:
-        if path.suffix == ".safetensors":
-            state = safetensors.torch.load_file(path)
-            with safetensors.safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if isinstance(state, dict):
-                state = state.get("model", state.get("state_dict", state))
-            metadata = getattr(state, "_metadata", {}).get("", {})
-    except pickle.UnpicklingError as error:  # its own text advises to run the code in the file
-        raise WeightsError(
-            f"{path} cannot be read as weights: it holds something else than tensors, which is "
-            "never run; save model.state_dict()"
-        ) from error
-    except Exception as error:  # zip and header errors have no common class
-        raise WeightsError(
-            f"{path} cannot be read as weights ({first_sentence(error)}); copy or save it again"
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise WeightsError(f"{path} holds no state dict of tensors; save model.state_dict()")
-    grid = metadata.get(GRID_KEY)
-    return state, tuple(map(int, grid.split("x"))) if grid else None
-
-
-def first_sentence(error: Exception) -> str:
-    """The first sentence of an error, without its advice."""
-    return str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
 
 
 def save_weights(model: SigmoidViT, path: Path) -> None:

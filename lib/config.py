@@ -213,13 +213,19 @@ class Evaluation:
                 )
 
 
-# Fields of TrainConfig that say how a run is made, and nothing about what comes out.
-HOW = ("workers", "log_every", "checkpoint_minutes", "trackers")
+# Fields of a RunConfig that say how a run is made, and nothing about what comes out.
+HOW = ("train.workers", "train.log_every", "train.checkpoint_minutes", "train.trackers")
+HOW += ("data.cache",)
+
+# Fields of a RunConfig that say where files lie, which decides nothing: what is in them does, which
+# a run keeps beside its configuration. Only that there is one, or none, is part of a run.
+PLACES = ("data.root", "data.maps_dir", "data.split_file", "model.weights")
 
 # Fields of DataConfig that say nothing about whole pictures, whose tokens may so be shared, and
 # which runs of one evaluation may differ in: the maps, and what is done in training alone.
 MAPS_AND_CROPS = ("maps", "maps_dir", "gaze_runs", "sigma", "sigma_unit", "weight")
 MAPS_AND_CROPS += ("crop_scale", "crop_ratio", "flip", "cache")
+MAPS_AND_CROPS = tuple(f"data.{name}" for name in MAPS_AND_CROPS)
 
 
 @dataclass
@@ -410,7 +416,10 @@ def difference(config: RunConfig, text: str) -> str | None:
     young = flat(RunConfig(DataConfig(), ModelConfig(), TrainConfig()))
     ours, theirs = flat(config), young | _flatten(json.loads(text))
     for key in sorted(ours.keys() | theirs.keys()):
-        if ours.get(key) != theirs.get(key) and key.removeprefix("train.") not in HOW:
+        here, there = ours.get(key), theirs.get(key)
+        if key in PLACES:
+            here, there = here is None, there is None
+        if here != there and key not in HOW:
             return f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
     return None
 

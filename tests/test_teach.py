@@ -477,10 +477,11 @@ def test_pictures_without_decoys_or_fixations_are_compared_by_cc(cub):
     mask = np.zeros(model.grid, bool)
     mask[0] = True
     birds = simulated_corrections(toy("train", 1), [0])
-    correction = replace(
-        birds[0], image_id=str(train.table["image_id"][0]), edit=AttentionEdit(mask, 0.9 * mask)
-    )
-    teacher.teach([correction])
+    edit, known = AttentionEdit(mask, 0.9 * mask), train.table.iloc[0].astype(str)
+    correction = replace(birds[0], image_id=known["image_id"], edit=edit)
+    with pytest.raises(NothingToTeach, match=r"of the class .* but that picture of Black footed"):
+        teacher.teach([correction])  # ids were counted anew when pictures were added
+    teacher.teach([replace(correction, class_name=known["class_name"])])
     table = teacher.before_after(test)
     assert "CC after" in table and not [name for name in table if name.startswith("NSS")]
     assert not [name for name in table if name.startswith("conflicting")]

@@ -320,7 +320,7 @@ def decoded_images(
     if not paths:
         raise ValueError("There are no pictures to decode; give at least one path.")
     sides = [size] if isinstance(size, int) else list(size)  # as torchvision's resize takes it
-    path = Path(folder).absolute() / f"decoded-{_key(paths, sides)}.pixels"
+    path = Path(folder).absolute() / f"decoded-{pictures_key(paths, sides)}.pixels"
     with suppress(OSError, ValueError):  # missing or damaged
         return DecodedImages(path, len(paths))
     with ExitStack() as stack:
@@ -344,7 +344,7 @@ def decoded_images(
     return DecodedImages(path, len(paths))
 
 
-def _key(paths: Sequence[Path], sides: list[int]) -> str:
+def pictures_key(paths: Sequence[Path], sides: list[int]) -> str:
     """16 hex digits that change with the pictures, their order and the size; not when all move."""
     key = hashlib.sha256(f"{CACHE_FORMAT} {sides}".encode())
     absolute = [os.path.abspath(path) for path in paths]

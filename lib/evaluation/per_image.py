@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from lib.data.dataset import BirdDataset, conflicting_decoys, decoy_cover
+from lib.data.dataset import BirdDataset, conflicting_decoys, decoy_cover, refuse_other_labels
 from lib.evaluation import metrics
 from lib.evaluation.metrics import ALIGNMENT
 from lib.model.predict import predict
@@ -65,7 +65,11 @@ def per_image(
         one table has one definition ("sigmoid_cc", ...), class_token (softmax mass the class token
         keeps), sigmoid (mean raw sigmoid attention), and where a decoy is drawn: conflicting (bool,
         the decoy is another class's) and on_decoy (share of the patches' attention on it).
+
+    Raises:
+        OtherClasses: a ValueError, the classes are not the model's, or in another order.
     """
+    refuse_other_labels(model.classes, dataset)
     decoys, targets = decoy_cover(dataset), targets_of(dataset)
     found: list[pd.DataFrame] = []
     batches = predict(model, items or dataset, batch_size, workers)

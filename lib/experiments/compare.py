@@ -99,6 +99,12 @@ def _refuse_mixture(trials: Sequence[Trial]) -> None:
                     f"{first.folder} and {run.folder} differ in {what} "
                     f"({_difference(ours[what], theirs[what])}); evaluate them apart"
                 )
+        if not _of_one_data_set(first, run):
+            roots = f"{first.config.data.root} and {run.config.data.root}"
+            raise ValueError(
+                f"{first.folder} and {run.folder} differ in their pictures (those of {roots}); "
+                "evaluate them apart, or set DATA_DIR to what both are to be measured on"
+            )
         twin = named.setdefault((trial.variant, trial.seed), run)
         if twin is not run:
             raise ValueError(
@@ -119,14 +125,25 @@ def _measured_on(run: Run) -> dict[str, object]:
 
     One data set, its maps from one run, measures all: they may differ in maps and crops.
     """
-    data = {k: v for k, v in cfg.flat(run.config.data).items() if k not in cfg.MAPS_AND_CROPS}
+    told, left_out = cfg.flat(run.config), cfg.PLACES + cfg.MAPS_AND_CROPS
+    data = [k for k in told if k.startswith("data.") and k not in left_out]
     model = bare_model(run.config, num_classes=0)
     return {
-        "their data": data,
+        "their data": {k.removeprefix("data."): told[k] for k in data},
         "their classes": run.classes,
         "the patch grid": model.grid,
         "the normalisation of pictures": model.normalisation,
     }
+
+
+def _of_one_data_set(one: Run, other: Run) -> bool:
+    """Whether pictures of two runs are the same; of older runs only the folder's name is known."""
+    roots = [run.config.data.root for run in (one, other)]
+    if roots[0] == roots[1] or one.config.data.name == "toy":
+        return True
+    if one.made_of and other.made_of:
+        return one.made_of["pictures"] == other.made_of["pictures"]
+    return roots[0].name == roots[1].name
 
 
 def _difference(ours: object, theirs: object) -> str:

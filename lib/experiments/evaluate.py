@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import platform
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -20,7 +21,7 @@ from tqdm.auto import tqdm
 from lib import config as cfg
 from lib import figures
 from lib.config import Evaluation, RunConfig
-from lib.data.dataset import BirdDataset
+from lib.data.dataset import BirdDataset, read_records
 from lib.evaluation import erasing, outliers
 from lib.evaluation.per_image import per_image
 from lib.evaluation.tables import (
@@ -36,7 +37,7 @@ from lib.experiments.gallery import attention_rows, changed_predictions, write_g
 from lib.files import make_folder, write_bytes, write_text
 from lib.model.predict import processes
 from lib.model.vit import SigmoidViT
-from lib.training.runs import bare_model, dataset_for
+from lib.training.state import picture_checksums
 from lib.training.tokens import with_cached_tokens
 
 
@@ -84,6 +85,8 @@ def evaluate(
     make_folder(options.out or cfg.ROOT / "result")
 
     dataset = common_dataset(trials, options.split, options.against)
+    if options.split != "train":
+        tell_of_leaks(trials, dataset)
     answers = ask(trials, dataset, options)
     images = measure_runs(trials, dataset, below / "tokens", options.which)
     tables = report_tables(images, dataset, options.against)
@@ -152,7 +155,26 @@ def common_dataset(trials: Sequence[Trial], split: str, against: str) -> BirdDat
     """
     order = sorted(trials, key=lambda trial: trial.variant != against)
     run = next((t.run for t in order if t.run.config.data.maps != "none"), order[0].run)
-    return dataset_for(bare_model(run.config, num_classes=0), run.config, split, augment=False)
+    return run.dataset(split)
+
+
+def tell_of_leaks(trials: Sequence[Trial], dataset: BirdDataset) -> None:
+    """Warns where the data changed since a run was trained, and measures it on what it has seen."""
+    made = [(trial.run.folder, (trial.run.made_of or {}).get("pictures")) for trial in trials]
+    if not any(pictures for _, pictures in made):
+        return  # drawn, or older
+    now = picture_checksums(dataset.records, dataset.classes)
+    data = replace(dataset.config, maps="none", maps_dir=None)
+    for_training = picture_checksums(*read_records(data, "train"))
+    for folder, pictures in made:
+        seen = sum(one in set(pictures or ()) for one in now)
+        if seen and pictures != for_training:
+            warnings.warn(
+                f"{folder} was trained on other pictures than are for training now: {seen} of "
+                f"the {len(now)} that it is measured on were among them; train it again "
+                "(--overwrite, or another RUNS_DIR)",
+                stacklevel=3,
+            )
 
 
 def measure_runs(

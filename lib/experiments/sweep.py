@@ -45,7 +45,7 @@ from lib.training.runs import (
     refuse_vain_supervision,
     train_run,
 )
-from lib.training.state import STATE
+from lib.training.state import STATE, made_of, read_made_of
 
 # What tells one training from another, but for its seed: the first columns of a sweep's table.
 SETTINGS = ("loss", "lam", "blocks", "heads", "offset", "maps", "annotated", "noise", "trainable")
@@ -188,11 +188,14 @@ def refuse_impossible(config: Config, chosen: Sequence[Cell]) -> None:
     model = bare_model(chosen[0].config, num_classes=0)
     augment = not chosen[0].config.train.cache_tokens  # as training reads it: it may be cached
     train_set = dataset_for(model, chosen[0].config, "train", augment)
-    seen = set()
+    seen, made = set(), {}
     for cell in chosen:
         seed = cell.config.train.seed
-        refuse_conflict(config.runs / f"ft-s{seed}", fine_tuning(config, seed))
-        refuse_conflict(config.runs / FOLDER / cell.name, cell.config)
+        there = {f"ft-s{seed}": fine_tuning(config, seed), f"{FOLDER}/{cell.name}": cell.config}
+        for name, stage in there.items():
+            key = (stage.init, stage.train.human.lam > 0)  # the data are read once for each
+            made[key] = made.get(key) or made_of(stage, config.runs)
+            refuse_conflict(config.runs / name, stage, made[key])
         refuse_vain_supervision(model, train_set, cell.config.train)
         human = cell.config.train.human
         change = (human.maps, human.noise, human.annotated)
@@ -324,8 +327,8 @@ def read_result(runs: Path, cell: Cell) -> dict[str, Any] | None:
 def collect(config: Config) -> pd.DataFrame:
     """The results of all sweeps of a preset: one row a cell and split, sorted.
 
-    Cells of another configuration (other data, model, epochs, ...) are left out: a table compares
-    what differs in its columns alone.
+    Cells of another configuration (other data, model, epochs, ...), or of other pictures than their
+    fine-tuned run, are left out: a table compares what differs in its columns alone.
 
     Returns:
         columns `KEYS`, status ("measured", or "diverged" without numbers), those of `summarise`
@@ -336,6 +339,9 @@ def collect(config: Config) -> pd.DataFrame:
     rows = []
     for file in sorted((config.runs / FOLDER).glob(f"*/{RESULT}")):
         result = json.loads(file.read_text(encoding="utf-8"))
+        then, now = map(read_made_of, (file.parent, config.runs / result["config"]["init"]))
+        if then and now and then.get("pictures") != now.get("pictures"):
+            continue
         made = result["config"] | {"init": None}
         free = ["seed", "trainable", "human"]
         if made["train"]["trainable"] == "all":

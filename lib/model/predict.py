@@ -24,11 +24,11 @@ def processes() -> PartialState:
     return PartialState(cpu=on_cpu, timeout=timedelta(hours=6))
 
 
-def inputs(batch: dict[str, Tensor]) -> dict[str, Tensor | int]:
-    """What the model is called with: images, or cached tokens that enter its last blocks."""
+def inputs(batch: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor | int]:
+    """What a model of `dtype` is called with: images, or cached tokens of its last blocks."""
     if "tokens" in batch:
-        return {"tokens": batch["tokens"].float(), "blocks": int(batch["blocks"][0])}
-    return {"images": batch["image"]}
+        return {"tokens": batch["tokens"].to(dtype), "blocks": int(batch["blocks"][0])}
+    return {"images": batch["image"].to(dtype)}
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -54,8 +54,5 @@ def predict(
     own = {"num_workers": workers, "generator": torch.Generator()}
     for batch in DataLoader(dataset, batch_size=batch_size, **own):
         batch = to_device(batch, like.device)
-        given = inputs(batch)
-        for name in given.keys() & {"images", "tokens"}:
-            given[name] = given[name].to(like.dtype)
-        scores, found = model(**given, rows=rows)
+        scores, found = model(**inputs(batch, like.dtype), rows=rows)
         yield batch, scores.float(), found

@@ -56,6 +56,9 @@ class SigmoidViT(nn.Module):
         one_query: False runs the last block for all N queries as timm does: slower, and bit for
             bit the plain model in every dtype. For checks and side-by-side timings.
 
+    Attributes:
+        classes: names of the scores, where they are known: a run's model knows them.
+
     Raises:
         UnsupportedModelError: names what the model has that decides its prediction otherwise.
     """
@@ -65,6 +68,7 @@ class SigmoidViT(nn.Module):
         refuse_unsupported(vit)
         self.vit = vit
         self.one_query = one_query
+        self.classes: list[str] | None = None
         self.depth = len(vit.blocks)
         self.num_heads = take_apart(vit.blocks[0]).num_heads
         self.num_prefix = vit.num_prefix_tokens

@@ -62,7 +62,7 @@ def loss_terms(model: nn.Module, batch: dict, config: TrainConfig) -> tuple[Tens
     Returns:
         two scalars and scores `[B, classes]`.
     """
-    human, given = config.human, inputs(batch)
+    human, given = config.human, inputs(batch, torch.float32)
     if human.lam == 0:
         scores = model(**given)
         human_loss = scores.new_zeros(())

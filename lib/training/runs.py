@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 from accelerate.utils import set_seed
@@ -20,8 +22,8 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from lib import config as cfg
-from lib.config import Config, RunConfig, TrainConfig
-from lib.data.dataset import BirdDataset, make_dataset
+from lib.config import Config, DataConfig, RunConfig, TrainConfig
+from lib.data.dataset import DATA_SETS, BirdDataset, make_dataset, other_classes
 from lib.edit import resolve_blocks
 from lib.files import StorageError, make_folder, write_text
 from lib.model.predict import processes
@@ -30,12 +32,18 @@ from lib.model.weights import load_weights
 from lib.training.controls import supervised
 from lib.training.learning import learning_blocks
 from lib.training.loop import fit
-from lib.training.state import STATE, Progress
+from lib.training.state import MADE_OF, STATE, Progress, made_of, read_made_of
 from lib.training.tokens import with_cached_tokens
+
+ANEW = "train again with --overwrite, delete the folder, or choose another runs folder (RUNS_DIR)"
 
 
 class RunConflict(ValueError):
-    """A run of that name exists and was made with another configuration."""
+    """A run of that name exists and was made with another configuration, or of other data."""
+
+
+class Unfinished(FileNotFoundError):
+    """A folder holds no complete run."""
 
 
 class TrackerMissing(ImportError, ValueError):
@@ -50,7 +58,7 @@ class RunBusy(OSError):
 class Run:
     """A trained model in its folder: config.json, classes.json, history.csv, last and best weights.
 
-    `name` is the folder below the runs folder.
+    `name` is the folder below the runs folder. Labels of its data sets count in its own classes.
     """
 
     folder: Path
@@ -58,25 +66,26 @@ class Run:
 
     @classmethod
     def load(cls, folder: Path, which: Literal["last", "best"] = "last") -> Run:
-        """A finished run; `which` weights must be there.
+        """A finished run; `which` weights must be there. Its data are looked for, see `located`.
 
         Raises:
-            FileNotFoundError: names the folder and what is missing.
+            Unfinished: a FileNotFoundError, names the folder and what is missing.
         """
         folder = Path(folder)
         for name in ("config.json", "classes.json"):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} is no finished run: it has no {name}; train it")
+                raise Unfinished(f"{folder} is no finished run: it has no {name}; train it")
         text = (folder / "config.json").read_text(encoding="utf-8")
-        run = cls(folder, cfg.from_json(RunConfig, text))
+        config = cfg.from_json(RunConfig, text)
+        run = cls(folder, replace(config, data=located(config.data)))
         made, wanted = len(run.history), run.config.train.epochs
         if made < wanted:
-            raise FileNotFoundError(
+            raise Unfinished(
                 f"{folder} is no finished run: it stopped after {made} of {wanted} epochs; resume "
                 "it (`python -m lib train ... --resume`, or the same call again)"
             )
         if not (folder / f"{which}.safetensors").is_file():
-            raise FileNotFoundError(
+            raise Unfinished(
                 f"{folder} has no weights: a sweep keeps none without --keep-weights; train it "
                 f"again ({which}.safetensors is missing)"
             )
@@ -92,6 +101,11 @@ class Run:
         return json.loads((self.folder / "classes.json").read_text(encoding="utf-8"))
 
     @property
+    def made_of(self) -> dict[str, Any] | None:
+        """What `made_of` said as it was trained; None of a run that is older than this file."""
+        return read_made_of(self.folder)
+
+    @property
     def history(self) -> pd.DataFrame:
         """One row an epoch; empty before the first is over."""
         file = self.folder / "history.csv"
@@ -105,13 +119,21 @@ class Run:
 
     def model(self, which: Literal["last", "best"] = "last") -> SigmoidViT:
         """The trained model, in evaluation mode."""
-        model = bare_model(self.config, len(self.classes))
+        model = self._bare()
         load_weights(model, self.folder / f"{which}.safetensors")
         return model.eval()
 
     def dataset(self, split: str) -> BirdDataset:
-        """A split of the run's data on the run's grid, not augmented."""
-        return dataset_for(self.model(), self.config, split, augment=False)
+        """A split of the run's data on the run's grid, not augmented.
+
+        OtherClasses (a ValueError) where the data's classes are not those of the run.
+        """
+        return dataset_for(self._bare(), self.config, split, augment=False)
+
+    def _bare(self) -> SigmoidViT:
+        model = bare_model(self.config, len(self.classes))
+        model.classes = self.classes
+        return model
 
 
 def train_run(
@@ -130,25 +152,35 @@ def train_run(
             run that is there already, once.
 
     Raises:
-        RunConflict: a run of that name was made with another configuration; names a difference.
+        RunConflict: a run of that name was made with another configuration, or of other data;
+            names a difference.
         RunBusy: another process trains it. StorageError: the folder cannot be written.
         ValueError: human attention cannot be learned so, fp16 needs a GPU, or a tracker is not
             installed (TrackerMissing); no folder is made then.
     """
     folder = runs / name
+    try:
+        made = made_of(config, runs)
+    except FileNotFoundError:  # a finished run can be used without its data; a training says so
+        made = None
+    known = None
     if not overwrite:
-        refuse_conflict(folder, config)
+        refuse_conflict(folder, config, made)
+        if (folder / "classes.json").is_file():
+            known = Run(folder, config).classes
         run = finished_run(folder)
         if run:
+            run = replace(run, config=config)  # as the caller has the data, here and now
             (folder / STATE).unlink(missing_ok=True)  # of a process that was killed as it finished
             if watch and processes().is_main_process:
                 watch(run.progress)
             return run
     refuse_missing(config.train)
-    model, train_set = starting_point(config, runs)
+    model, train_set = starting_point(config, runs, known)
     refuse_vain_supervision(model, train_set, config.train)
     val_set = dataset_for(model, config, "val", augment=False)
-    classes = train_set.classes
+    told = {"config.json": cfg.to_json(config), "classes.json": json.dumps(train_set.classes)}
+    told[MADE_OF] = json.dumps(made)
     if config.train.cache_tokens:
         with processes().main_process_first():  # the others find its tokens on disk
             model.to(processes().device)
@@ -157,17 +189,15 @@ def train_run(
                 for dataset in (train_set, val_set)
             )
     processes().wait_for_everyone()  # all have looked at the folder before it is written to
-    with _prepared(folder, config, classes, overwrite):
+    with _prepared(folder, told, overwrite):
         fit(model, config.train, train_set, val_set, folder, watch)
     processes().wait_for_everyone()
     return Run.load(folder)
 
 
 @contextmanager
-def _prepared(
-    folder: Path, config: RunConfig, classes: list[str], overwrite: bool
-) -> Iterator[None]:
-    """The folder of a run, held by this training alone, with its configuration written."""
+def _prepared(folder: Path, told: dict[str, str], overwrite: bool) -> Iterator[None]:
+    """The folder of a run, held by this training alone, with the files `told` written."""
     if not processes().is_main_process:
         processes().wait_for_everyone()
         yield
@@ -190,38 +220,116 @@ def _prepared(
         for path in folder.iterdir():  # a process that was killed leaves what it was writing
             if path.suffix == ".tmp" or (overwrite and path.name in made):
                 path.unlink()
-        write_text(folder / "config.json", cfg.to_json(config))
-        write_text(folder / "classes.json", json.dumps(classes))
+        for file, text in told.items():
+            write_text(folder / file, text)
         processes().wait_for_everyone()
         yield
     finally:
         lock.release()
 
 
-def refuse_conflict(folder: Path, config: RunConfig) -> None:
-    """RunConflict when `folder` holds a run of another configuration; names a difference."""
-    if (folder / "config.json").is_file():
-        found = cfg.difference(config, (folder / "config.json").read_text(encoding="utf-8"))
-        if found:
-            raise RunConflict(
-                f"{folder} was made with another configuration ({found}); choose another name or "
-                "runs folder (RUNS_DIR), or delete the folder"
-            )
+def refuse_conflict(folder: Path, config: RunConfig, made: dict[str, Any] | None = None) -> None:
+    """RunConflict when `folder` holds a run of another configuration; names a difference.
+
+    With `made`, what `made_of` says now, also when it was made of other data.
+    """
+    if not (folder / "config.json").is_file():
+        return
+    text = (folder / "config.json").read_text(encoding="utf-8")
+    found = cfg.difference(config, text)
+    if found:
+        raise RunConflict(
+            f"{folder} was made with another configuration ({found}); choose another name or "
+            "runs folder (RUNS_DIR), or delete the folder"
+        )
+    found = made and changes(Run(folder, cfg.from_json(RunConfig, text)), config, made)
+    if found:
+        raise RunConflict(f"{folder} {found}; {ANEW}")
 
 
 def finished_run(folder: Path) -> Run | None:
     """The run of a folder; None where there is none, or where it is not complete."""
     try:
         return Run.load(folder)
-    except FileNotFoundError:
+    except Unfinished:
         return None
 
 
-def starting_point(config: RunConfig, runs: Path) -> tuple[SigmoidViT, BirdDataset]:
+def changes(run: Run, config: RunConfig, made: dict[str, Any]) -> str | None:
+    """What a run was made of that `made_of` tells otherwise now, in words; None: nothing."""
+    if "classes" in made and (run.folder / "classes.json").is_file():
+        found = other_classes(run.classes, made["classes"])
+        if found:
+            return found
+    then = run.made_of
+    if then is None:  # an older run: the names of files and folders are all that it knows
+        here, there = config, run.config
+        places = [(here.data.root, there.data.root, "pictures")]
+        if config.train.human.lam > 0:
+            places.append((here.data.maps_dir, there.data.maps_dir, "human maps"))
+        if config.init is None:
+            places.append((here.model.weights, there.model.weights, "weights"))
+        for ours, theirs, what in places[config.data.name == "toy" :]:
+            if ours and theirs and ours.name and theirs.name and ours.name != theirs.name:
+                return f"was made of the {what} in {theirs}, and here are those in {ours}"
+        return None
+    for what, name in (("pictures", "training pictures"), ("maps", "human maps")):
+        old, new = (Counter(one.get(what, ())) for one in (then, made))
+        gone, added = (old - new).total(), (new - old).total()
+        both = min(gone, added)
+        told = {"changed": both, "gone": gone - both, "new": added - both}
+        if gone or added:
+            told = ", ".join(f"{count} {word}" for word, count in told.items() if count)
+            return f"was made of other {name} (of {old.total()}: {told})"
+    if then["start"] and made["start"] not in (None, then["start"]):
+        start = config.init or config.model.weights
+        return f"started from other weights than those that are now in {start}"
+    return None
+
+
+def located(data: DataConfig) -> DataConfig:
+    """A remembered configuration, with the places where its data are now.
+
+    DATA_DIR, MAPS and SPLIT win where they name the same kind; else what is remembered, if it is
+    there; else datasets/, if it holds such data. What lay in or beside the data's folder is looked
+    for there.
+    """
+    here = cfg.preset(data.name if data.name in cfg.PRESETS else "folder").data
+    is_gone = not data.root.is_dir() and _holds(here.root, data.name)
+    root = here.root if is_gone or os.environ.get("DATA_DIR") else data.root
+
+    def moved(path: Path | None) -> Path | None:
+        for old, new in ((data.root, root), (data.root.parent, root.parent)):
+            if path and path.is_relative_to(old) and (new / path.relative_to(old)).exists():
+                return new / path.relative_to(old)
+        return path
+
+    maps, split, cache = moved(data.maps_dir), moved(data.split_file), moved(data.cache)
+    if os.environ.get("MAPS") and here.maps == data.maps:
+        maps = here.maps_dir
+    if here.split_md5 and here.split_md5 == data.split_md5:
+        split = here.split_file
+    if cache and not cache.is_dir():
+        cache = here.cache
+    return replace(data, root=root, maps_dir=maps, split_file=split, cache=cache)
+
+
+def _holds(root: Path, name: str) -> bool:
+    """Whether a folder holds a data set of that kind."""
+    try:
+        return name == "toy" or bool(DATA_SETS[name].pictures(root))
+    except (OSError, ValueError):
+        return False
+
+
+def starting_point(
+    config: RunConfig, runs: Path, classes: list[str] | None = None
+) -> tuple[SigmoidViT, BirdDataset]:
     """The model before its first step, and its training images.
 
     With `config.init` the model is that run's last; else the trunk is read from
-    `config.model.weights` and the head is new, drawn by `config.train.seed`.
+    `config.model.weights` and the head is new, drawn by `config.train.seed`, for `classes` in
+    their order, or for those of the data.
     """
     if config.init is not None:
         model = Run.load(runs / config.init).model()
@@ -231,9 +339,11 @@ def starting_point(config: RunConfig, runs: Path) -> tuple[SigmoidViT, BirdDatas
     if config.model.weights is not None:
         report = load_weights(model, config.model.weights)
         tqdm.write(f"{config.model.weights.name}: {report}; the head is new")
+    model.classes = classes
     train_set = training_set(model, config)
     set_seed(config.train.seed)  # the new head is the same whatever the trunk drew
-    model.vit.reset_classifier(len(train_set.classes))
+    model.classes = train_set.classes
+    model.vit.reset_classifier(len(model.classes))
     return model, train_set
 
 
@@ -244,8 +354,9 @@ def bare_model(config: RunConfig, num_classes: int) -> SigmoidViT:
 
 
 def dataset_for(model: SigmoidViT, config: RunConfig, split: str, augment: bool) -> BirdDataset:
-    """A split on the model's grid, normalised as its weights expect."""
-    return make_dataset(config.data, split, model.grid, *model.normalisation, augment=augment)
+    """A split on the model's grid, normalised as its weights expect, with labels by its classes."""
+    form = (model.grid, *model.normalisation)
+    return make_dataset(config.data, split, *form, augment=augment, classes=model.classes)
 
 
 def training_set(model: SigmoidViT, config: RunConfig) -> BirdDataset:

@@ -1,15 +1,23 @@
 """Where a training stands, on disk: written whole or not at all, and read back bit for bit.
 
+Beside it stands what it is made of: data and weights that may have changed when it is met again.
+
 What is random is a function of the seed and of the step (`noise`, `Batches`), never of what was
 drawn before. So a checkpoint holds weights, optimiser, scaler and counters, but no generator.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+import json
+import unicodedata
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +26,17 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from lib.config import RunConfig
+from lib.data.dataset import read_records
+from lib.data.maps import HumanSource
+from lib.data.sources import Record
 from lib.files import write_bytes
 from lib.model.vit import SigmoidViT
 from lib.model.weights import save_weights, write_state
 from lib.training.learning import trained_state
 
 STATE = "state.pt"  # in a run's folder while it is being trained
+MADE_OF = "made_of.json"  # in a run's folder, see `made_of`
 
 
 def noise(*key: int) -> int:
@@ -182,3 +195,71 @@ class Training:
         self.progress = Progress(**state["progress"])
         if not self.accelerator.is_main_process:  # see `gather_sums`
             self.progress.sums, self.progress.seen = torch.zeros(3), 0
+
+
+def made_of(config: RunConfig, runs: Path) -> dict[str, Any]:
+    """What a run is made of beside its configuration, wherever it lies and whenever it was copied.
+
+    Returns:
+        start: the md5 of the weights that it starts from, None for random ones. Of data on disk
+        also classes: names by label; pictures: a checksum of class, name and byte size of each
+        training picture; maps: a checksum of what people gave for each, if it is to be learned.
+    """
+    start = runs / config.init / "last.safetensors" if config.init else config.model.weights
+    found: dict[str, Any] = {"start": None}
+    if start is not None and start.is_file():
+        found["start"] = _md5_of(start)
+    if config.data.name == "toy" and config.data.maps != "corrections":
+        return found  # all of it is drawn from the configuration
+    data = config.data
+    if config.train.human.lam == 0 and data.maps_dir:
+        data = replace(data, maps="none", maps_dir=None)
+    records, found["classes"] = read_records(data, "train")
+    found["pictures"] = picture_checksums(records, found["classes"])
+    if config.train.human.lam > 0:
+        said = [(_name(r, found["classes"]), _said(r.human)) for r in records if r.human]
+        found["maps"] = sorted(_checksum(*one) for one in said)
+    return found
+
+
+def read_made_of(folder: Path) -> dict[str, Any] | None:
+    """What `made_of` said as the run of a folder was trained; None of an older one."""
+    file = folder / MADE_OF
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def picture_checksums(records: Sequence[Record], classes: Sequence[str]) -> list[str]:
+    """8 hex digits of class, file name and byte size of each picture on disk."""
+    files = [record for record in records if isinstance(record.image, Path)]
+    sizes = [one.image.stat().st_size if one.image.is_file() else None for one in files]
+    names = [_name(record, classes) for record in files]
+    return sorted(map(_checksum, names, sizes))
+
+
+def _name(record: Record, classes: Sequence[str]) -> str:
+    """Of a picture, whatever number its class folder has."""
+    is_file = isinstance(record.image, Path)
+    return f"{classes[record.label]}/{record.image.name if is_file else record.image_id}"
+
+
+def _md5_of(path: Path) -> str:
+    return _md5(path, path.stat().st_size, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=20_000)  # people's maps are small, and each run of a comparison asks
+def _md5(path: Path, size: int, changed: int) -> str:
+    """Of a file's content; its size and time make a changed file another one."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
+
+
+def _checksum(name: str, content: object) -> str:
+    text = unicodedata.normalize("NFC", f"{name}\0{content}")  # copied from a Mac, or not
+    return f"{zlib.crc32(text.encode(errors='surrogateescape')):08x}"
+
+
+def _said(human: HumanSource) -> str:
+    if isinstance(human, Path):
+        return _md5_of(human)
+    looks = human if isinstance(human, tuple) else (human,)
+    return json.dumps([asdict(look) for look in looks], default=lambda array: array.tolist())

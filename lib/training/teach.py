@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from lib.config import TrainConfig
 from lib.data.corrections import Correction
-from lib.data.dataset import BirdDataset
+from lib.data.dataset import BirdDataset, other_classes
 from lib.edit import AttentionEdit, resolve_blocks, resolve_heads
 from lib.losses import CORRECTION_LOSSES, HALF, correction_loss
 from lib.model.vit import SigmoidViT
@@ -112,7 +112,8 @@ class Teacher:
     weights change in another way.
 
     Raises:
-        ValueError: the model has fewer blocks than are to learn, or a data set is augmented.
+        ValueError: the model has fewer blocks than are to learn, or a data set is augmented or has
+            other classes than the model.
     """
 
     def __init__(
@@ -278,6 +279,10 @@ class Teacher:
         edit, grid = correction.edit, self.model.grid
         if correction.image_id not in self._pictures.index_of:
             return f'image_id is "{correction.image_id}", which is not in the data set'
+        index = self._pictures.index_of[correction.image_id]
+        shown = self._pictures.dataset.table["class_name"].iloc[index]
+        if correction.class_name and other_classes([correction.class_name], [shown]):
+            return f"it is of the class {correction.class_name}, but that picture of {shown}"
         if edit.grid != grid:
             return (
                 f"grid is {edit.grid[0]} x {edit.grid[1]}, but the model has {grid[0]} x {grid[1]} "

@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 
 from lib import config as cfg
 from lib.config import RunConfig
-from lib.data.dataset import BirdDataset
+from lib.data.dataset import BirdDataset, refuse_other_labels
+from lib.data.pictures import pictures_key
 from lib.files import make_folder, write_bytes
 from lib.model.vit import SigmoidViT
 from lib.training.learning import learning_blocks, restoring
@@ -40,7 +41,7 @@ class CachedTokens(Dataset):
         tokens: `[n, N, dim]` of all images, where they have passed the trunk before.
 
     Raises:
-        ValueError: the data set is augmented.
+        ValueError: the data set is augmented, or its classes are not the model's (OtherClasses).
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class CachedTokens(Dataset):
                 "the pictures are augmented, so their tokens cannot be kept; make the data set "
                 "with augment=False"
             )
+        refuse_other_labels(model.classes, dataset)
         self.model, self.dataset, self.blocks = model, dataset, blocks
         self.tokens = [None] * len(dataset) if tokens is None else tokens
         self._annotations = cache(dataset.annotations)
@@ -121,8 +123,9 @@ def with_cached_tokens(
     Args:
         model: on the device that is to run the trunk.
         folder: gets `<digest>.safetensors`, about 150 kB an image for a ViT-S/16 at 224 pixels. The
-            digest is of the pictures, of the architecture, of the frozen weights, and of how many
-            blocks are frozen; not of the human maps, which are read anew every time.
+            digest is of the pictures (names below their folder, byte sizes, times), of the
+            architecture, of the frozen weights, and of how many blocks are frozen; not of the human
+            maps, which are read anew every time.
     """
     # The head alone learns from the last block's output; that block gives the class row as well.
     blocks = max(1, learning_blocks(config.train.trainable, model.depth))
@@ -142,10 +145,14 @@ def with_cached_tokens(
 
 def _digest(model: SigmoidViT, dataset: BirdDataset, config: RunConfig, blocks: int) -> str:
     """Of all that decides the tokens that enter the last `blocks` blocks."""
-    data = {k: v for k, v in cfg.flat(config.data).items() if k not in cfg.MAPS_AND_CROPS}
-    images = dataset.table.drop(columns="has_map").to_csv()
-    architecture = (cfg.flat(config.model), model.normalisation, model.num_heads, blocks)
-    digest = hashlib.sha256(repr((data, images, architecture)).encode())
+    left_out = cfg.PLACES + cfg.MAPS_AND_CROPS
+    told = {k: v for k, v in cfg.flat(config).items() if k.startswith(("data.", "model."))}
+    told = {k: v for k, v in told.items() if k not in left_out}
+    table = dataset.table.drop(columns=["has_map", "path"]).to_csv()
+    paths = [record.image for record in dataset.records if isinstance(record.image, Path)]
+    pictures = pictures_key(paths, list(config.data.image_size)) if paths else ""
+    architecture = (model.normalisation, model.num_heads, blocks)
+    digest = hashlib.sha256(repr((told, table, pictures, architecture)).encode())
     learned = (f"blocks.{index}." for index in range(model.depth - blocks, model.depth))
     learned = ("norm.", "fc_norm.", "head", *learned)
     for name, value in model.vit.state_dict().items():

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lib.data.dataset import BirdDataset
+from lib.data.dataset import BirdDataset, refuse_other_labels
 from lib.data.maps import box_map
 from lib.edit import (
     AttentionEdit,
@@ -40,7 +40,8 @@ class LiveSession:
     Every method that takes an index raises IndexError outside the data set.
 
     Raises:
-        ValueError: the data set is augmented, or has another grid or number of classes.
+        ValueError: the data set is augmented, or has another grid, or other classes than the model,
+            by their names where it knows them.
     """
 
     def __init__(self, model: SigmoidViT, dataset: BirdDataset) -> None:
@@ -128,6 +129,7 @@ class LiveSession:
                 f"the model has {model.grid[0]} x {model.grid[1]} patches, but the data set "
                 f"{self.dataset.grid[0]} x {self.dataset.grid[1]}; make it with the model's grid"
             )
+        refuse_other_labels(model.classes, self.dataset)
         if model.vit.num_classes != len(self.classes):
             raise ValueError(
                 f"the model has {model.vit.num_classes} classes, but the data set "

@@ -20,7 +20,7 @@ from lib.config import DataConfig, file_md5
 from lib.data.corrections import load_corrections
 from lib.data.maps import Box, HumanSource, Painted, Recording
 from lib.data.pictures import DATA_REMEDY, picture_size
-from lib.data.splits import Part, Row, Split, per_class, read_split, with_validation
+from lib.data.splits import Part, Row, Split, SplitError, per_class, read_split, with_validation
 
 MAP_EXTENSIONS = (".npy", ".png", ".jpg", ".jpeg")
 Corners = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of the picture
@@ -86,12 +86,7 @@ class DataSet:
         """As `lib.data.dataset.read_records`."""
         listing = self.pictures(Path(config.root))
         split = choose_split(config, listing)
-        rows = getattr(split, part)
-        if not rows:
-            raise ValueError(
-                f"the {part} split is empty (val_share {config.val_share:g}); "
-                "choose another val_share or more images."
-            )
+        rows = getattr(split, part)  # () is possible for "val" alone
         human = self._human(config, listing, (*split.train, *split.val, *split.test))
         corners = self.boxes and self.boxes(listing)
         parts = self.parts and self.parts(listing)
@@ -146,8 +141,15 @@ def choose_split(config: DataConfig, listing: Listing) -> Split:
     """The split file of the configuration, else the published split, else 8 : 2 by class.
 
     Validation images are carved from train where the split has none: no checkpoint is ever chosen
-    on test images.
+    on test images. Of few images there may be none to carve.
+
+    Raises SplitError where there is one class alone, or a split cannot be made or used.
     """
+    if len(listing.label_list) < 2:
+        raise SplitError(
+            f"{listing.images} has one class alone, {listing.label_list[0]!r}: there is nothing to "
+            "tell it from; sort the pictures into folders, one a class, of two classes or more."
+        )
     path = config.split_file
     if path is None:
         split = listing.published or per_class(

@@ -152,7 +152,11 @@ def common_dataset(trials: Sequence[Trial], split: str, against: str) -> BirdDat
     """
     order = sorted(trials, key=lambda trial: trial.variant != against)
     run = next((t.run for t in order if t.run.config.data.maps != "none"), order[0].run)
-    return dataset_for(bare_model(run.config, num_classes=0), run.config, split, augment=False)
+    model = bare_model(run.config, num_classes=0)
+    dataset = dataset_for(model, run.config, split, augment=False)
+    if not len(dataset):
+        raise ValueError(f"there are no {split} images to measure on; choose --split test or train")
+    return dataset
 
 
 def measure_runs(

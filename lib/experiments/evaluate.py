@@ -84,6 +84,8 @@ def evaluate(
     make_folder(options.out or cfg.ROOT / "result")
 
     dataset = common_dataset(trials, options.split, options.against)
+    if not len(dataset):
+        raise ValueError(f"there are no {options.split} images to measure on; use another --split")
     answers = ask(trials, dataset, options)
     images = measure_runs(trials, dataset, below / "tokens", options.which)
     tables = report_tables(images, dataset, options.against)
@@ -152,11 +154,7 @@ def common_dataset(trials: Sequence[Trial], split: str, against: str) -> BirdDat
     """
     order = sorted(trials, key=lambda trial: trial.variant != against)
     run = next((t.run for t in order if t.run.config.data.maps != "none"), order[0].run)
-    model = bare_model(run.config, num_classes=0)
-    dataset = dataset_for(model, run.config, split, augment=False)
-    if not len(dataset):
-        raise ValueError(f"there are no {split} images to measure on; choose --split test or train")
-    return dataset
+    return dataset_for(bare_model(run.config, num_classes=0), run.config, split, augment=False)
 
 
 def measure_runs(

@@ -323,7 +323,7 @@ def _toy() -> Config:
 def _pictures(name: str) -> Config:
     """Real pictures and a ViT-Small: the last block on cached tokens, or TRAINABLE=all on a GPU.
 
-    Without human maps there is nothing to compare fine-tuning with: `variants` is empty then.
+    Without human maps nothing but the control can be compared with fine-tuning.
     """
     model = asked("MODEL") or "vit_small_patch16_224"
     weights = there("WEIGHTS", missing=True) or ROOT / "models" / f"{model}.pt"
@@ -346,19 +346,20 @@ def _pictures(name: str) -> Config:
         split_md5=file_md5(split) if split else None,
         cache={"0": None, "": None, "1": root / "decoded"}.get(cache, cache),
     )
-    variants = {
-        "control": {"lam": 0.0},
-        "HITL mse": {"loss": "mse", "lam": 1.0, "heads": "all"},
-        "HITL kl": {"loss": "kl", "lam": 0.1, "heads": "all"},
-        "HITL kl mean": {"loss": "kl", "lam": 1.0, "heads": "mean"},
-    }
+    variants: dict[str, dict[str, Any]] = {"control": {"lam": 0.0}}
+    if data.maps != "none":
+        variants |= {
+            "HITL mse": {"loss": "mse", "lam": 1.0, "heads": "all"},
+            "HITL kl": {"loss": "kl", "lam": 0.1, "heads": "all"},
+            "HITL kl mean": {"loss": "kl", "lam": 1.0, "heads": "mean"},
+        }
     return Config(
         preset=name,
         data=data,
         model=ModelConfig(name=model, weights=weights),
         ft=TrainConfig(**stage),
         hitl=TrainConfig(**stage, human=HumanConfig(loss="kl", lam=1.0, heads="mean")),
-        variants={} if data.maps == "none" else variants,
+        variants=variants,
     )
 
 

@@ -46,7 +46,7 @@ def test_the_environment_says_where_maps_split_and_cache_are(monkeypatch, tmp_pa
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DATA_DIR", str(tmp_path))
     assert [preset(n).data.maps for n in cfg.PRESETS] == ["gaze", "gaze", "none", "none"]
-    assert not preset("folder").variants and preset("folder").data.cache is None
+    assert [*preset("folder").variants] == ["control"] and preset("folder").data.cache is None
     for name in ("birds/a.png", "maps/birds/a.png"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()

@@ -136,7 +136,10 @@ def _train_one(
     found = train_run(name, run, config.runs, overwrite)
     if processes().is_main_process:
         last = found.history.iloc[-1]
-        print(f"{folder}: {last['epoch']:.0f} epochs, validation accuracy {last['val_top1']:.3f}")
+        part, name = (
+            ("validation", "val_top1") if last.notna()["val_top1"] else ("training", "train_top1")
+        )
+        print(f"{folder}: {last['epoch']:.0f} epochs, {part} accuracy {last[name]:.3f}")
 
 
 def sweep(

@@ -171,7 +171,7 @@ class BirdDataset(Dataset):
                 warnings.warn(text, stacklevel=4)
 
     def _open_cache(self) -> DecodedImages | None:
-        if self.config.cache is None or self.config.name == "toy":
+        if self.config.cache is None or self.config.name == "toy" or not self.records:
             return None
         size: tuple[int, int] | int = tuple(self.config.image_size)
         if self.augment:
@@ -309,8 +309,9 @@ def make_dataset(
 
     `grid` (gh, gw), `mean` and `std` are the model's, and so are `classes`, the names of its scores
     where it has some: labels count in them. `augment` is for training batches; leave it off to
-    measure, on the training split too. Raises ValueError for a name or split that does not exist or
-    is empty, `OtherClasses` for classes that are not the model's, FileNotFoundError with the remedy
+    measure, on the training split too. Of few pictures the validation split is empty. Raises
+    ValueError for a name or split that does not exist, `OtherClasses` for classes that are not the
+    model's, FileNotFoundError with the remedy
     where the files are missing.
     """
     if split not in PARTS:
@@ -437,7 +438,8 @@ def _table(
             names = [prefix + corner for corner in CORNERS]
             row |= zip(names, np.asarray(box, dtype=np.float64) * scale, strict=True)
         rows.append(row)
-    return pd.DataFrame(rows)
+    # Of no record, as a validation split may have: the columns that every table has.
+    return pd.DataFrame(rows, columns=None if rows else ["image_id", "label", "class_name", "path"])
 
 
 def conflicting_decoys(table: pd.DataFrame) -> pd.Series:

@@ -127,12 +127,7 @@ class DataSet:
         """As `lib.data.dataset.read_records`."""
         listing = self.pictures(Path(config.root))
         split = choose_split(config, listing)
-        rows = getattr(split, part)
-        if not rows:
-            raise ValueError(
-                f"the {part} split is empty (val_share {config.val_share:g}); "
-                "choose another val_share or more images."
-            )
+        rows = getattr(split, part)  # () is possible for "val" alone
         names = shown_names(split.label_list)
         human = self._human(config, listing, (*split.train, *split.val, *split.test), names)
         corners = self.boxes and self.boxes(listing)
@@ -189,8 +184,15 @@ def choose_split(config: DataConfig, listing: Listing) -> Split:
     """The split file of the configuration, else the published split, else 8 : 2 by class.
 
     Validation images are carved from train where the split has none: no checkpoint is ever chosen
-    on test images.
+    on test images. Of few images there may be none to carve.
+
+    Raises SplitError where there is one class alone, or a split cannot be made or used.
     """
+    if len(listing.label_list) < 2:
+        raise SplitError(
+            f"{listing.images} has one class alone, {listing.label_list[0]!r}: there is nothing to "
+            "tell it from; sort the pictures into folders, one a class, of two classes or more."
+        )
     path = config.split_file
     if path is None:
         split = listing.published or per_class(

@@ -114,9 +114,10 @@ def by_flag(rows: Sequence[Row], label_list: Sequence[str], is_train: Sequence[b
 def with_validation(split: Split, share: float, seed: int) -> Split:
     """The same split with validation images taken out of its train.
 
-    round(share * n) of the n training images of each class are taken, but one stays for training.
-    They are drawn by a generator seeded by `seed` and the name of the class folder, so they are the
-    same ones whatever other classes are present. The rows keep their order. With 0 none is taken.
+    round(share * n) of the n training images of each class are taken, at least 1 of 3 or more; one
+    stays for training. So classes of fewer than 3 may have none, and the whole split may. They are
+    drawn by a generator seeded by `seed` and the name of the class folder, so they are the same
+    ones whatever other classes are present. The rows keep their order. With 0 none is taken.
 
     Raises SplitError for a share outside [0, 1), a seed below 0, and when the split names
     validation images already.
@@ -133,7 +134,8 @@ def with_validation(split: Split, share: float, seed: int) -> Split:
         )
     held: set[int] = set()
     for images in _by_label(split.train).values():
-        count = min(round(share * len(images)), len(images) - 1)
+        least = share > 0 and len(images) >= 3
+        count = min(max(round(share * len(images)), least), len(images) - 1)
         held.update(_shuffled(split.train, images, seed)[:count])
     val, train = _divide(split.train, held)
     return replace(split, train=train, val=val)
@@ -149,6 +151,22 @@ def shown_names(folders: Sequence[str]) -> list[str]:
         twice = {name for name, count in Counter(shown).items() if count > 1}
         shown = [own if name in twice else name for own, name in zip(folders, shown, strict=True)]
     return shown
+
+
+def validation_in_words(count: int) -> str:
+    """What an accuracy on so many validation images cannot say; "" where there are enough."""
+    if count >= 20:
+        return ""
+    if count == 0:
+        return (
+            "there are no validation pictures: validation figures stay empty, and the best epoch "
+            "is the last; a class gives one from 3 training pictures on"
+        )
+    only = f"{count} validation picture{'s' * (count > 1)}"
+    return (
+        f"{only}: one is {100 / count:.0f} points of accuracy, so validation figures and the "
+        "choice of the best epoch say little; more pictures a class say more"
+    )
 
 
 def _by_label(rows: Sequence[Row]) -> dict[int, list[int]]:

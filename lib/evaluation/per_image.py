@@ -129,6 +129,29 @@ def per_head(model: SigmoidViT, dataset: BirdDataset, batch_size: int = 64) -> p
     return pd.concat(found, ignore_index=True)
 
 
+def middle(grid: tuple[int, int]) -> Tensor:
+    """The middle of a picture, half of its height and width: bool `[P]`, row-major.
+
+    It stands in for people in what is shown of pictures that nobody looked at.
+    """
+    inside = torch.zeros(grid, dtype=torch.bool)
+    (top, bottom), (left, right) = ((side // 4, side - side // 4) for side in grid)
+    inside[top:bottom, left:right] = True
+    return inside.flatten()
+
+
+def unwatched(dataset: BirdDataset) -> Tensor:
+    """Patches that a person might paint out: bool `[n, P]`.
+
+    They are those that people hardly looked at, below a tenth of a map's maximum; all but the
+    middle of an image that has none of them, or no map.
+    """
+    human, known = (part.flatten(1) for part in dataset.maps)
+    away = known & (human < 0.1)
+    away[~away.any(1)] = ~middle(dataset.grid)
+    return away
+
+
 def baselines_by_image(dataset: BirdDataset) -> pd.DataFrame:
     """The metrics of maps that no model made, on every image that has a human map.
 

@@ -7,6 +7,7 @@ held against, the control where there is one.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,14 @@ from tqdm.auto import tqdm
 from lib import config as cfg
 from lib.config import Config, RunConfig
 from lib.files import file_name
-from lib.training.runs import Run, bare_model, fine_tuning, human_in_the_loop, train_run
+from lib.training.runs import (
+    NoHumanMaps,
+    Run,
+    bare_model,
+    fine_tuning,
+    human_in_the_loop,
+    train_run,
+)
 
 Which = Literal["last", "best"]
 
@@ -34,7 +42,8 @@ class Trial:
 def train_comparison(config: Config, seeds: Sequence[int], overwrite: bool = False) -> list[Trial]:
     """Fine-tunes, then trains every variant of the preset on top, for every seed.
 
-    Runs that are there already are loaded; see `lib.training.runs.train_run`.
+    Runs that are there already are loaded; see `lib.training.runs.train_run`. Variants that want
+    human maps are left out, with a warning, where no training image has one.
     """
     trials = []
     for seed in seeds:
@@ -42,8 +51,12 @@ def train_comparison(config: Config, seeds: Sequence[int], overwrite: bool = Fal
         trials.append(Trial("fine-tuned", seed, fine_tuned))
         for variant, human in config.variants.items():
             settings = human_in_the_loop(config, fine_tuned.name, seed, **human)
-            run = train_run(run_name(variant, seed), settings, config.runs, overwrite)
-            trials.append(Trial(variant, seed, run))
+            try:
+                run = train_run(run_name(variant, seed), settings, config.runs, overwrite)
+            except NoHumanMaps as error:
+                warnings.warn(f'"{variant}" is left out: {error}', stacklevel=2)
+            else:
+                trials.append(Trial(variant, seed, run))
     return trials
 
 

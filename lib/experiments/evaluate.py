@@ -85,6 +85,8 @@ def evaluate(
     make_folder(options.out or cfg.ROOT / "result")
 
     dataset = common_dataset(trials, options.split, options.against)
+    if not len(dataset):
+        raise ValueError(f"there are no {options.split} images to measure on; use another --split")
     if options.split != "train":
         tell_of_leaks(trials, dataset)
     answers = ask(trials, dataset, options)

@@ -229,6 +229,8 @@ def train_cell(runs: Path, cell: Cell, keep_weights: bool = False) -> None:
         model = run.model().to(processes().device)
         for split in MEASURED_ON:
             dataset = dataset_for(model, cell.config, split, augment=False)
+            if not len(dataset):  # few pictures: none to validate on
+                continue
             summary = summarise(measure(model, dataset, cell.config, runs / "tokens"))
             numbers[split] = {name: float(value) for name, value in summary.items()}
     status = "diverged" if failure else "measured"

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -27,6 +29,7 @@ from tqdm.auto import tqdm
 
 from lib import config as cfg
 from lib.config import TrainConfig
+from lib.data.splits import validation_in_words
 from lib.evaluation import metrics
 from lib.files import write_text
 from lib.losses import attention_loss
@@ -44,6 +47,7 @@ from lib.training.tokens import CachedTokens
 
 PROJECT = "sigmoid-attention-vit"  # what trackers call it
 MEANS = ("cross_entropy", "human_loss", "train_top1")  # what is averaged over training images
+VALIDATED = ("val_top1", "val_nss", "val_cc", "val_class_token", "val_sigmoid")  # see `validate`
 
 
 class TrainingDiverged(FloatingPointError):
@@ -160,7 +164,7 @@ def fit(
         model: starts as it is. config: one stage of training.
         train_set, val_set: items as `BirdDataset` makes them, of `(index, seed)` too; the
             validation set without augmentation. The best epoch is chosen on `val_set`, never on
-            test images.
+            test images; where it is empty, the last is the best.
         folder: gets history.csv (a row an epoch), steps.csv, last.safetensors and best.safetensors
             (highest validation top-1, the earliest of equals); state.pt while it is under way.
         watch: called in the main process with every new row of steps or history.
@@ -192,6 +196,8 @@ def fit(
     training = Training(model, optimizer, accelerator, ema)
     training.load(folder)
     progress, is_main = training.progress, accelerator.is_main_process
+    if is_main:
+        tell_few(len(val_set))
     saved = time.monotonic()
     bar = tqdm(
         total=config.epochs * len(batches),
@@ -249,6 +255,14 @@ def fit(
             tracker.finish()
 
 
+@cache
+def tell_few(count: int) -> None:
+    """Warns of a validation on few images, once a process: runs of a comparison share them."""
+    words = validation_in_words(count)
+    if words:
+        warnings.warn(words, stacklevel=3)
+
+
 def start_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     """Accelerate for one training, with its trackers; wandb works offline unless told otherwise."""
     # Accelerate keeps one precision a process; a later training may want another.
@@ -276,23 +290,25 @@ def validate(
     """Accuracy, and the alignment of the last block, on images as they are.
 
     Every process looks at its part of the images; all get the means over every image, each counted
-    once however unevenly they are spread.
+    once however unevenly they are spread. NaN where there are no images.
     """
+    if not len(dataset):
+        return dict.fromkeys(VALIDATED, float("nan"))
     this = processes()
     own = Subset(dataset, range(this.process_index, len(dataset), this.num_processes))
     parts: list[dict[str, Tensor]] = []  # one a batch; none where a process has no image at all
     for batch, scores, rows in predict(model, own, batch_size, workers):
         row = rows[model.depth - 1]
         attention = metrics.patch_attention(row, model.num_prefix)
-        found = {
-            "index": batch["index"],
-            "val_top1": metrics.top_k(scores, batch["label"], 1).float(),
-            "val_nss": metrics.nss(attention, batch["fixations"]),
-            "val_cc": metrics.cc(attention, batch["human"]),
-            "val_class_token": metrics.class_token_mass(row),
-            "val_sigmoid": torch.sigmoid(row[..., model.num_prefix :].float()).mean((1, 2)),
-        }
-        parts.append({key: value.cpu() for key, value in found.items()})
+        found = (
+            metrics.top_k(scores, batch["label"], 1).float(),
+            metrics.nss(attention, batch["fixations"]),
+            metrics.cc(attention, batch["human"]),
+            metrics.class_token_mass(row),
+            torch.sigmoid(row[..., model.num_prefix :].float()).mean((1, 2)),
+        )
+        named = {"index": batch["index"], **dict(zip(VALIDATED, found, strict=True))}
+        parts.append({key: value.cpu() for key, value in named.items()})
     parts = gather_object(parts)
     whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     order = whole.pop("index").argsort()  # the order of a sum is part of its last digits

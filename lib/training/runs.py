@@ -46,6 +46,10 @@ class Unfinished(FileNotFoundError):
     """A folder holds no complete run."""
 
 
+class NoHumanMaps(ValueError):
+    """Human attention is to be learned, but no training image has a map."""
+
+
 class TrackerMissing(ImportError, ValueError):
     """A tracker is asked for that is not installed."""
 
@@ -380,8 +384,8 @@ def refuse_missing(config: TrainConfig) -> None:
 def refuse_vain_supervision(model: SigmoidViT, train_set: BirdDataset, config: TrainConfig) -> None:
     """ValueError when human attention is to be learned, but cannot be: a silent control.
 
-    A supervised block is frozen, or no image has a map. A single map is enough: the original method
-    corrects a few images only.
+    A supervised block is frozen, or no image has a map (`NoHumanMaps`). A single map is enough: the
+    original method corrects a few images only.
     """
     human = config.human
     if human.lam == 0:
@@ -394,7 +398,7 @@ def refuse_vain_supervision(model: SigmoidViT, train_set: BirdDataset, config: T
                 'supervise blocks="last" with trainable="last_block", or train all'
             )
     if not train_set.has_map.any():
-        raise ValueError(
+        raise NoHumanMaps(
             f"lam is {human.lam:g}, but none of the {len(train_set)} training images has a human "
             "map; set MAPS (gaze, boxes, parts, or a folder of map files), or train with lam=0"
         )

@@ -129,6 +129,8 @@ def with_cached_tokens(
     """
     # The head alone learns from the last block's output; that block gives the class row as well.
     blocks = max(1, learning_blocks(config.train.trainable, model.depth))
+    if not len(dataset):
+        return CachedTokens(model, dataset, blocks)
     file = folder / f"{_digest(model, dataset, config, blocks)[:32]}.safetensors"
     if not file.is_file():
         make_folder(folder)

@@ -252,14 +252,15 @@ def test_a_cut_official_file_is_refused(cub, name, text, message):
         make_dataset(cub, "test", (3, 4), MEAN, STD)
 
 
-def test_unknown_names_and_empty_splits_are_refused(cub):
+def test_unknown_names_are_refused_and_a_validation_split_may_be_empty(cub):
     with pytest.raises(ValueError, match="split 'all' is unknown; use train, val or test"):
         make_dataset(cub, "all", (3, 4), MEAN, STD)
     with pytest.raises(ValueError, match="data set 'cars' is unknown; use one of toy, cub2011"):
         make_dataset(DataConfig(name="cars"), "val", (3, 4), MEAN, STD)
     cub.val_share = 0.0
-    with pytest.raises(ValueError, match="the val split is empty"):
-        make_dataset(cub, "val", (3, 4), MEAN, STD)
+    empty = make_dataset(cub, "val", (3, 4), MEAN, STD)
+    assert len(empty) == 0 and len(empty.classes) == 2 and not empty.has_map.any()
+    assert {"image_id", "label", "class_name", "path", "has_map"} <= {*empty.table}
 
 
 # --------------------------------------------------------------------------------------------- toy

@@ -1,5 +1,8 @@
 """Executes notebooks in place and tidies them: `python tools/execute_notebooks.py NOTEBOOK...`
 
+With --check they are run and left as they are: whether they run on pictures of your own, say, with
+PRESET=folder and DATA_DIR.
+
 What is committed is what a reader sees: outputs, but no progress bars, warnings on stderr, widget
 state, timings or machine-specific metadata; and no output of a cell tagged "photographs", whose
 pictures belong to their authors.
@@ -7,8 +10,8 @@ pictures belong to their authors.
 
 from __future__ import annotations
 
+import argparse
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -17,18 +20,19 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 
-def execute(path: Path) -> None:
-    """Runs one notebook from a fresh kernel in its own folder and writes it back, tidied."""
+def execute(path: Path, check: bool = False) -> None:
+    """Runs one notebook from a fresh kernel in its folder; unless `check`, writes it, tidied."""
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": path.parent}}
     )
     start = time.perf_counter()
     client.execute()
-    tidy(notebook)
-    temporary = path.with_suffix(".tmp")
-    nbformat.write(notebook, temporary)
-    os.replace(temporary, path)
+    if not check:
+        tidy(notebook)
+        temporary = path.with_suffix(".tmp")
+        nbformat.write(notebook, temporary)
+        os.replace(temporary, path)
     kilobytes = path.stat().st_size // 1000
     print(f"{path.name}: {time.perf_counter() - start:.0f} s, {kilobytes} kB", flush=True)
 
@@ -53,5 +57,9 @@ def _is_for_readers(output: NotebookNode) -> bool:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        execute(Path(name))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("notebooks", nargs="+", type=Path)
+    parser.add_argument("--check", action="store_true", help="run them, write nothing")
+    given = parser.parse_args()
+    for notebook in given.notebooks:
+        execute(notebook, given.check)

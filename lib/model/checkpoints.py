@@ -82,7 +82,7 @@ def read_checkpoint(path: Path) -> tuple[object, tuple[str, ...]]:
     Raises:
         WeightsError: another kind of file, which is named, or a damaged one.
     """
-    kind = _kind(path)
+    kind = _kind_of_file(path)
     try:
         if kind == "safetensors":
             with safetensors.safe_open(path, framework="pt") as file:
@@ -109,7 +109,7 @@ def read_checkpoint(path: Path) -> tuple[object, tuple[str, ...]]:
         ) from error
 
 
-def _kind(path: Path) -> str:
+def _kind_of_file(path: Path) -> str:
     """ "torch", "safetensors" or "npz"; WeightsError says what else a file is."""
     if path.is_dir():
         suffixes = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz")
@@ -191,7 +191,7 @@ def _stand_in(full_name: str) -> type:
 def flatten(content: object) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]]]:
     """Tensors by their path in nested dicts, and patch grids by the path of who records one."""
     tensors, grids = {}, {}
-    for path, value in _walk(content, "", ()):
+    for path, value in _with_paths(content, "", ()):
         if isinstance(value, Tensor):
             tensors[path] = value
         elif grid := _own_grid(value):
@@ -205,11 +205,13 @@ def _own_grid(value: object) -> str | None:
     return root.get(GRID_KEY) if isinstance(root, Mapping) else None
 
 
-def _walk(value: object, path: str, above: tuple[int, ...]) -> Iterator[tuple[str, object]]:
+def _with_paths(value: object, path: str, above: tuple[int, ...]) -> Iterator[tuple[str, object]]:
     yield path, value
     if isinstance(value, Mapping) and id(value) not in above:
         for key, child in value.items():
-            yield from _walk(child, f"{path}.{key}" if path else str(key), (*above, id(value)))
+            yield from _with_paths(
+                child, f"{path}.{key}" if path else str(key), (*above, id(value))
+            )
 
 
 def find_prefixes(names: Sequence[str]) -> list[str]:

@@ -229,38 +229,19 @@ def test_folders_that_cannot_be_read_in_one_way_are_one_sentence(tmp_path, files
 
 
 PARTS = ("train", "Training", "TRAIN", "val", "Valid", "validation", "test", "TESTING")
-CLASSES = (
-    "ant",
-    "Ant",
-    "maps",
-    "train",
-    "val",
-    "x",
-    "a..b",
-    " ",
-    "12:30",
-    "\N{BIRD}",
-    ".x",
-    "e\u0301",
-)
+LAYOUTS = (("",), ("", "maps"), ("train",), ("Train", "valid"), ("TRAINING", "Val", "test"), PARTS)
+CLASSES = ("ant", "Ant", "maps", "train", "val", "x", "a..b", " ", "12:30", "\N{BIRD}", ".x")
 FILES = ("0.jpg", "p.JPEG", "._0.jpg", "0.png", "notes.txt", "a b.gif", "0.npy", ".png", "x/0.jpg")
 
 
 @settings(max_examples=150)
-@given(
-    st.lists(
-        st.tuples(
-            st.sampled_from((*PARTS, "", "", "maps", "__MACOSX", "more/deep")),
-            st.sampled_from((*CLASSES, "")),
-            st.sampled_from(FILES),
-        ),
-        max_size=12,
-    )
-)
-def test_every_picture_is_read_once_or_lies_where_none_is_read(tmp_path_factory, places):
+@given(st.sampled_from(LAYOUTS), st.data())
+def test_every_picture_is_read_once_or_lies_where_none_is_read(tmp_path_factory, layout, data):
     root = tmp_path_factory.mktemp("tree")
-    for place in places:
-        path = root / "/".join(filter(None, place))
+    above = st.sampled_from([*(3 * layout), "maps", "__MACOSX", "more/deep"])
+    place = st.tuples(above, st.sampled_from((*CLASSES, "")), st.sampled_from(FILES))
+    for one in data.draw(st.lists(place, min_size=4, max_size=14)):
+        path = root / "/".join(filter(None, one))
         if not path.exists() and not any(p.is_file() for p in path.parents):
             tree(root, path.relative_to(root).as_posix())
     try:
@@ -618,6 +599,14 @@ def test_a_list_that_is_no_unicode_is_one_sentence(cub, name):
         ValueError, match=rf"{name}.txt, line \d+ has '.*Chac.o.*no UTF-8; save the"
     ):
         read_records(cub, "test")
+
+
+def test_names_in_a_list_may_hold_spaces_and_rare_separators(cub):
+    name = "a \u2028b  c.jpg"
+    path = cub.root / "CUB_200_2011" / "images.txt"
+    path.write_text(path.read_text().replace("bird_9.jpg", name, 1))
+    images = [row.path for row in CUB2011.pictures(cub.root).rows]
+    assert f"{CUB_CLASSES[0]}/{name}" in images and len(images) == 2 * CUB_PER_CLASS
 
 
 NFC, NFD = "\u00e9t\u00e9", "e\u0301te\u0301"

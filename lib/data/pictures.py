@@ -27,6 +27,7 @@ is kept as it is.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 import zlib

@@ -13,7 +13,8 @@ from PIL import Image
 
 from lib import config as cfg
 from lib.config import DataConfig, RunConfig
-from lib.data.dataset import OtherClasses, make_dataset
+from lib.data.classes import OtherClasses
+from lib.data.dataset import make_dataset
 from lib.evaluation.per_image import per_image
 from lib.experiments import sweep
 from lib.experiments.compare import load_trials

@@ -19,6 +19,7 @@ from scipy.io import savemat
 
 from lib.config import DataConfig, preset
 from lib.data import splits
+from lib.data.classes import shown_names
 from lib.data.corrections import Correction, save_correction
 from lib.data.cub import CUB2010, CUB2011, gaze_files
 from lib.data.dataset import make_dataset, read_records
@@ -30,7 +31,6 @@ from lib.data.sources import (
     list_by_folders,
     map_files,
 )
-from lib.data.splits import shown_names
 from lib.edit import AttentionEdit
 from lib.files import is_hidden, maps_beside
 

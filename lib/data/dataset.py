@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-import unicodedata
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -28,6 +26,7 @@ from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 from lib.config import DataConfig
+from lib.data.classes import labels_among
 from lib.data.cub import CUB2010, CUB2011
 from lib.data.maps import HumanSource, box_map, fixation_counts, human_map, to_grid
 from lib.data.pictures import DecodedImages, decoded_images, read_picture
@@ -42,10 +41,6 @@ DATA_SETS: dict[str, DataSet] = {"cub2011": CUB2011, "cub2010": CUB2010, "folder
 CORNERS = ("x0", "y0", "x1", "y1")  # columns of a box in the table, behind its prefix
 FINE = 4  # cells of a training map per grid cell and axis: a crop then moves it by quarter patches
 _TOLD: set[tuple[Path, str]] = set()  # what was said about data, and of which
-
-
-class OtherClasses(ValueError):
-    """The classes of a data set are not those that a model tells apart."""
 
 
 class BirdDataset(Dataset):
@@ -311,66 +306,20 @@ def make_dataset(
     where it has some: labels count in them. `augment` is for training batches; leave it off to
     measure, on the training split too. Of few pictures the validation split is empty. Raises
     ValueError for a name or split that does not exist, `OtherClasses` for classes that are not the
-    model's, FileNotFoundError with the remedy
-    where the files are missing.
+    model's, FileNotFoundError with the remedy where the files are missing.
     """
     if split not in PARTS:
         raise ValueError(f"split {split!r} is unknown; use train, val or test.")
     records, found = read_records(config, split)
     if classes is not None:
-        records, found = relabelled(records, found, classes), classes
+        labels = labels_among(classes, found)
+        if labels != sorted(labels):  # folders were numbered anew: as the training met them
+            moved = [replace(record, label=labels[record.label]) for record in records]
+            records = sorted(moved, key=lambda record: record.label)
+        found = classes
     if split == "train" and config.name != "toy":
         _tell_left_out(config)
     return BirdDataset(records, found, config, grid, mean, std, augment)
-
-
-def relabelled(records: list[Record], classes: Sequence[str], known: Sequence[str]) -> list[Record]:
-    """Records whose labels count in `classes`, with labels that count in `known`, by name.
-
-    In another order of classes (folders were numbered anew), records come in that of `known`: a
-    training that goes on meets them as it began. OtherClasses where the names are not the same.
-    """
-    found = other_classes(known, classes)
-    if found:
-        raise OtherClasses(
-            f"the model {found}; use the data that it was trained on, or train again (--overwrite, "
-            "or another RUNS_DIR)"
-        )
-    ours, theirs = _normalised(known), _normalised(classes)
-    if ours == theirs:
-        return records
-    moved = [replace(record, label=ours.index(theirs[record.label])) for record in records]
-    return sorted(moved, key=lambda record: record.label)
-
-
-def other_classes(known: Sequence[str], classes: Sequence[str]) -> str | None:
-    """How the classes of a data set differ from those of a model, in words; None: in order only."""
-    ours, theirs = Counter(_normalised(known)), Counter(_normalised(classes))
-    differing = {"new": [*(theirs - ours)], "gone": [*(ours - theirs)]}
-    told = "; ".join(
-        f"{what}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}"
-        for what, names in differing.items()
-        if names
-    )
-    if not told:
-        return None
-    return f"was trained for {len(known)} classes and the data has {len(classes)} ({told})"
-
-
-def refuse_other_labels(known: Sequence[str] | None, dataset: BirdDataset) -> None:
-    """OtherClasses unless labels of the data set count in `known`, the classes of a model."""
-    if known is None or _normalised(known) == _normalised(dataset.classes):
-        return
-    found = other_classes(known, dataset.classes) or "has its classes in another order"
-    raise OtherClasses(
-        f"the model {found}; make the data set with `run.dataset(...)` of the model's run, which "
-        "goes by the names"
-    )
-
-
-def _normalised(names: Sequence[str]) -> list[str]:
-    """A name may have been copied from a Mac, which takes its accents apart."""
-    return [unicodedata.normalize("NFC", name) for name in names]
 
 
 def _tell_left_out(config: DataConfig) -> None:

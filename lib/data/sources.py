@@ -18,6 +18,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from lib.config import DataConfig, file_md5
+from lib.data.classes import shown_names
 from lib.data.corrections import load_corrections
 from lib.data.maps import Box, HumanSource, Painted, Recording
 from lib.data.pictures import DATA_REMEDY, picture_size
@@ -28,7 +29,6 @@ from lib.data.splits import (
     SplitError,
     per_class,
     read_split,
-    shown_names,
     with_validation,
 )
 from lib.files import is_hidden, maps_beside, one_form, visible

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lib.files import make_folder, one_form, write_text
+from lib.files import make_folder, write_text
 
 Part = Literal["train", "val", "test"]
 PARTS = ("train", "val", "test")  # in this order, so that a leak runs from train to test
@@ -180,18 +180,6 @@ def _divide(rows: Sequence[Row], chosen: set[int]) -> tuple[tuple[Row, ...], tup
     """Rows at the chosen positions, and the others."""
     others = set(range(len(rows))) - chosen
     return tuple(tuple(rows[i] for i in sorted(which)) for which in (chosen, others))
-
-
-def shown_names(folders: Sequence[str]) -> list[str]:
-    """The names of classes as people read them: 001.Groove_billed_Ani is "Groove billed Ani".
-
-    Folders that would share a name keep their own.
-    """
-    shown = [re.sub(r"^\d+\.(?=\D)", "", one_form(name)).replace("_", " ") for name in folders]
-    while len(set(shown)) < len(shown):
-        twice = {name for name, count in Counter(shown).items() if count > 1}
-        shown = [own if name in twice else name for own, name in zip(folders, shown, strict=True)]
-    return shown
 
 
 def write_split(split: Split, path: str | Path) -> None:

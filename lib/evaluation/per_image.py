@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from lib.data.dataset import BirdDataset, conflicting_decoys, decoy_cover, refuse_other_labels
+from lib.data.classes import refuse_other_labels
+from lib.data.dataset import BirdDataset, conflicting_decoys, decoy_cover
 from lib.evaluation import metrics
 from lib.evaluation.metrics import ALIGNMENT
 from lib.model.predict import predict
@@ -69,7 +70,7 @@ def per_image(
     Raises:
         OtherClasses: a ValueError, the classes are not the model's, or in another order.
     """
-    refuse_other_labels(model.classes, dataset)
+    refuse_other_labels(model.classes, dataset.classes)
     decoys, targets = decoy_cover(dataset), targets_of(dataset)
     found: list[pd.DataFrame] = []
     batches = predict(model, items or dataset, batch_size, workers)

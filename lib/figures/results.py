@@ -11,7 +11,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from scipy.integrate import trapezoid
 
-from lib.figures.fonts import WIDEST, LONGEST, label, labelled
+from lib.figures.fonts import LONGEST, WIDEST, label, labelled
 from lib.figures.overlays import IMAGES_OF, PALETTE, axes_grid, name_axis
 
 

@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 
 from lib import config as cfg
 from lib.config import Config, DataConfig, RunConfig, TrainConfig
-from lib.data.dataset import DATA_SETS, BirdDataset, make_dataset, other_classes
+from lib.data.classes import other_classes
+from lib.data.dataset import DATA_SETS, BirdDataset, make_dataset
 from lib.edit import resolve_blocks
 from lib.files import StorageError, make_folder, write_text
 from lib.model.predict import processes

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lib.config import TrainConfig
+from lib.data.classes import other_classes
 from lib.data.corrections import Correction
-from lib.data.dataset import BirdDataset, other_classes
+from lib.data.dataset import BirdDataset
 from lib.edit import AttentionEdit, resolve_blocks, resolve_heads
 from lib.losses import CORRECTION_LOSSES, HALF, correction_loss
 from lib.model.vit import SigmoidViT

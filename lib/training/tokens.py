@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 
 from lib import config as cfg
 from lib.config import RunConfig
-from lib.data.dataset import BirdDataset, refuse_other_labels
+from lib.data.classes import refuse_other_labels
+from lib.data.dataset import BirdDataset
 from lib.data.pictures import pictures_key
 from lib.files import make_folder, write_bytes
 from lib.model.vit import SigmoidViT
@@ -52,7 +53,7 @@ class CachedTokens(Dataset):
                 "the pictures are augmented, so their tokens cannot be kept; make the data set "
                 "with augment=False"
             )
-        refuse_other_labels(model.classes, dataset)
+        refuse_other_labels(model.classes, dataset.classes)
         self.model, self.dataset, self.blocks = model, dataset, blocks
         self.tokens = [None] * len(dataset) if tokens is None else tokens
         self._annotations = cache(dataset.annotations)

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lib.data.dataset import BirdDataset, refuse_other_labels
+from lib.data.classes import refuse_other_labels
+from lib.data.dataset import BirdDataset
 from lib.data.maps import box_map
 from lib.edit import (
     AttentionEdit,
@@ -129,7 +130,7 @@ class LiveSession:
                 f"the model has {model.grid[0]} x {model.grid[1]} patches, but the data set "
                 f"{self.dataset.grid[0]} x {self.dataset.grid[1]}; make it with the model's grid"
             )
-        refuse_other_labels(model.classes, self.dataset)
+        refuse_other_labels(model.classes, self.dataset.classes)
         if model.vit.num_classes != len(self.classes):
             raise ValueError(
                 f"the model has {model.vit.num_classes} classes, but the data set "

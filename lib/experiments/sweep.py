@@ -229,13 +229,11 @@ def train_cell(runs: Path, cell: Cell, keep_weights: bool = False) -> None:
         model = run.model().to(processes().device)
         for split in MEASURED_ON:
             dataset = dataset_for(model, cell.config, split, augment=False)
-            if not len(dataset):  # few pictures: none to validate on
-                continue
-            summary = summarise(measure(model, dataset, cell.config, runs / "tokens"))
-            numbers[split] = {name: float(value) for name, value in summary.items()}
+            if len(dataset):  # of few pictures there are none to validate on
+                summary = summarise(measure(model, dataset, cell.config, runs / "tokens"))
+                numbers[split] = {name: float(value) for name, value in summary.items()}
     status = "diverged" if failure else "measured"
-    seconds = round(time.monotonic() - started, 3)
-    common = cell.words | {"status": status, "seconds": seconds}
+    common = cell.words | {"status": status, "seconds": round(time.monotonic() - started, 3)}
     rows = [common | {"split": split} | numbers[split] for split in MEASURED_ON]
     result = {"config": asdict(cell.config), "failure": failure and str(failure), "rows": rows}
     write_text(folder / RESULT, json.dumps(result, indent=2, default=str))

@@ -368,7 +368,7 @@ def save_map(path, values):
         ("deep.png", ramp().astype(np.uint16) * 257, 1e-6),
         ("a.npy", ramp(), 1e-6),
         ("deep.npy", ramp().astype(np.uint16) * 257, 1e-6),
-        ("other order.npy", ramp().astype(">u2") * 257, 1e-6),
+        ("other order.npy", (ramp().astype(np.uint16) * 257).astype(">u2"), 1e-6),
         ("float.tif", (ramp() / 255).astype(np.float32), 1e-6),
         ("deep.tif", ramp().astype(np.uint16) * 257, 1e-6),
         ("clear.png", np.dstack([ramp(), np.full((60, 90), 255, np.uint8)]), 1e-6),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -9,11 +10,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lib import files
 from lib.files import (
     StorageError,
     claimed,
+    file_name,
     make_folder,
     move_into_place,
     replacing,
@@ -53,6 +57,29 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         make_folder(tmp_path / "file" / "runs")
     with pytest.raises(StorageError, match="nothing was there before"):
         write_text(tmp_path / "absent" / "a.txt", "a")
+
+
+@given(st.text(st.characters(codec=None), max_size=300), st.text(max_size=300))
+def test_any_name_makes_a_file_of_its_own_on_any_system(one, other):
+    made = file_name(one)
+    assert not set(made) & set('<>:"/\\|?*\0\n') and made not in ("", ".", "..")
+    assert len(made.encode(errors="backslashreplace")) <= 100 or made == one
+    assert (file_name(other) == made) == (other == one)
+    assert file_name("HITL last block, 日本") == "HITL last block, 日本"
+
+
+@pytest.mark.parametrize("raw", [b"caf\xe9", "赤い鳥 \N{BIRD}".encode(), b"\xff\\"])
+def test_text_of_any_file_name_can_be_written_and_json_reads_it_back(tmp_path, raw):
+    name = os.fsdecode(raw)
+    for ascii_only in (True, False):
+        write_text(tmp_path / "a.json", json.dumps([name], ensure_ascii=ascii_only))
+        assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == [name]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are text there")
+def test_a_folder_that_weights_could_not_be_read_from_is_refused(tmp_path):
+    with pytest.raises(StorageError, match=r"is not UTF-8.*name another"):
+        make_folder(tmp_path / os.fsdecode(b"caf\xe9"))
 
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 
 LONGEST = 24  # letters of a model's name that fit below a bar, or in a line above a map
-WIDEST = 60  # letters of a name in a legend that has the figure's side to itself
+LEGEND_LETTERS = 60  # letters of a name in a legend that has the figure's side to itself
 PLAIN = re.compile(r"[\n -~]*")  # every font has these
 ROMAN = re.compile(r".* (?:LETTER|SYLLABLE|VOWEL SIGN) (?:SMALL )?(\w+)$")
 # Fonts of boxes, of colours, which matplotlib cannot draw, and of its mathematics.
@@ -48,7 +48,7 @@ def label(name: object, width: int = LONGEST) -> str:
 
 def labelled(table: pd.DataFrame) -> pd.DataFrame:
     """A table whose column variant holds labels, for legends."""
-    return table.assign(variant=[label(name, WIDEST) for name in table["variant"]])
+    return table.assign(variant=[label(name, LEGEND_LETTERS) for name in table["variant"]])
 
 
 def spelled(letter: str) -> str:

@@ -11,7 +11,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from scipy.integrate import trapezoid
 
-from lib.figures.fonts import LONGEST, WIDEST, label, labelled
+from lib.figures.fonts import LEGEND_LETTERS, LONGEST, label, labelled
 from lib.figures.overlays import IMAGES_OF, PALETTE, axes_grid, name_axis
 
 
@@ -79,7 +79,7 @@ def reliability(bins: pd.DataFrame, errors: Mapping[str, float], split: str = "t
     axis.plot([0, 1], [0, 1], color="black", linewidth=1, linestyle=":", label="calibrated")
     for colour, (name, error) in zip(cycle(PALETTE), errors.items(), strict=False):
         part = bins[(bins["variant"] == name) & (bins["images"] > 0)].sort_values("confidence")
-        words = label(f"{name} (ECE {error:.3f})", WIDEST)
+        words = label(f"{name} (ECE {error:.3f})", LEGEND_LETTERS)
         axis.plot(part["confidence"], part["accuracy"], "o-", ms=4, color=colour, label=words)
         share = part["images"] / part["images"].sum()
         below.plot(part["confidence"], share, "o-", ms=3, color=colour)
@@ -196,7 +196,7 @@ def curves(table: pd.DataFrame, hue: str | None = None) -> Figure:
                 area = trapezoid(mean, mean.index)
                 told = f"{name}: area {area:.2f}" if hue else f"area {area:.2f}"
                 axis.plot(mean.index, mean, "o-", ms=3, color=colours[name], label=told)
-            title = f"{label(model, WIDEST)}\n{words}" if model else words
+            title = f"{label(model, LEGEND_LETTERS)}\n{words}" if model else words
             name_axis(axis, title, 9, xlim=(0, 1), ylim=(0, 1))
             axis.legend(frameon=False, fontsize=8)
             if model == models[-1]:

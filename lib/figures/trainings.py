@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from lib.figures.fonts import WIDEST, label
+from lib.figures.fonts import LEGEND_LETTERS, label
 from lib.figures.overlays import PALETTE, axes_grid, name_axis
 from lib.figures.results import mark_lines
 
@@ -56,7 +56,7 @@ def histories(runs: Mapping[str, pd.DataFrame]) -> Figure:
     figure, (axes,) = axes_grid(1, len(panels), 3 * len(panels), 3)
     for axis, (key, words) in zip(axes, panels.items(), strict=True):
         for colour, (name, history) in zip(cycle(PALETTE), runs.items(), strict=False):
-            look = {"marker": "o", "ms": 3, "color": colour, "label": label(name, WIDEST)}
+            look = {"marker": "o", "ms": 3, "color": colour, "label": label(name, LEGEND_LETTERS)}
             axis.plot(history["epoch"], history[key], **look)
         name_axis(axis, words, 9, xlabel="epoch")
     axes[-1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)

@@ -239,8 +239,8 @@ def as_parts(root):
         ("__MACOSX/red/a.jpg", "hidden file or folder"),
         ("red/Thumbs.db", "hidden file or folder"),
         ("red/.ipynb_checkpoints/p0-checkpoint.jpg", "hidden file or folder"),
-        ("red/p0.jpg.download", "picture without a picture's suffix"),
-        ("red/IMG_0001", "picture without a picture's suffix"),
+        ("red/p0.jpg.download", "picture without its suffix"),
+        ("red/IMG_0001", "picture without its suffix"),
         ("labels.csv", "other file"),
     ],
 )  # fmt: skip
@@ -309,7 +309,9 @@ def test_maps_and_corrections_that_belong_to_no_picture_are_told(photos):
     (corrections / "broken.json").write_text('{"schema": 1, "image_id": "1"}')
     found = left_out(replace(config, maps="corrections", maps_dir=corrections),
                      CLASS_FOLDERS.pictures(config.root))  # fmt: skip
-    assert [(one.problem, one.path.name) for one in found] == [("correction", "broken.json")]
+    assert [(one.problem, one.path.name) for one in found] == [
+        ("correction that cannot be used", "broken.json")
+    ]
 
 
 def test_pictures_that_the_split_does_not_name_are_told(photos):
@@ -325,6 +327,8 @@ def test_pictures_that_the_split_does_not_name_are_told(photos):
 def test_the_walk_ends_in_circles_of_links_and_in_huge_folders(photos, monkeypatch):
     (photos.root / "red" / "circle").symlink_to(photos.root)
     assert not unread(photos)
+    (photos.root / "green").symlink_to(photos.root.parent / "moved away")
+    assert unread(photos) == {"link that leads nowhere": (1, "green")}
     monkeypatch.setattr("lib.data.unread.WALKED", 50)
     for i in range(4 * 16 + 40):
         (photos.root / "red" / f"{i}.txt").touch()

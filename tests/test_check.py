@@ -23,12 +23,13 @@ from lib.data.unread import UNREAD, left_out
 
 GRID = (3, 4)
 NAMES = ["Black footed Albatross", "Groove billed Ani"]
-FEW = "class: fewer than 5 training pictures"  # as in the fixture: 4 of each class
+# As in the fixtures: 4 training pictures a class, and 4 to validate on.
+FEW = ("class: fewer than 5 training pictures", "validation: fewer than 20 pictures")
 
 
 def counts(report) -> dict[str, int]:
     """Problems that were found, and how often, beside those of the fixture."""
-    return {row["problem"]: row["count"] for row in report.problems() if row["problem"] != FEW}
+    return {row["problem"]: row["count"] for row in report.problems() if row["problem"] not in FEW}
 
 
 def bird(cub, image):
@@ -40,11 +41,12 @@ def bird(cub, image):
 def test_a_sound_data_set_has_one_picture_without_gaze(cub):
     report = check_data(cub, GRID)
     assert counts(report) == {"map: none": 1} and not report.stops_training
-    assert report.details()["where"].tolist() == [str(bird(cub, CUB_UNSEEN)), *NAMES]
+    assert report.details()["where"].tolist() == [str(bird(cub, CUB_UNSEEN)), *NAMES, ""]
     assert report.balance["pictures"].to_dict() == {"train": 8, "val": 4, "test": 8}
     assert report.balance["with a map"].sum() == 19
     assert report.balance.loc["train", "most a class"] == 4
-    _, row = report.problems()
+    assert [row["problem"] for row in report.problems()] == [*FEW, "map: none"]
+    row = report.problems()[2]
     part = report.details()["part"][0]
     assert row == {
         "problem": "map: none",
@@ -55,7 +57,7 @@ def test_a_sound_data_set_has_one_picture_without_gaze(cub):
         "remedy": PROBLEMS["map: none"],
     }
     plain = json.loads(json.dumps(report.to_plain()))
-    assert plain["can_train"] and plain["problems"][1] == row
+    assert plain["can_train"] and plain["problems"][2] == row
     assert [row["part"] for row in plain["balance"]] == ["train", "val", "test"]
     assert plain["balance"][0]["fewest_a_class"] == 4
 
@@ -239,8 +241,8 @@ def as_parts(root):
         ("__MACOSX/red/a.jpg", "hidden file or folder"),
         ("red/Thumbs.db", "hidden file or folder"),
         ("red/.ipynb_checkpoints/p0-checkpoint.jpg", "hidden file or folder"),
-        ("red/p0.jpg.download", "picture without a picture's suffix"),
-        ("red/IMG_0001", "picture without a picture's suffix"),
+        ("red/p0.jpg.download", "picture without its suffix"),
+        ("red/IMG_0001", "picture without its suffix"),
         ("labels.csv", "other file"),
     ],
 )  # fmt: skip
@@ -309,7 +311,9 @@ def test_maps_and_corrections_that_belong_to_no_picture_are_told(photos):
     (corrections / "broken.json").write_text('{"schema": 1, "image_id": "1"}')
     found = left_out(replace(config, maps="corrections", maps_dir=corrections),
                      CLASS_FOLDERS.pictures(config.root))  # fmt: skip
-    assert [(one.problem, one.path.name) for one in found] == [("correction", "broken.json")]
+    assert [(one.problem, one.path.name) for one in found] == [
+        ("correction that cannot be used", "broken.json")
+    ]
 
 
 def test_pictures_that_the_split_does_not_name_are_told(photos):
@@ -325,6 +329,8 @@ def test_pictures_that_the_split_does_not_name_are_told(photos):
 def test_the_walk_ends_in_circles_of_links_and_in_huge_folders(photos, monkeypatch):
     (photos.root / "red" / "circle").symlink_to(photos.root)
     assert not unread(photos)
+    (photos.root / "green").symlink_to(photos.root.parent / "moved away")
+    assert unread(photos) == {"link that leads nowhere": (1, "green")}
     monkeypatch.setattr("lib.data.unread.WALKED", 50)
     for i in range(4 * 16 + 40):
         (photos.root / "red" / f"{i}.txt").touch()

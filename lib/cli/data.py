@@ -127,15 +127,15 @@ def check(
             model = bare_model(fine_tuning(config, seed=0), num_classes=0)
             report = check_data(config.data, model.grid)
             report = replace(report, findings=(*_about_weights(model, config), *report.findings))
-    if details is not None:
-        write_text(details, report.details().to_csv(index=False))
-        print(f"{len(report.findings)} findings: {details}", file=sys.stderr if json else None)
     shown = config.preset if config else name or asked("PRESET")
     if json:
         print(dumps({"preset": shown, "root": str(root)} | report.to_plain(), indent=2))
     else:
         print(f"preset {shown}: {root}\n\n{report.in_words(root)}\n")
         print("training would fail" if report.stops_training else "training can start")
+    if details is not None:
+        write_text(details, report.details().to_csv(index=False))
+        print(f"{len(report.findings)} findings: {details}", file=sys.stderr)
     return int(report.stops_training)
 
 

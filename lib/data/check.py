@@ -40,6 +40,7 @@ UNUSUAL = {  # by the words of lib.data.pictures.unusual
 }
 FEW = 5  # training pictures of a class, below which little is learned of it
 FEW_PICTURES = f"class: fewer than {FEW} training pictures"
+FEW_TO_VALIDATE = "validation: fewer than 20 pictures"  # one is more than 5 points of accuracy
 NO_MAP_THERE = ("map: none", "map: zeros only", "map: unreadable or of another size")
 SAME_MAP = "map: same file as that of another picture"
 
@@ -60,6 +61,8 @@ WORTH_KNOWING = {
     "class: no test picture": "move some there: nothing can be measured of it",
     FEW_PICTURES: "add some; what is measured of it means little",
     "class: names look the same": "rename one, or join them if they are one class",
+    FEW_TO_VALIDATE: "add pictures: which epoch is best, they can hardly say; without any, it is "
+    "the last",
     **{f"left out: {why}": remedy for why, remedy in UNREAD.items()},
     "picture: same file with another label": "keep the one whose class is right",
     "picture: same file in train and in another part": "keep one: the test is no test otherwise",
@@ -325,7 +328,7 @@ def _same_maps(
 
 
 def _about_classes(parts: dict[str, list[Record]], names: Sequence[str]) -> Iterator[Finding]:
-    """Classes with few pictures or none, and those whose names cannot be told apart."""
+    """Classes and a validation part of few pictures or none; names that cannot be told apart."""
     for part, word in (("train", "training"), ("test", "test")):
         counts = Counter(record.label for record in parts.get(part, ()))
         for label, name in enumerate(names if counts else ()):
@@ -333,6 +336,8 @@ def _about_classes(parts: dict[str, list[Record]], names: Sequence[str]) -> Iter
                 yield Finding(f"class: no {word} picture", part, name)
             elif part == "train" and counts[label] < FEW:
                 yield Finding(FEW_PICTURES, part, name, f"{counts[label]} of them")
+    if len(parts.get("val", range(20))) < 20:
+        yield Finding(FEW_TO_VALIDATE, "val", "", f"{len(parts['val'])} of them")
     first: dict[str, str] = {}
     for name in names:
         seen = re.sub(r"[\s_-]+", "", unicodedata.normalize("NFKC", name)).casefold()

@@ -20,6 +20,7 @@ from lib.data.sources import (
     MAP_EXTENSIONS,
     PART_NAMES,
     PICTURE_SUFFIXES,
+    PREVIEW,
     Listing,
     choose_split,
     map_files,
@@ -27,20 +28,22 @@ from lib.data.sources import (
 from lib.files import is_hidden, maps_beside
 
 # Why something is not read, and what to do about it.
-KIND, PACKED, UNNAMED = (
-    "picture of a kind that is not read",
-    "archive",
-    "picture without a picture's suffix",
-)
+KIND, PACKED = "picture of a kind that is not read", "archive"
+UNNAMED, LOST = "picture without its suffix", "link that leads nowhere"
 LOOSE, DEEPER = "picture in no class folder", "picture in a sub-folder of a class"
 STRAY, EMPTY = "folder that is neither part nor class", "class folder without a picture"
 UNLISTED, HIDDEN, OTHER = "picture in no list or split", "hidden file or folder", "other file"
-NO_MAP, BESIDE, SKIPPED = "map of no picture", "other file among the maps", "correction"
+NO_MAP, BESIDE, SKIPPED = (
+    "map of no picture",
+    "other file among the maps",
+    "correction that cannot be used",
+)
 CLOSED, REST = "folder that cannot be opened", "more than was looked through"
 UNREAD = {
     KIND: "save them as .jpg or .png; .heic and .heif are read after `pip install pillow-heif`",
     PACKED: "unpack it, if pictures are in it",
     UNNAMED: "give the files the suffix of what they are, such as .jpg",
+    LOST: "restore what it leads to, or delete it",
     LOOSE: "move them into a folder that is named like their class",
     DEEPER: "move them up into the folder of the class",
     STRAY: "parts are called train, val and test and hold class folders; a class holds its "
@@ -64,18 +67,8 @@ PICTURED = {
     *(".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf", ".pef", ".srw", ".raw"),
     *(".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".dcm", ".nii", ".exr"),
 }
-NO_HOLDERS = {
-    ".txt",
-    ".md",
-    ".json",
-    ".csv",
-    ".tsv",
-    ".xml",
-    ".yaml",
-    ".yml",
-    ".npy",
-    ".mat",
-    ".py",
+NO_HOLDERS = {  # of pictures, whatever they start with
+    *(".txt", ".md", ".json", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".npy", ".mat", ".py"),
 }
 STARTS = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|BM.{4}\0{4}|II\*\0|MM\0\*|RIFF.{4}WEBP", re.DOTALL)
 
@@ -158,8 +151,6 @@ def _walk(
         if hidden:
             told.append(LeftOut(HIDDEN, here / hidden[0], len(hidden)))
         folders[:] = sorted({*folders} - {*hidden})
-        while closed:
-            told.append(LeftOut(CLOSED, Path(closed.pop().filename or here)))
         count += len(files) + len(folders)
         if count > limit:
             told.append(LeftOut(REST, here, 1, f"more than {limit:,} files"))
@@ -167,8 +158,8 @@ def _walk(
         yield here, sorted({*files} - {*hidden}), told
         if count > limit:
             return
-    if closed:
-        yield home, [], [LeftOut(CLOSED, Path(error.filename or home)) for error in closed]
+    denied = [error.filename for error in closed if isinstance(error, PermissionError)]
+    yield home, [], [LeftOut(CLOSED, Path(name)) for name in denied]
 
 
 def _kind(path: Path) -> str | None:
@@ -180,8 +171,10 @@ def _kind(path: Path) -> str | None:
         return KIND
     if suffix in ARCHIVES:
         return PACKED
+    if not path.exists():
+        return LOST
     with suppress(OSError):
-        if suffix not in NO_HOLDERS and path.is_file():
+        if suffix not in NO_HOLDERS and path.is_file():  # a pipe would never end
             with path.open("rb") as file:
                 return UNNAMED if STARTS.match(file.read(16)) else OTHER
     return OTHER
@@ -222,9 +215,9 @@ def _among_pictures(
         told, pictures = _by_kind(here, files)
         yield from told
         inside = here.relative_to(home)
-        lines = [str(folder) for folder in reversed((inside / "x").parents)]
+        lines = [folder.as_posix() for folder in reversed((inside / "x").parents)]
         top = next((folder for folder in lines if folder not in above), None)
-        if str(inside) in classes:
+        if inside.as_posix() in classes:
             paths = [(inside / name).as_posix() for name in pictures]
             missing = [path for path in paths if path not in named]
             if missing:
@@ -241,7 +234,7 @@ def _among_pictures(
     for folder, count in strays.items():
         path = home / folder
         if count:
-            yield LeftOut(UNLISTED if in_lists else STRAY, path, count, f"{count} pictures in it")
+            yield LeftOut(UNLISTED if in_lists else STRAY, path, count, f"pictures in it: {count}")
         elif str(PurePosixPath(folder).parent) in parents or path.name.lower() in PART_NAMES:
             yield LeftOut(EMPTY, path)
 
@@ -272,5 +265,6 @@ def _among_corrections(folder: Path, ids: set[int]) -> Iterator[LeftOut]:
             yield LeftOut(NO_MAP, folder, len(alone), words)
         files = [path for path in sorted(folder.iterdir()) if path.suffix.lower() != ".json"]
         files = [path for path in files if path.is_file() and not is_hidden(path.name)]
+        files = [path for path in files if not PREVIEW.fullmatch(path.name)]
         if files:
             yield LeftOut(BESIDE, files[0], len(files))

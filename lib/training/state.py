@@ -217,7 +217,7 @@ def made_of(config: RunConfig, runs: Path) -> dict[str, Any]:
     records, found["classes"] = read_records(data, "train")
     found["pictures"] = picture_checksums(records, found["classes"])
     if config.train.human.lam > 0:
-        said = [(_name(r, found["classes"]), _said(r.human)) for r in records if r.human]
+        said = [(_picture_name(r, found["classes"]), _said(r.human)) for r in records if r.human]
         found["maps"] = sorted(_checksum(*one) for one in said)
     return found
 
@@ -232,11 +232,11 @@ def picture_checksums(records: Sequence[Record], classes: Sequence[str]) -> list
     """8 hex digits of class, file name and byte size of each picture on disk."""
     files = [record for record in records if isinstance(record.image, Path)]
     sizes = [one.image.stat().st_size if one.image.is_file() else None for one in files]
-    names = [_name(record, classes) for record in files]
+    names = [_picture_name(record, classes) for record in files]
     return sorted(map(_checksum, names, sizes))
 
 
-def _name(record: Record, classes: Sequence[str]) -> str:
+def _picture_name(record: Record, classes: Sequence[str]) -> str:
     """Of a picture, whatever number its class folder has."""
     is_file = isinstance(record.image, Path)
     return f"{classes[record.label]}/{record.image.name if is_file else record.image_id}"

@@ -35,7 +35,10 @@ def refuse(*_):
 
 
 def test_runs_and_cached_tokens_load_and_measure_as_they_did(kept, monkeypatch):
-    """A fine-tuned run and one on cached tokens, whose test images are not run again."""
+    """A fine-tuned run and one on cached tokens, whose test images are not run again.
+
+    Files of tokens have newer names, of which pictures' times are a part and places are not.
+    """
     monkeypatch.setattr(tokens, "_run_trunk", refuse)
     tokens.forget_tokens()
     trials = load_trials(["ft-s0", "hitl-s0"], kept / "runs")

@@ -22,7 +22,7 @@ def test_both_stages_end_to_end(config):
     ft = train_run("ft", fine_tuning(config, 0), config.runs)
     names = sorted(path.name for path in ft.folder.iterdir())
     assert names == [".lock", "best.safetensors", "classes.json", "config.json", "history.csv",
-                     "last.safetensors", "steps.csv"]  # fmt: skip
+                     "last.safetensors", "made_of.json", "steps.csv"]  # fmt: skip
     assert len(ft.classes) == 8 and len(ft.history) == 2
     assert (ft.history["human_loss"] == 0).all()
     settings = human_in_the_loop(config, "ft", 0, blocks="all")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
+from lib.config import DataConfig
 from lib.training import tokens
 from lib.training.loop import loss_terms
 from lib.training.runs import dataset_for, fine_tuning, starting_point, train_run
@@ -86,3 +90,34 @@ def test_maps_are_read_anew_and_another_architecture_is_another_trunk(config, tm
     other.load_state_dict(model.state_dict())
     third = tokens.with_cached_tokens(other, dataset, fine_tuning(config, 0), tmp_path)
     assert not torch.equal(third.tokens, first.tokens)
+
+
+def test_tokens_are_those_of_the_pictures_on_disk(config, tmp_path):
+    """Found again where the folder moved; new where a picture was mended under the same name."""
+    root = tmp_path / "photos"
+    for k, name in enumerate(("ant", "bee")):
+        (root / name).mkdir(parents=True)
+        for i in range(5):
+            Image.new("RGB", (40, 40), (40 * i, 100 * k, 9)).save(root / name / f"{i}.png")
+    config.data = DataConfig("folder", root, (64, 64), maps="none")
+    config.ft = replace(config.ft, trainable="last_block")
+    settings = fine_tuning(config, 0)
+    model, _ = starting_point(settings, config.runs)
+
+    def kept():
+        dataset = dataset_for(model, settings, "train", augment=False)
+        return tokens.with_cached_tokens(model, dataset, settings, tmp_path / "tokens").tokens
+
+    first = kept()
+    assert kept() is first
+    settings.data.root = shutil.move(root, tmp_path / "elsewhere")
+    assert kept() is first
+    picture = next(p for p in dataset_for(model, settings, "train", False).table["path"])
+    before = os.stat(picture)
+    Image.new("RGB", (40, 40), (255, 255, 0)).save(picture)
+    assert not torch.equal(kept()[0], first[0])
+    os.utime(picture, ns=(0, before.st_mtime_ns + 1))
+    third = kept()
+    assert len(list((tmp_path / "tokens").glob("*.safetensors"))) == 3
+    tokens.forget_tokens()
+    assert torch.equal(kept(), third)

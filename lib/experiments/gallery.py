@@ -19,7 +19,6 @@ from tqdm.auto import tqdm
 
 from lib import figures
 from lib.config import Evaluation
-from lib.data.classes import refuse_other_labels
 from lib.data.dataset import BirdDataset, subset
 from lib.evaluation import metrics
 from lib.experiments.compare import Trial, Which, seeds_by_variant
@@ -48,7 +47,6 @@ def attention_maps(
         for every chosen image its map `[gh, gw]`, non-negative, and whether the prediction is
         right.
     """
-    refuse_other_labels(model.classes, dataset.classes)
     maps, right = [], []
     for batch, scores, rows in predict(model, subset(dataset, chosen), batch_size=16):
         attention = metrics.patch_attention(rows[model.depth - 1], model.num_prefix).cpu()

@@ -145,8 +145,7 @@ class Training:
         progress.history.append(row)
         progress.epoch, progress.step, progress.seen = progress.epoch + 1, 0, 0
         progress.sums = torch.zeros_like(progress.sums)
-        # Of equals the earliest stays; NaN, where no image validates, is no less than another.
-        if not row["val_top1"] <= progress.best:
+        if row["val_top1"] > progress.best:  # of equals the earliest stays
             progress.best = row["val_top1"]
             state = self.result.vit.state_dict()
             self.best = {name: state[name].cpu().clone() for name in trained_state(self.model)}
@@ -218,7 +217,7 @@ def made_of(config: RunConfig, runs: Path) -> dict[str, Any]:
     records, found["classes"] = read_records(data, "train")
     found["pictures"] = picture_checksums(records, found["classes"])
     if config.train.human.lam > 0:
-        said = [(_in_class(r, found["classes"]), _said(r.human)) for r in records if r.human]
+        said = [(_picture_name(r, found["classes"]), _said(r.human)) for r in records if r.human]
         found["maps"] = sorted(_checksum(*one) for one in said)
     return found
 
@@ -233,11 +232,11 @@ def picture_checksums(records: Sequence[Record], classes: Sequence[str]) -> list
     """8 hex digits of class, file name and byte size of each picture on disk."""
     files = [record for record in records if isinstance(record.image, Path)]
     sizes = [one.image.stat().st_size if one.image.is_file() else None for one in files]
-    names = [_in_class(record, classes) for record in files]
+    names = [_picture_name(record, classes) for record in files]
     return sorted(map(_checksum, names, sizes))
 
 
-def _in_class(record: Record, classes: Sequence[str]) -> str:
+def _picture_name(record: Record, classes: Sequence[str]) -> str:
     """Of a picture, whatever number its class folder has."""
     is_file = isinstance(record.image, Path)
     return f"{classes[record.label]}/{record.image.name if is_file else record.image_id}"

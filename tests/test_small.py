@@ -25,6 +25,7 @@ from lib.data.dataset import make_dataset, read_records
 from lib.data.sources import as_listing, choose_split
 from lib.data.splits import Row, SplitError, validation_in_words
 from lib.evaluation.per_image import middle, unwatched
+from lib.experiments import evaluate as evaluation
 from lib.experiments.compare import train_comparison
 from lib.experiments.evaluate import evaluate
 from lib.experiments.sweep import run_sweep
@@ -72,12 +73,11 @@ def small(home: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
 EVERY = tuple(f"{name}/{j}" for name in CLASSES for j in range(4))
 
 
-@pytest.mark.parametrize(
-    ("counts", "maps"),
-    [((4, 4, 4), ()), ((4, 4, 4), EVERY), ((2, 3, 4), EVERY[::3]), ((2, 2), ())],
-)
+@pytest.mark.parametrize(("counts", "maps"), [((2, 3, 4), EVERY[::3]), ((2, 2), ())])
 def test_few_pictures_run_from_end_to_end(tmp_path, monkeypatch, counts, maps):
     config = small(draw(tmp_path / "data", counts, maps), monkeypatch)
+    # Drawn they are; to render them twice each takes longer than all the rest.
+    monkeypatch.setattr(evaluation, "_save_figures", lambda folder, drawn: plt.close("all"))
     trials = train_comparison(config, [0])
     names = [trial.variant for trial in trials]
     assert (

@@ -683,10 +683,10 @@ def test_entries_that_hold_other_pixels_than_are_read_today_are_not_found(tmp_pa
     path = tmp_path / "a.png"
     for mode, stays in (("RGB", True), ("L", True), ("P", True), ("RGBA", False), ("I;16", False)):
         Image.new(mode, (9, 9)).save(path)
-        now = of_files._key([path], [9])
+        now = of_files.pictures_key([path], [9])
         with monkeypatch.context() as patch:
             patch.setattr(of_files, "_was_misread", lambda path: False)
-            assert (of_files._key([path], [9]) == now) == stays, mode
+            assert (of_files.pictures_key([path], [9]) == now) == stays, mode
 
 
 def test_a_changed_picture_is_read_anew(tmp_path):

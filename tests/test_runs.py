@@ -374,6 +374,9 @@ def test_places_do_not_decide(project, monkeypatch, trained):
 
 def test_a_finished_run_can_be_used_without_its_data(project, monkeypatch):
     shutil.rmtree(project.data.root)
+    with pytest.raises(FileNotFoundError, match="photos is missing; set DATA_DIR"):
+        Run.load(project.runs / "ft-s0")  # DATA_DIR names it
+    monkeypatch.delenv("DATA_DIR")
     run = train_run("ft-s0", fine_tuning(project, 0), project.runs)
     assert run.model().classes == ["ant", "bee"]
     with pytest.raises(FileNotFoundError, match="photos is missing; set DATA_DIR"):

@@ -23,7 +23,7 @@ from lib import config as cfg
 from lib.config import Config, Evaluation, ModelConfig, Sweep, preset
 from lib.data.dataset import make_dataset, read_records
 from lib.data.sources import as_listing, choose_split
-from lib.data.splits import Row, SplitError, validation_in_words
+from lib.data.splits import Row, validation_in_words
 from lib.evaluation.per_image import middle, unwatched
 from lib.experiments import evaluate as evaluation
 from lib.experiments.compare import train_comparison
@@ -139,7 +139,7 @@ def test_maps_of_other_pictures_than_those_for_training_teach_nothing(tmp_path, 
 def test_one_class_is_refused_in_one_sentence(tmp_path, monkeypatch):
     config = small(draw(tmp_path / "data", (8,)), monkeypatch)
     with pytest.raises(
-        SplitError, match=r"data has one class alone, 'red': .* two classes or more"
+        ValueError, match=r"data has one class alone, 'red': .* two classes or more"
     ):
         train_run("ft-s0", fine_tuning(config, 0), config.runs)
 

@@ -54,6 +54,7 @@ STOPS = {
     "picture: unreadable": "restore it from where it came from, or delete it",
     "picture: of another size than its gaze": "use the original picture, not a resized one",
     "map: unreadable or of another size": "make it again, in the proportions of its picture",
+    "class: it is the only one": "sort the pictures into folders, one a class, of two or more",
     "maps: no training picture has one": "set MAPS to where they are, or to none",
 }
 WORTH_KNOWING = {
@@ -338,6 +339,8 @@ def _about_classes(parts: dict[str, list[Record]], names: Sequence[str]) -> Iter
                 yield Finding(FEW_PICTURES, part, name, f"{counts[label]} of them")
     if len(parts.get("val", range(20))) < 20:
         yield Finding(FEW_TO_VALIDATE, "val", "", f"{len(parts['val'])} of them")
+    if len(names) == 1:
+        yield Finding("class: it is the only one", "", names[0])
     first: dict[str, str] = {}
     for name in names:
         seen = re.sub(r"[\s_-]+", "", unicodedata.normalize("NFKC", name)).casefold()

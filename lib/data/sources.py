@@ -185,14 +185,7 @@ def choose_split(config: DataConfig, listing: Listing) -> Split:
 
     Validation images are carved from train where the split has none: no checkpoint is ever chosen
     on test images. Of few images there may be none to carve.
-
-    Raises SplitError where there is one class alone, or a split cannot be made or used.
     """
-    if len(listing.label_list) < 2:
-        raise SplitError(
-            f"{listing.images} has one class alone, {listing.label_list[0]!r}: there is nothing to "
-            "tell it from; sort the pictures into folders, one a class, of two classes or more."
-        )
     path = config.split_file
     if path is None:
         split = listing.published or per_class(

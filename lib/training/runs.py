@@ -346,6 +346,11 @@ def starting_point(
         tqdm.write(f"{config.model.weights.name}: {report}; the head is new")
     model.classes = classes
     train_set = training_set(model, config)
+    if len(train_set.classes) < 2:
+        raise ValueError(
+            f"{config.data.root} has one class alone, {train_set.classes[0]!r}: there is nothing "
+            "to tell it from; sort the pictures into folders, one a class, of two classes or more"
+        )
     set_seed(config.train.seed)  # the new head is the same whatever the trunk drew
     model.classes = train_set.classes
     model.vit.reset_classifier(len(model.classes))

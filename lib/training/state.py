@@ -145,7 +145,8 @@ class Training:
         progress.history.append(row)
         progress.epoch, progress.step, progress.seen = progress.epoch + 1, 0, 0
         progress.sums = torch.zeros_like(progress.sums)
-        if row["val_top1"] > progress.best:  # of equals the earliest stays
+        # Of equals the earliest stays; without validation (NaN) every epoch is the best so far.
+        if not row["val_top1"] <= progress.best:
             progress.best = row["val_top1"]
             state = self.result.vit.state_dict()
             self.best = {name: state[name].cpu().clone() for name in trained_state(self.model)}

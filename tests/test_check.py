@@ -289,7 +289,9 @@ def test_no_file_is_neither_read_nor_told(tmp_path_factory, files):
         return
     found = left_out(config, listing)
     rows = {listing.images / row.path for row in listing.rows}
-    maps = {root / "maps" / name / f"p{i}.png" for name in ("red", "blue") for i in range(3)}
+    names = {"red": ["p0.png", "p1.png", "p2.png", "a.jpg"], "blue": ["p0.png", "p1.png", "p2.png"]}
+    maps = {root / "maps" / name / file for name in names for file in names[name]}
+    maps -= {root / "maps/red/a.jpg"} if root / "red/a.jpg" not in rows else set()
     files = {path for path in root.rglob("*") if path.is_file()} - rows - maps
     told = sum(one.count for one in found if one.path.is_file())
     inside = {path for one in found if one.path.is_dir() for path in one.path.rglob("*")}

@@ -98,12 +98,13 @@ def left_out(config: DataConfig, listing: Listing | None = None) -> list[LeftOut
         return []
     found: list[LeftOut] = []
     rows = {row.path for row in listing.rows} if listing else set()
-    named, mapped = rows, None
+    named, mapped, ours = rows, None, ()
     with suppress(OSError, ValueError):  # a split that cannot be used is told elsewhere
         split = listing and choose_split(config, listing)
         ours = (*split.train, *split.val, *split.test) if split else ()
         named = {row.path for row in ours} if config.split_file else rows
-        if config.maps == "files":
+    with suppress(OSError, ValueError):  # and so are maps
+        if config.maps == "files" and listing:
             mapped = {*map_files(config.maps_dir, ours).values()}
             mapped |= {*map_files(config.maps_dir, listing.rows).values()}
     home = listing.images if listing else config.root

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 
 import tyro
 
@@ -28,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     No output ends the work: letters that the terminal, or the file behind `>`, cannot hold are
     written as escapes (\\u8d64). Where the reader has gone (`| head`) it ends without a word.
     """
+    warnings.formatwarning = _in_a_line
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -74,6 +76,11 @@ def _run(arguments: list[str]) -> int:
         commands, prog="python -m lib", description=__doc__, args=arguments
     )
     return code or 0
+
+
+def _in_a_line(message: Warning, kind: type, *where: object) -> str:
+    """A warning as a person at a terminal needs it: without the line of code that it came from."""
+    return f"{'warning' if kind is UserWarning else kind.__name__}: {message}\n"
 
 
 def _flush(more: str) -> OSError | None:

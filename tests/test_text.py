@@ -252,6 +252,7 @@ for line in sys.stdin:
         cwd=ROOT, env=environment, capture_output=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode(errors="replace")
+    assert b"\nwarning: 5 validation pictures: one is 20 points" in b"\n" + done.stderr
     assert b"\\udce9" in done.stdout and "Traceback" not in done.stderr.decode(errors="replace")
     for path in [*(tmp_path / "out").iterdir(), tmp_path / "details.csv"]:
         if path.suffix in (".csv", ".html", ".txt", ".md", ".json"):

@@ -112,7 +112,7 @@ def check(
         details: a .csv file to write every single finding to.
         json: print one JSON object and nothing else, for scripts.
     """
-    from lib.data.check import Finding, Report, check_data
+    from lib.data.check import NO_WEIGHTS, Finding, Report, check_data
     from lib.files import write_text
     from lib.training.runs import bare_model, fine_tuning
 
@@ -132,7 +132,9 @@ def check(
         print(dumps({"preset": shown, "root": str(root)} | report.to_plain(), indent=2))
     else:
         print(f"preset {shown}: {root}\n\n{report.in_words(root)}\n")
-        print("training would fail" if report.stops_training else "training can start")
+        later = any(finding.problem == NO_WEIGHTS for finding in report.findings)
+        start = f"training can start{', once the weights are there' * later}"
+        print("training would fail" if report.stops_training else start)
     if details is not None:
         write_text(details, report.details().to_csv(index=False))
         print(f"{len(report.findings)} findings: {details}", file=sys.stderr)
@@ -143,7 +145,7 @@ def _about_weights(model: SigmoidViT, config: Config) -> Iterator[Finding]:
     """What would go wrong with the weights that training starts from."""
     import torch
 
-    from lib.data.check import Finding
+    from lib.data.check import NO_WEIGHTS, Finding
     from lib.model.weights import load_weights
 
     path = config.model.weights
@@ -153,7 +155,7 @@ def _about_weights(model: SigmoidViT, config: Config) -> Iterator[Finding]:
         there("WEIGHTS")  # names all places where they were looked for
         load_weights(model, path)
     except FileNotFoundError as error:
-        yield Finding("weights: missing", "", "", str(error))
+        yield Finding(NO_WEIGHTS, "", "", str(error))
     except (OSError, ValueError) as error:
         yield Finding("weights: cannot be used", "", "", str(error))
     else:

@@ -42,13 +42,13 @@ FEW = 5  # training pictures of a class, below which little is learned of it
 FEW_PICTURES = f"class: fewer than {FEW} training pictures"
 FEW_TO_VALIDATE = "validation: fewer than 20 pictures"  # one is more than 5 points of accuracy
 NO_MAP_THERE = ("map: none", "map: zeros only", "map: unreadable or of another size")
+NO_WEIGHTS = "weights: missing"
 SAME_MAP = "map: same file as that of another picture"
 
 # Every problem that is looked for, and its remedy: what training stops at, and what it does not.
 STOPS = {
     "path: cannot be used": "correct the variable, or unset it",
     "lists: cannot be used": "do what the sentence says",
-    "weights: missing": "`python -m lib weights` fetches timm's; or set WEIGHTS to a file",
     "weights: cannot be used": "set WEIGHTS to a file of this MODEL, or MODEL to that of the file",
     "picture: missing": "restore it, or make the split again with `python -m lib split`",
     "picture: unreadable": "restore it from where it came from, or delete it",
@@ -58,6 +58,8 @@ STOPS = {
     "maps: no training picture has one": "set MAPS to where they are, or to none",
 }
 WORTH_KNOWING = {
+    # No fault of the data, and often the next step.
+    NO_WEIGHTS: "`python -m lib weights` fetches timm's; or set WEIGHTS to a file",
     "class: no training picture": "move some there, or leave the class out",
     "class: no test picture": "move some there: nothing can be measured of it",
     FEW_PICTURES: "add some; what is measured of it means little",

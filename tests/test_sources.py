@@ -359,6 +359,14 @@ def test_a_line_of_cub2010_that_is_no_class_and_picture_is_named(cub2010, line):
         read_records(cub2010, "test")
 
 
+@pytest.mark.parametrize("keep", [0, 60, 200])
+def test_a_damaged_box_of_cub2010_is_named(cub2010, keep):
+    path = next(cub2010.root.glob("*/annotations-mat/*/bird_3.mat"))
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"bird_3.mat holds no bbox; restore it"):
+        read_records(cub2010, "test")
+
+
 def test_cub2010_sorted_into_folders(tmp_path):
     class_folders(tmp_path / "cub200" / "train", CUB_CLASSES)
     class_folders(tmp_path / "cub200" / "val", CUB_CLASSES, count=2)

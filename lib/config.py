@@ -384,6 +384,8 @@ def _maps_from_environment(name: str, root: Path) -> dict[str, Any]:
 
 def file_md5(path: Path) -> str:
     """The md5 of a file's content; FileNotFoundError with the remedy where it is missing."""
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} is a folder; set SPLIT to a file of `python -m lib split`")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; make it with `python -m lib split`")
     return hashlib.md5(path.read_bytes()).hexdigest()

@@ -17,7 +17,7 @@ from PIL import Image
 from lib.config import DataConfig, file_md5
 from lib.data import dataset
 from lib.data.check import PROBLEMS, STOPS, check_data
-from lib.data.dataset import make_dataset
+from lib.data.dataset import make_dataset, read_records
 from lib.data.sources import CLASS_FOLDERS
 from lib.data.unread import UNREAD, left_out
 
@@ -231,8 +231,8 @@ def as_parts(root):
         ("red/more/a.jpg", "picture in a sub-folder of a class"),
         ("red/more/still/a.jfif", "picture in a sub-folder of a class"),
         ("a.webp", "picture in no class folder"),
-        ("holdout/red/a.jpg", "folder that is neither part nor class"),
-        ("green/session 1/a.jpg", "folder that is neither part nor class"),
+        ("holdout/red/a.jpg", "picture in no part or class"),
+        ("green/session 1/a.jpg", "picture in no part or class"),
         ("green/notes.txt", "class folder without a picture"),
         ("green/.keep", "class folder without a picture"),
         ("Test/.keep", "class folder without a picture"),
@@ -435,3 +435,14 @@ def test_no_content_of_a_file_makes_the_check_raise(tmp_path_factory, suffix, co
     (root / "red" / f"odd{suffix}").write_bytes(start.get(suffix, b"") + content)
     report = check_data(DataConfig("folder", root, (8, 8), maps="none"), GRID)
     assert not report.details().query("problem == 'picture: unreadable'").empty
+
+
+def test_a_class_called_maps_is_told_and_the_verdict_knows_evaluation(photos):
+    (photos.root / "maps").rename(photos.root / "other")
+    for k in range(2):
+        draw(photos.root / "maps" / f"p{k}.jpg", 50 + k)
+    assert counts(check_data(photos, GRID))["class: called maps"] == 1
+    listed = {part: read_records(photos, part)[0][0].image for part in ("test", "train")}
+    for part, verdict in (("test", "evaluation would fail"), ("train", "training would fail")):
+        listed[part].write_bytes(b"no picture")
+        assert check_data(photos, GRID).verdict == verdict

@@ -172,6 +172,13 @@ def test_check_tells_of_weights_that_training_would_fail_at(cub, run_main, tiny_
                        "training can start, once the weights are there")  # fmt: skip
 
 
+@pytest.mark.parametrize("variables", [{"MODEL": "resnet18"}, {"MODEL": "vit_x"}, {"PRESET": "x"}])
+def test_check_tells_of_a_model_or_preset_that_there_is_not(cub, run_main, variables):
+    environment = {"DATA_DIR": str(cub.root), "PRESET": "cub2011", **variables}
+    code, out, _ = run_main("check", "--json", **environment)
+    assert code == 1 and any(row["stops_training"] for row in json.loads(out)["problems"])
+
+
 @pytest.mark.parametrize("variable", ["DATA_DIR", "MAPS", "SPLIT"])
 def test_check_tells_of_a_variable_that_names_nothing(cub, run_main, tiny_weights, variable):
     environment = {"DATA_DIR": str(cub.root), **tiny_weights, variable: "not/there"}

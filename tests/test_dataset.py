@@ -244,8 +244,13 @@ def test_missing_files_name_path_and_remedy(cub, missing):
         ("images", "1\n", r"images.txt, line 1 is '1' where an id and 1 value"),
         ("classes", "1 001.Black_footed_Albatross\n", "classes.txt has no line for id 4"),
         ("image_class_labels", "1 1\n", "image_class_labels.txt has no line for id 2"),
+        ("classes", f"1 {CUB_CLASSES[1]}\n4 {CUB_CLASSES[0]}\n", "image 1 in the folder .*give"),
+        ("train_test_split", "1 2\n", "train_test_split.txt has 2 for id 1 where 1 .train. or 0"),
+        ("images", "", r"CUB_200_2011 cannot be used: the flags leave train without"),
+        *(("bounding_boxes", f"{i} 5 5 {wide} 5\n", f"gives id {i} the box 5 5 {wide} 5 where")
+          for i, wide in ((7, "nan"), (7, "-5"), (7, "inf"))),
     ],
-)
+)  # fmt: skip
 def test_a_cut_official_file_is_refused(cub, name, text, message):
     (cub.root / "CUB_200_2011" / f"{name}.txt").write_text(text)
     with pytest.raises(ValueError, match=message):

@@ -212,6 +212,10 @@ def test_what_a_folder_or_file_is(tmp_path, monkeypatch, files, classes, picture
         (("0.jpg", "1.jpg"), "no class folders .*, but pictures in .*; sort them into one folder"),
         (("train/0.jpg", "val/0.jpg"), "no class folders .*, but pictures in .*train; sort them"),
         (("birds/ant/0.jpg",), "but birds with class folders; set DATA_DIR to .*birds, or call"),
+        (
+            ("birds/train/ant/0.jpg", "birds/val/ant/0.jpg"),
+            "but .*birds has parts .*; set DATA_DIR",
+        ),
         (("ant/0.heic", "bee/0.mp4"), r"but files of other kinds .*; pillow-heif reads"),
         (("a.zip",), "has no class folders with pictures in them; set DATA_DIR to"),
         (("ant/0.jpg", "maps/ant/0.png", "Maps/ant/0.png"), "Maps and .*maps both hold human maps"),
@@ -341,6 +345,26 @@ def test_cub2010_as_published_with_its_boxes(cub2010):
     expected = box_map((10, 0, 30, 15), (30, 40), GRID)
     np.testing.assert_allclose(dataset[0]["human"].view(GRID), expected, atol=1e-6)
     assert dataset[0]["valid"].all() and dataset.readers(0)[0].shape == (0, 12)
+
+
+@pytest.mark.parametrize(
+    "line", ["bird_9.jpg", "images/a/bird_9.jpg", "/etc/\N{BIRD}.jpg", "../b.jpg", r"a\bird_9.jpg"]
+)
+def test_a_line_of_cub2010_that_is_no_class_and_picture_is_named(cub2010, line):
+    with (cub2010.root / "CUB_200_2010" / "lists" / "train.txt").open(
+        "a", encoding="utf-8"
+    ) as file:
+        file.write(line)
+    with pytest.raises(ValueError, match=r"train.txt, line 7 is .* where <class folder>/<picture>"):
+        read_records(cub2010, "test")
+
+
+@pytest.mark.parametrize("keep", [0, 60, 200])
+def test_a_damaged_box_of_cub2010_is_named(cub2010, keep):
+    path = next(cub2010.root.glob("*/annotations-mat/*/bird_3.mat"))
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"bird_3.mat holds no bbox; restore it"):
+        read_records(cub2010, "test")
 
 
 def test_cub2010_sorted_into_folders(tmp_path):

@@ -105,36 +105,40 @@ def check(
     json: bool = False,
 ) -> int:
     """Read every picture, every human map and the weights once and say what is wrong, and what is
-    not read; exit code 1 if training would fail.
+    not read; exit code 1 if training or its evaluation would fail.
 
     Args:
         name: the preset; PRESET when left out.
         details: a .csv file to write every single finding to.
         json: print one JSON object and nothing else, for scripts.
     """
-    from lib.data.check import NO_WEIGHTS, Finding, Report, check_data
+    from lib.data.check import Finding, Report, check_data
     from lib.files import write_text
     from lib.training.runs import bare_model, fine_tuning
 
     with redirect_stdout(sys.stderr):  # whatever a library says is no part of the report
         try:
             config = preset(name)
-        except OSError as error:  # of a variable; nothing else can be known then
+        except (OSError, ValueError) as error:  # of a variable; nothing else can be known then
             config, root = None, resolved(asked("DATA_DIR") or ROOT / "datasets")
             report = Report((Finding("path: cannot be used", "", "", str(error)),))
         else:
             root = config.data.root
-            model = bare_model(fine_tuning(config, seed=0), num_classes=0)
-            report = check_data(config.data, model.grid)
-            report = replace(report, findings=(*_about_weights(model, config), *report.findings))
+            try:
+                model = bare_model(fine_tuning(config, seed=0), num_classes=0)
+            except (OSError, ValueError) as error:
+                report = check_data(config.data, (14, 14))
+                findings = [Finding("model: cannot be used", "", "", str(error))]
+            else:
+                report = check_data(config.data, model.grid)
+                findings = [*_about_weights(model, config)]
+            report = replace(report, findings=(*findings, *report.findings))
     shown = config.preset if config else name or asked("PRESET")
     if json:
         print(dumps({"preset": shown, "root": str(root)} | report.to_plain(), indent=2))
     else:
         print(f"preset {shown}: {root}\n\n{report.in_words(root)}\n")
-        later = any(finding.problem == NO_WEIGHTS for finding in report.findings)
-        start = f"training can start{', once the weights are there' * later}"
-        print("training would fail" if report.stops_training else start)
+        print(report.verdict)
     if details is not None:
         write_text(details, report.details().to_csv(index=False))
         print(f"{len(report.findings)} findings: {details}", file=sys.stderr)

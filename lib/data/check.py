@@ -49,8 +49,10 @@ SAME_MAP = "map: same file as that of another picture"
 STOPS = {
     "path: cannot be used": "correct the variable, or unset it",
     "lists: cannot be used": "do what the sentence says",
+    "model: cannot be used": "set MODEL to a ViT of timm, such as vit_small_patch16_224",
     "weights: cannot be used": "set WEIGHTS to a file of this MODEL, or MODEL to that of the file",
-    "picture: missing": "restore it, or make the split again with `python -m lib split`",
+    "picture: missing": "restore it; or delete what names it, and make the split again "
+    "with `python -m lib split`",
     "picture: unreadable": "restore it from where it came from, or delete it",
     "picture: of another size than its gaze": "use the original picture, not a resized one",
     "map: unreadable or of another size": "make it again, in the proportions of its picture",
@@ -63,6 +65,8 @@ WORTH_KNOWING = {
     "class: no training picture": "move some there, or leave the class out",
     "class: no test picture": "move some there: nothing can be measured of it",
     FEW_PICTURES: "add some; what is measured of it means little",
+    "class: called maps": "nothing, if it is one; human maps lie in class folders, or are named "
+    "like one picture each",
     "class: names look the same": "rename one, or join them if they are one class",
     FEW_TO_VALIDATE: "add pictures: which epoch is best, they can hardly say; without any, it is "
     "the last",
@@ -108,6 +112,14 @@ class Report:
     def stops_training(self) -> bool:
         return any(finding.problem in STOPS for finding in self.findings)
 
+    @property
+    def verdict(self) -> str:
+        stopped = {finding.part for finding in self.findings if finding.problem in STOPS}
+        if not stopped:
+            later = any(finding.problem == NO_WEIGHTS for finding in self.findings)
+            return f"training can start{', once the weights are there' * later}"
+        return "evaluation would fail" if stopped == {"test"} else "training would fail"
+
     def details(self) -> pd.DataFrame:
         """One row a finding: problem, part, where, detail, count."""
         columns = ["problem", "part", "where", "detail", "count"]
@@ -145,7 +157,8 @@ class Report:
         """The report for people, in lines of up to 96 characters; paths start below `root`."""
         problems = self.problems()
         lines = []
-        for title, stop in (("stops training", True), ("worth knowing", False)):
+        titles = {True: "stops training (in test: its evaluation)", False: "worth knowing"}
+        for stop, title in titles.items():
             some = [row for row in problems if row["stops_training"] == stop]
             lines += [title, *(_in_lines(row, root) for row in some), ""] if some else []
         absent: dict[str, list[str]] = defaultdict(list)
@@ -345,6 +358,8 @@ def _about_classes(parts: dict[str, list[Record]], names: Sequence[str]) -> Iter
         yield Finding("class: it is the only one", "", names[0])
     first: dict[str, str] = {}
     for name in names:
+        if name.lower() == "maps":
+            yield Finding("class: called maps", "", name)
         seen = re.sub(r"[\s_-]+", "", unicodedata.normalize("NFKC", name)).casefold()
         other = first.setdefault(seen, name)
         if other != name:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
@@ -29,7 +29,7 @@ from lib.data.sources import (
     list_by_folders,
     part_folders,
 )
-from lib.data.splits import Row, by_flag
+from lib.data.splits import Row, Split, SplitError, by_flag
 from lib.files import one_form, visible
 
 PART_LOCATIONS = Path("parts", "part_locs.txt")  # of CUB-200-2011, below its home
@@ -52,11 +52,21 @@ def list_cub2011(root: Path) -> Listing:
     official = IdTable(home / "train_test_split.txt", int)
     names = tuple(classes.values())
     on_disk = as_on_disk(home / "images")
-    rows = [
-        Row(on_disk(path), names.index(classes[class_of[image]]), str(image))
-        for image, path in files.items()
-    ]
-    split = by_flag(rows, names, [official[image] == 1 for image in files])
+    rows = []
+    for image, path in files.items():
+        name, folder = classes[class_of[image]], str(PurePosixPath(path).parent)
+        if one_form(name) != one_form(folder):  # ids of one list that are not those of another
+            raise ValueError(
+                f"{files.path} has image {image} in the folder {folder!r}, but the other lists "
+                f"give it to the class {name!r}; restore the lists from the published archive."
+            )
+        if official[image] not in (0, 1):
+            raise ValueError(
+                f"{official.path} has {official[image]} for id {image} where 1 (train) or 0 (test) "
+                f"is expected; {RESTORE}."
+            )
+        rows.append(Row(on_disk(path), names.index(name), str(image)))
+    split = _published(home, rows, names, [official[image] == 1 for image in files])
     ids = {row.path: image for row, image in zip(rows, files, strict=True)}
     return Listing(home, home / "images", tuple(rows), names, split, ids)
 
@@ -77,13 +87,34 @@ def list_cub2010(root: Path) -> Listing:
 def _list_by_lists(home: Path) -> Listing:
     on_disk = as_on_disk(home / "images")
     train, test = (
-        [PurePosixPath(on_disk(line.strip())) for line in text_lines(path) if line.strip()]
-        for path in (home / "lists" / "train.txt", home / "lists" / "test.txt")
+        [PurePosixPath(on_disk(line)) for line in _paths_in(home / "lists" / name)]
+        for name in ("train.txt", "test.txt")
     )
     names = tuple(sorted({path.parent.name for path in (*train, *test)}))
     rows = [Row(str(p), names.index(p.parent.name), p.stem) for p in (*train, *test)]
     is_train = [True] * len(train) + [False] * len(test)
-    return as_listing(home, home / "images", rows, names, by_flag(rows, names, is_train))
+    split = _published(home, rows, names, is_train)
+    return as_listing(home, home / "images", rows, names, split)
+
+
+def _paths_in(path: Path) -> Iterator[str]:
+    """The lines of a list of pictures, each `<class folder>/<picture>`."""
+    for number, line in enumerate(map(str.strip, text_lines(path)), start=1):
+        folder, *names = line.split("/")
+        if line and (len(names) != 1 or folder in ("", "..") or "\\" in line):
+            raise ValueError(
+                f"{path}, line {number} is {line[:60]!r} where <class folder>/<picture> is "
+                f"expected; {RESTORE}."
+            )
+        if line:
+            yield line
+
+
+def _published(home: Path, rows: list[Row], names: Sequence[str], is_train: list[bool]) -> Split:
+    try:
+        return by_flag(rows, names, is_train)
+    except SplitError as error:
+        raise SplitError(f"the lists in {home} cannot be used: {error}") from None
 
 
 # -------------------------------------------------------------------------------- official lists
@@ -158,7 +189,7 @@ class IdTable(dict):
             self[key] = values[0] if columns == 1 else values
 
     def __missing__(self, key: int) -> None:
-        raise ValueError(f"{self.path.name} has no line for id {key}; {RESTORE}.")
+        raise ValueError(f"{self.path} has no line for id {key}; {RESTORE}.")
 
 
 # -------------------------------------------------------------------------------- boxes and parts
@@ -169,6 +200,11 @@ def box_corners(listing: Listing) -> Callable[[Row], Corners]:
 
     def corners(row: Row) -> Corners:
         x, y, w, h = boxes[listing.ids[row.path]]
+        if not (w >= 0 and h >= 0 and math.isfinite(x + y + w + h)):
+            raise ValueError(
+                f"{boxes.path} gives id {listing.ids[row.path]} the box {x:g} {y:g} {w:g} {h:g} "
+                f"where x, y, width and height are expected; {RESTORE}."
+            )
         return x, y, x + w, y + h
 
     return corners
@@ -220,7 +256,7 @@ def box_corners_2010(listing: Listing) -> Callable[[Row], Corners | None]:
         try:
             box = loadmat(path, simplify_cells=True)["bbox"]
             return tuple(float(box[side]) for side in ("left", "top", "right", "bottom"))
-        except (KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # of scipy or zlib: whatever their parsers come upon
             raise ValueError(f"{path} holds no bbox; restore it from the archive.") from error
 
     return corners

@@ -419,11 +419,14 @@ def _rows(home: Path, classes: dict[str, list[Path]], names: Sequence[str]) -> t
 def _no_classes(home: Path) -> FileNotFoundError:
     """Says what is there instead of class folders with pictures."""
     inside = [path for path in visible(home) if path.is_dir()]
+    whole = [path for path in inside if any(part_folders(path))]
     deeper = [path.name for path in inside if any(map(pictures_in, visible(path)))]
     flat = [path for path in (*inside, home) if pictures_in(path)]
     others = {path.suffix.lower() for folder in inside for path in visible(folder)} - {""}
     there = f"; {DATA_REMEDY}"
-    if deeper:
+    if whole:
+        there = f", but {whole[0]} has parts with such folders; set DATA_DIR to that"
+    elif deeper:
         one = home / deeper[0]
         there = f", but {', '.join(deeper[:5])} with class folders; set DATA_DIR to {one}, or call "
         there += "them train and val"

@@ -31,7 +31,7 @@ from lib.files import is_hidden, maps_beside
 KIND, PACKED = "picture of a kind that is not read", "archive"
 UNNAMED, LOST = "picture without its suffix", "link that leads nowhere"
 LOOSE, DEEPER = "picture in no class folder", "picture in a sub-folder of a class"
-STRAY, EMPTY = "folder that is neither part nor class", "class folder without a picture"
+STRAY, EMPTY = "picture in no part or class", "class folder without a picture"
 UNLISTED, HIDDEN, OTHER = "picture in no list or split", "hidden file or folder", "other file"
 NO_MAP, BESIDE, SKIPPED = (
     "map of no picture",

@@ -230,4 +230,9 @@ def create_model(
         vit = timm.create_model(name, num_classes=num_classes, img_size=image_size, **overrides)
     except TypeError as error:  # not a ViT: its constructor knows no img_size
         raise UnsupportedModelError(f"{name} is no timm VisionTransformer: {error}") from error
+    except RuntimeError as error:  # timm does not know the name, or its weights' tag
+        raise UnsupportedModelError(
+            f"timm has no model {name!r} ({error}); set MODEL to one of its ViTs, such as "
+            "vit_small_patch16_224"
+        ) from error
     return SigmoidViT(vit)

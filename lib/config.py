@@ -221,11 +221,13 @@ HOW += ("data.cache",)
 # a run keeps beside its configuration. Only that there is one, or none, is part of a run.
 PLACES = ("data.root", "data.maps_dir", "data.split_file", "model.weights")
 
+# Fields that say where human maps come from: of no weight for a model that learns without them.
+MAPS = ("maps", "maps_dir", "gaze_runs", "sigma", "sigma_unit", "weight")
+MAPS = tuple(f"data.{name}" for name in MAPS)
+
 # Fields of DataConfig that say nothing about whole pictures, whose tokens may so be shared, and
 # which runs of one evaluation may differ in: the maps, and what is done in training alone.
-MAPS_AND_CROPS = ("maps", "maps_dir", "gaze_runs", "sigma", "sigma_unit", "weight")
-MAPS_AND_CROPS += ("crop_scale", "crop_ratio", "flip", "cache")
-MAPS_AND_CROPS = tuple(f"data.{name}" for name in MAPS_AND_CROPS)
+MAPS_AND_CROPS = (*MAPS, "data.crop_scale", "data.crop_ratio", "data.flip", "data.cache")
 
 
 @dataclass
@@ -413,8 +415,8 @@ def _from_plain(kind: Any, value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def difference(config: RunConfig, text: str) -> str | None:
-    """The first field that decides a result and differs from JSON made by `to_json`, in words."""
+def difference(config: RunConfig, text: str, but: tuple[str, ...] = HOW) -> str | None:
+    """The first field not in `but` that differs from JSON made by `to_json`, in words."""
     # A field that is younger than the text had the value that it now has by default.
     young = flat(RunConfig(DataConfig(), ModelConfig(), TrainConfig()))
     ours, theirs = flat(config), young | _flatten(json.loads(text))
@@ -422,7 +424,7 @@ def difference(config: RunConfig, text: str) -> str | None:
         here, there = ours.get(key), theirs.get(key)
         if key in PLACES:
             here, there = here is None, there is None
-        if here != there and key not in HOW:
+        if here != there and key not in but:
             return f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
     return None
 

@@ -167,6 +167,7 @@ def test_the_file_holds_one_line_of_the_schema(tmp_path):
         "schema": 1,
         "image_id": "a/b 1.jpg",
         "class_name": "",
+        "file": "",
         "grid": [2, 3],
         "mask": "100001",
         "values": [0.1235, None, None, None, None, 1.0],

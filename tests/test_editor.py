@@ -65,6 +65,7 @@ class FakeSession:
             image=np.full((20, 30, 3), 40 * index, dtype=np.uint8),
             label=1,
             class_name=NASTY,
+            file=NASTY,
             human=None if index == 1 else np.float32([[0, 0.5, 1], [np.nan, 0, 0]]),
             box=None if index == 1 else np.float32([[0, 1, 1], [0, 0.5, 0.5]]),
         )

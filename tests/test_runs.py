@@ -326,7 +326,8 @@ def test_human_maps_are_part_of_what_learned_from_them(project):
     Image.fromarray(255 - one).save(moved / "1.ant" / "test0.png")  # which nothing learns from
     with pytest.raises(RunConflict, match=r"was made of other human maps \(of 12: 1 changed\)"):
         train_run("hitl", stages[1], project.runs)
-    train_run("ft", stages[0], project.runs)
+    stages[0].data = replace(stages[0].data, maps="none", maps_dir=None)  # unseen where lam is 0
+    assert train_run("ft", stages[0], project.runs).config.data.maps == "none"
 
 
 def test_older_runs_load_and_go_by_the_names_of_places(project):

@@ -543,6 +543,27 @@ def test_a_correction_stays_with_its_class_when_pictures_are_added(tmp_path):
         read_records(config, "train")
 
 
+def test_a_correction_stays_with_its_file_when_pictures_are_added(tmp_path):
+    class_folders(tmp_path, count=2)
+    config = folder_config(tmp_path, maps="corrections", maps_dir=tmp_path / "corrections")
+    edit = AttentionEdit(np.ones(GRID, bool), np.ones(GRID, np.float32))
+    path = next((tmp_path / "ant").iterdir())
+    number = 1 + sorted((tmp_path / "ant").iterdir()).index(path)
+    texts = {"class_name": "ant", "file": path.name}
+    save_correction(Correction.now(f"{number}", edit, "0123", "me", **texts), config.maps_dir)
+
+    def corrected():
+        parts = (read_records(config, part)[0] for part in ("train", "test"))
+        return [one.image for records in parts for one in records if one.human]
+
+    assert corrected() == [path]
+    picture(tmp_path / "ant" / "!first.gif")  # the ids of all others move
+    assert corrected() == [path]
+    path.rename(path.with_name(f"other{path.suffix}"))
+    with pytest.warns(UserWarning, match=f"ant/{path.name}, which is skipped: there is no"):
+        assert corrected() == []
+
+
 @pytest.mark.parametrize(
     ("files", "kind"),
     [

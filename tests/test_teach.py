@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -481,7 +482,14 @@ def test_pictures_without_decoys_or_fixations_are_compared_by_cc(cub):
     correction = replace(birds[0], image_id=known["image_id"], edit=edit)
     with pytest.raises(NothingToTeach, match=r"of the class .* but that picture of Black footed"):
         teacher.teach([correction])  # ids were counted anew when pictures were added
-    teacher.teach([replace(correction, class_name=known["class_name"])])
+    file = Path(known["path"]).name
+    fitting = replace(correction, class_name=known["class_name"], file=file)
+    moved = replace(fitting, image_id=str(train.table["image_id"].iloc[1]))
+    assert teacher.teach([moved, fitting]).used == (fitting,)  # found by its file, taught once
+    teacher.undo()
+    with pytest.raises(NothingToTeach, match=r"its picture, gone.jpg, is not in the data set"):
+        teacher.teach([replace(fitting, file="gone.jpg")])
+    teacher.teach([fitting])
     table = teacher.before_after(test)
     assert "CC after" in table and not [name for name in table if name.startswith("NSS")]
     assert not [name for name in table if name.startswith("conflicting")]

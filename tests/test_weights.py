@@ -491,6 +491,8 @@ AVERAGED = {key.replace("norm.", "fc_norm.") if key[0] == "n" else key: STATE[ke
         ({"a": changed(cls_token=torch.full((1, 1, 32), torch.nan))}, "values in a.cls_token that"),
         (changed(norm__bias=torch.full((32,), 1e300, dtype=torch.double)), "NaN or infinite"),
         (changed(cls_token=torch.ones(1, 1, 32).to(torch.int8)), "cls_token in torch.int8"),
+        (changed(cls_token=torch.ones(1, 1, 32, device="meta")), "cls_token without values"),
+        (changed(norm__bias=torch.ones(32).to_sparse()), r"norm.bias as torch.sparse_coo; save"),
         # no code is run, whatever stands there
         ({"model": STATE, "queue": collections.deque([1])}, "holds collections.deque beside"),
     ],

@@ -7,6 +7,7 @@ JSON, with a picture of it beside it, `<same name>.png`, where one was given:
     schema        1
     image_id      id of the picture in the data set
     class_name    of the picture, may be ""
+    file          name of the picture's file, may be ""; older files have no such field
     grid          [gh, gw]
     mask          gh * gw characters 0 or 1, row by row; 1 where the cell is edited
     values        gh * gw numbers from 0 to 1 with at most 4 decimals; null where not edited
@@ -20,20 +21,21 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
 from lib.edit import AttentionEdit, brief, is_index, is_share
-from lib.files import claimed, make_folder, write_bytes
+from lib.files import claimed, make_folder, one_form, write_bytes
 
 SCHEMA = 1
 MAX_BYTES = 4 * 2**20  # of one file; a correction on 64 x 64 patches takes 0.04 MB
 NAME_LENGTH = 40  # characters of the image id that stay in the file name
 
-TEXTS = ("image_id", "class_name", "model", "author", "time", "note")
+TEXTS = ("image_id", "class_name", "file", "model", "author", "time", "note")
 SCOPE = ("blocks", "heads", "queries", "offset")
 CELLS = {"grid": list, "mask": str, "values": list}
 
@@ -57,6 +59,7 @@ class Correction:
     time: str  # ISO 8601 with a time zone; kept in UTC and whole seconds, 2026-08-01T12:34:56Z
     class_name: str = ""
     note: str = ""
+    file: str = ""  # name of the picture's file; "" where it is drawn, or not known
 
     def __post_init__(self) -> None:
         for name in TEXTS:
@@ -79,7 +82,7 @@ class Correction:
     def now(
         cls, image_id: str, edit: AttentionEdit, model: str, author: str, **texts: str
     ) -> Correction:
-        """A correction made at this moment; `texts` are class_name and note."""
+        """A correction made at this moment; `texts` are class_name, note and file."""
         return cls(image_id, edit, model, author, datetime.now(UTC).isoformat(), **texts)
 
 
@@ -168,11 +171,42 @@ def load_corrections(
         except CorrectionError as error:
             skipped.append(Skipped(path, str(error)))
     in_order = sorted(found, key=lambda path: (found[path].time, path.name))
-    newest = {found[path].image_id: path for path in in_order}  # a later one takes the place
-    counting = [path for path in in_order if newest[found[path].image_id] == path]
+    # An id may have passed to another picture; a later one takes the place.
+    pictures = {path: (found[path].image_id, found[path].file) for path in in_order}
+    newest = {pictures[path]: path for path in in_order}
+    counting = [path for path in in_order if newest[pictures[path]] == path]
     for path in set(in_order) - set(counting):
-        skipped.append(Skipped(path, f"replaced by {newest[found[path].image_id].name}"))
+        skipped.append(Skipped(path, f"replaced by {newest[pictures[path]].name}"))
     return [found[path] for path in counting], sorted(skipped, key=lambda left: left.path)
+
+
+def found_again(
+    corrections: Sequence[Correction], pictures: Mapping[str, tuple[str, str]]
+) -> tuple[list[Correction], list[Correction]]:
+    """Corrections with the ids that their pictures have now: a new picture moves those of others.
+
+    Args:
+        corrections: by time. pictures: class name and file name of every picture, by image id.
+
+    Returns:
+        One a picture, the newest; those that know no file keep their id. And those whose class has
+        no such file, or several in its parts, where the id does not tell which.
+    """
+    ids: dict[tuple[str, ...], list[str]] = {}
+    for image, names in pictures.items():
+        ids.setdefault(tuple(map(one_form, names)), []).append(image)
+    here: dict[object, Correction] = {}
+    gone = []
+    for place, one in enumerate(corrections):
+        now = ids.get((one_form(one.class_name), one_form(one.file)), [])
+        if not one.file:
+            here[place] = one
+        elif one.image_id in now or len(now) == 1:
+            image = one.image_id if one.image_id in now else now[0]
+            here[image, one.file] = replace(one, image_id=image)
+        else:
+            gone.append(one)
+    return list(here.values()), gone
 
 
 # ----------------------------------------------------------------------------------------- saving
@@ -198,6 +232,7 @@ def _to_fields(correction: Correction) -> dict[str, object]:
         "schema": SCHEMA,
         "image_id": correction.image_id,
         "class_name": correction.class_name,
+        "file": correction.file,
         "grid": list(edit.grid),
         "mask": "".join("01"[edited] for edited in mask),
         "values": [
@@ -229,6 +264,7 @@ def _read_correction(path: Path, grid: tuple[int, int] | None) -> Correction:
     schema = fields.get("schema")
     if not is_index(schema) or schema != SCHEMA:  # first: other schemas have other fields
         raise CorrectionError(f"schema is {brief(schema)}; this version reads {SCHEMA}")
+    fields = {"file": ""} | fields  # younger than the schema
     for name in (*TEXTS, *CELLS, *SCOPE):
         if name not in fields:
             raise CorrectionError(f"{name} is missing")

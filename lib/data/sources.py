@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from lib.config import DataConfig, file_md5
 from lib.data.classes import shown_names
-from lib.data.corrections import load_corrections
+from lib.data.corrections import found_again, load_corrections
 from lib.data.maps import Box, HumanSource, Painted, Recording
 from lib.data.pictures import DATA_REMEDY, picture_size
 from lib.data.splits import (
@@ -157,8 +157,11 @@ class DataSet:
         if config.maps == "files":
             return map_files(config.maps_dir, rows).get
         if config.maps == "corrections":
-            classes = {listing.ids[row.path]: names[row.label] for row in rows}
-            painted = painted_maps(config.maps_dir, classes)
+            pictures = {
+                str(listing.ids[row.path]): (names[row.label], row.path.rpartition("/")[2])
+                for row in rows
+            }
+            painted = painted_maps(config.maps_dir, pictures)
             return lambda row: painted.get(listing.ids[row.path])
         if config.maps not in self.maps:
             raise ValueError(
@@ -294,12 +297,16 @@ def map_files(folder: Path, rows: Iterable[Row]) -> dict[Row, Path]:
     return found
 
 
-def painted_maps(folder: Path, classes: Mapping[int, str] | None = None) -> dict[int, Painted]:
+def painted_maps(
+    folder: Path, pictures: Mapping[str, tuple[str, str]] | None = None
+) -> dict[int, Painted]:
     """What was painted in the editor, by image id; says which files were skipped, and why.
 
+    Ids count the pictures, so that a new picture moves them. With `pictures`, class and file name
+    by image id, a correction goes to the picture of its class and file, if that is known.
+
     Raises ValueError where map files lie beside them (one of the two would be left out), and where
-    a picture's class is another one by `classes`, of which names by image id are given: ids count
-    the pictures, so that a new picture moves them.
+    a picture is of another class than the correction, and its file is not known.
     """
     corrections, skipped = load_corrections(folder)
     for path in _map_files_in(folder):
@@ -309,9 +316,13 @@ def painted_maps(folder: Path, classes: Mapping[int, str] | None = None) -> dict
         )
     for file in (file for file in skipped if not is_hidden(file.path.name)):
         warnings.warn(f"{file.path} is skipped: {file.reason}", stacklevel=2)
+    corrections, gone = found_again(corrections, pictures) if pictures else (corrections, ())
+    for one in gone:
+        left = f"{folder} has a correction of {one.class_name}/{one.file}, which is skipped"
+        warnings.warn(f"{left}: there is no such picture, or more than one", stacklevel=2)
     painted = {int(one.image_id): one for one in corrections if one.image_id.isdigit()}
     for image, one in painted.items():
-        now = (classes or {}).get(image, one.class_name)
+        now = (pictures or {}).get(str(image), (one.class_name,))[0]
         if one.class_name not in ("", now):
             raise ValueError(
                 f"{folder} has a correction of image {image}, then of the class "

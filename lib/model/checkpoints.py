@@ -202,7 +202,8 @@ def flatten(content: object) -> tuple[dict[str, Tensor], dict[str, tuple[int, in
 def _own_grid(value: object) -> str | None:
     metadata = getattr(value, "_metadata", None)  # others use that name, too
     root = metadata.get("") if isinstance(metadata, Mapping) else None
-    return root.get(GRID_KEY) if isinstance(root, Mapping) else None
+    grid = root.get(GRID_KEY) if isinstance(root, Mapping) else None
+    return grid if re.fullmatch(r"\d+x\d+", str(grid)) else None
 
 
 def _with_paths(value: object, path: str, above: tuple[int, ...]) -> Iterator[tuple[str, object]]:

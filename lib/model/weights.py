@@ -215,6 +215,9 @@ def _refuse_unlike(best: _Candidate, own: dict[str, Tensor], path: Path, kind: s
 
 
 def _refuse_unusable(value: Tensor, owner: str, name: str) -> None:
+    if value.is_meta or value.layout != torch.strided:
+        what = "without values (device meta)" if value.is_meta else f"as {value.layout}"
+        raise WeightsError(f"{owner} {name} {what}; save dense tensors on the CPU")
     if not value.is_floating_point():
         raise WeightsError(
             f"{owner} {name} in {value.dtype}, not in floating point: it is quantised; use the "

@@ -241,7 +241,8 @@ def refuse_conflict(folder: Path, config: RunConfig, made: dict[str, Any] | None
     if not (folder / "config.json").is_file():
         return
     text = (folder / "config.json").read_text(encoding="utf-8")
-    found = cfg.difference(config, text)
+    unseen = cfg.MAPS if config.train.human.lam == 0 else ()
+    found = cfg.difference(config, text, cfg.HOW + unseen)
     if found:
         raise RunConflict(
             f"{folder} was made with another configuration ({found}); choose another name or "

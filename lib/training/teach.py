@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -26,7 +27,7 @@ from tqdm.auto import tqdm
 
 from lib.config import TrainConfig
 from lib.data.classes import other_classes
-from lib.data.corrections import Correction
+from lib.data.corrections import Correction, found_again
 from lib.data.dataset import BirdDataset
 from lib.edit import AttentionEdit, resolve_blocks, resolve_heads
 from lib.losses import CORRECTION_LOSSES, HALF, correction_loss
@@ -263,8 +264,11 @@ class Teacher:
         self, corrections: Sequence[Correction]
     ) -> tuple[tuple[Correction, ...], tuple[tuple[str, str], ...]]:
         """The corrections that can be taught, and image id and reason of the others."""
-        reasons = [self._refusal(correction) for correction in corrections]
-        pairs = list(zip(corrections, reasons, strict=True))
+        columns = self._pictures.dataset.table[["image_id", "class_name", "path"]]
+        known = {str(i): (name, Path(path).name) for i, name, path in columns.to_numpy()}
+        found, gone = found_again(corrections, known)
+        pairs = [(one, self._refusal(one)) for one in found]
+        pairs += [(one, f"its picture, {one.file}, is not in the data set") for one in gone]
         usable = tuple(correction for correction, reason in pairs if reason is None)
         skipped = tuple((c.image_id, reason) for c, reason in pairs if reason is not None)
         if not usable:

@@ -28,6 +28,7 @@ class Shown:
     image: np.ndarray  # uint8 [H, W, 3], RGB, as large as the model sees it
     label: int
     class_name: str
+    file: str  # name of the picture's file; "" where it is drawn
     human: np.ndarray | None  # float32 [gh, gw] in [0, 1], NaN where not known; None: no map
     box: np.ndarray | None  # float32 [gh, gw], share of the cell in the bird's box; None: no box
 
@@ -377,7 +378,7 @@ class EditorController:
         edit, shown = self.edit(), self.shown
         if edit.is_empty:
             raise ValueError("nothing is edited, so there is nothing to save; paint first")
-        texts = {"class_name": shown.class_name, "note": note}
+        texts = {"class_name": shown.class_name, "file": shown.file, "note": note}
         return Correction.now(shown.image_id, edit, self.session.fingerprint, author, **texts)
 
     def save(self, folder: str | Path, author: str, note: str = "") -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -80,6 +81,7 @@ class LiveSession:
             image=self.dataset.image(index),
             label=item["label"],
             class_name=self.classes[item["label"]],
+            file=Path(row["path"]).name,
             human=human if valid.any() else None,
             box=self._box(row),
         )

@@ -18,13 +18,12 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from lib.config import DataConfig
-from lib.data.maps import HumanSource, Recording
+from lib.data.maps import Box, HumanSource, Recording
 from lib.data.pictures import DATA_REMEDY, picture_size
 from lib.data.sources import (
     Corners,
     DataSet,
     Listing,
-    as_boxes,
     as_listing,
     list_by_folders,
     part_folders,
@@ -208,6 +207,18 @@ def box_corners(listing: Listing) -> Callable[[Row], Corners]:
         return x, y, x + w, y + h
 
     return corners
+
+
+def as_boxes(
+    listing: Listing, corners: Callable[[Row], Corners | None]
+) -> Callable[[Row], Box | None]:
+    """Bounding boxes as human maps."""
+
+    def source(row: Row) -> Box | None:
+        size, box = picture_size(listing.images / row.path), corners(row)
+        return None if size is None or box is None else Box(box, size[1], size[0])
+
+    return source
 
 
 def visible_parts(listing: Listing) -> Callable[[Row], np.ndarray | None]:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from lib.config import DataConfig, file_md5
 from lib.data.classes import shown_names
 from lib.data.corrections import found_again, load_corrections
-from lib.data.maps import Box, HumanSource, Painted, Recording
+from lib.data.maps import HumanSource, Painted, Recording
 from lib.data.pictures import DATA_REMEDY, picture_size
 from lib.data.splits import (
     Part,
@@ -169,18 +169,6 @@ class DataSet:
                 f"{', '.join((*self.maps, 'none'))}, or to a folder of map files."
             )
         return self.maps[config.maps](config, listing)
-
-
-def as_boxes(
-    listing: Listing, corners: Callable[[Row], Corners | None]
-) -> Callable[[Row], Box | None]:
-    """Bounding boxes as human maps."""
-
-    def source(row: Row) -> Box | None:
-        size, box = picture_size(listing.images / row.path), corners(row)
-        return None if size is None or box is None else Box(box, size[1], size[0])
-
-    return source
 
 
 def choose_split(config: DataConfig, listing: Listing) -> Split:

@@ -711,8 +711,8 @@ def test_a_name_that_is_no_utf8_works_all_the_way(tmp_path):
 @pytest.mark.parametrize(
     ("name", "maps", "message"),
     [
-        ("folder", "gaze", "folder comes without gaze; set MAPS to one of none, or"),
-        ("cub2010", "parts", "cub2010 comes without parts; set MAPS to one of boxes, none"),
+        ("folder", "gaze", "folder comes without gaze; set MAPS to none, or a folder"),
+        ("cub2010", "parts", "cub2010 comes without parts; set MAPS to boxes, none, or"),
     ],
 )
 def test_maps_that_a_data_set_does_not_have_are_refused(tmp_path, name, maps, message):

@@ -165,8 +165,8 @@ class DataSet:
             return lambda row: painted.get(listing.ids[row.path])
         if config.maps not in self.maps:
             raise ValueError(
-                f"{config.name} comes without {config.maps}; set MAPS to one of "
-                f"{', '.join((*self.maps, 'none'))}, or to a folder of map files."
+                f"{config.name} comes without {config.maps}; set MAPS to "
+                f"{', '.join((*self.maps, 'none'))}, or a folder of map files."
             )
         return self.maps[config.maps](config, listing)
 

@@ -405,9 +405,11 @@ def refuse_vain_supervision(model: SigmoidViT, train_set: BirdDataset, config: T
                 'supervise blocks="last" with trainable="last_block", or train all'
             )
     if not train_set.has_map.any():
+        name = train_set.config.name
+        known = ["gaze"] if name == "toy" else DATA_SETS[name].maps
         raise NoHumanMaps(
             f"lam is {human.lam:g}, but none of the {len(train_set)} training images has a human "
-            "map; set MAPS (gaze, boxes, parts, or a folder of map files), or train with lam=0"
+            f"map; set MAPS to {' or '.join([*known, 'a folder of map files'])}, or train with lam=0"
         )
 
 

@@ -407,9 +407,10 @@ def refuse_vain_supervision(model: SigmoidViT, train_set: BirdDataset, config: T
     if not train_set.has_map.any():
         name = train_set.config.name
         known = ["gaze"] if name == "toy" else DATA_SETS[name].maps
+        known = " or ".join([*known, "a folder of map files"])
         raise NoHumanMaps(
             f"lam is {human.lam:g}, but none of the {len(train_set)} training images has a human "
-            f"map; set MAPS to {' or '.join([*known, 'a folder of map files'])}, or train with lam=0"
+            f"map; set MAPS to {known}, or train with lam=0"
         )
 
 

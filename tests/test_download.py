@@ -148,6 +148,14 @@ class Server(ThreadingHTTPServer):
         pass  # the client may go away in the middle: some tests do
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """Ctrl-C is heard: a command in the background (`make test &`) starts with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def server():
     with pytest.MonkeyPatch.context() as patch, Server(("127.0.0.1", 0), Handler) as server:

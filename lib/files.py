@@ -195,11 +195,12 @@ def there(variable: str, missing: bool = False) -> Path | None:
 
 # What systems leave in any folder, beside names that start with a dot (.DS_Store, ._picture.jpg).
 OF_SYSTEMS = {"__macosx", "thumbs.db", "desktop.ini", "lost+found", "$recycle.bin", "@eadir"}
+OF_SYSTEMS |= {"system volume information"}
 
 
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name is a system's own: no picture, no map, no class."""
-    return name.startswith(".") or name.lower() in {*OF_SYSTEMS, "system volume information"}
+    return name.startswith(".") or name.lower() in OF_SYSTEMS
 
 
 def visible(folder: Path) -> list[Path]:

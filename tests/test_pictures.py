@@ -685,7 +685,7 @@ def test_entries_that_hold_other_pixels_than_are_read_today_are_not_found(tmp_pa
         Image.new(mode, (9, 9)).save(path)
         now = of_files.pictures_key([path], [9])
         with monkeypatch.context() as patch:
-            patch.setattr(of_files, "_was_misread", lambda path: False)
+            patch.setattr(of_files, "_was_misread", lambda *file: False)
             assert (of_files.pictures_key([path], [9]) == now) == stays, mode
 
 

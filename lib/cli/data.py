@@ -147,8 +147,6 @@ def check(
 
 def _about_weights(model: SigmoidViT, config: Config) -> Iterator[Finding]:
     """What would go wrong with the weights that training starts from."""
-    import torch
-
     from lib.data.check import NO_WEIGHTS, Finding
     from lib.model.weights import load_weights
 
@@ -162,7 +160,3 @@ def _about_weights(model: SigmoidViT, config: Config) -> Iterator[Finding]:
         yield Finding(NO_WEIGHTS, "", "", str(error))
     except (OSError, ValueError) as error:
         yield Finding("weights: cannot be used", "", "", str(error))
-    else:
-        if not all(torch.isfinite(values).all() for values in model.parameters()):
-            words = "not all of its numbers are finite: it is of a training that failed"
-            yield Finding("weights: cannot be used", "", str(path), words)

@@ -29,7 +29,7 @@ from lib.data.dataset import DATA_SETS, read_records
 from lib.data.maps import Box, human_map
 from lib.data.pictures import is_in_colours, read_picture, unusual
 from lib.data.sources import Record
-from lib.data.splits import PARTS
+from lib.data.splits import PARTS, VALIDATING
 from lib.data.unread import UNREAD, left_out
 
 UNUSUAL = {  # by the words of lib.data.pictures.unusual
@@ -40,7 +40,7 @@ UNUSUAL = {  # by the words of lib.data.pictures.unusual
 }
 FEW = 5  # training pictures of a class, below which little is learned of it
 FEW_PICTURES = f"class: fewer than {FEW} training pictures"
-FEW_TO_VALIDATE = "validation: fewer than 20 pictures"  # one is more than 5 points of accuracy
+FEW_TO_VALIDATE = f"validation: fewer than {VALIDATING} pictures"
 NO_MAP_THERE = ("map: none", "map: zeros only", "map: unreadable or of another size")
 NO_WEIGHTS = "weights: missing"
 SAME_MAP = "map: same file as that of another picture"
@@ -352,7 +352,7 @@ def _about_classes(parts: dict[str, list[Record]], names: Sequence[str]) -> Iter
                 yield Finding(f"class: no {word} picture", part, name)
             elif part == "train" and counts[label] < FEW:
                 yield Finding(FEW_PICTURES, part, name, f"{counts[label]} of them")
-    if len(parts.get("val", range(20))) < 20:
+    if "val" in parts and len(parts["val"]) < VALIDATING:
         yield Finding(FEW_TO_VALIDATE, "val", "", f"{len(parts['val'])} of them")
     if len(names) == 1:
         yield Finding("class: it is the only one", "", names[0])

@@ -159,10 +159,7 @@ class BirdDataset(Dataset):
                 f"{len(missing)} of {len(self.records)} images have no human map (ids {shown}); "
                 "they take part with their label alone."
             )
-            # Once a process: every run of a comparison reads the same images. Python's own "once"
-            # forgets whenever a library touches the warning filters.
-            if (self.config.root, text) not in _TOLD:
-                _TOLD.add((self.config.root, text))
+            if _is_new(self.config.root, text):
                 warnings.warn(text, stacklevel=4)
 
     def _open_cache(self) -> DecodedImages | None:
@@ -322,13 +319,25 @@ def make_dataset(
     return BirdDataset(records, found, config, grid, mean, std, augment)
 
 
+def _is_new(root: Path, words: str) -> bool:
+    """Whether this was not said of the data in a folder before, in this process.
+
+    Every run of a comparison reads the same images. Python's own "once" forgets whenever a library
+    touches the warning filters.
+    """
+    told = (root, words) in _TOLD
+    _TOLD.add((root, words))
+    return not told
+
+
 def _tell_left_out(config: DataConfig) -> None:
     """Warns once a process of what lies in the data's folders and is not read."""
+    if not _is_new(config.root, f"left out, with {config.maps_dir} and {config.split_file}"):
+        return  # nor are the folders walked through again
     with warnings.catch_warnings():  # of the files themselves: reading the records has told them
         warnings.simplefilter("ignore")
         text = in_a_sentence(left_out(config, DATA_SETS[config.name].pictures(config.root)))
-    if text and (config.root, text) not in _TOLD:
-        _TOLD.add((config.root, text))
+    if text:
         words = f"not all in {config.root} is read: {text}; `python -m lib check` says more"
         warnings.warn(words, stacklevel=3)
 

@@ -358,16 +358,18 @@ def pictures_key(paths: Sequence[Path], sides: list[int]) -> str:
             raise type(error)(message) from error
         # No name holds a zero byte: two lists of files never make the same text.
         key.update(os.fsencode(path[len(root) :]))
-        key.update(f"\0{stat.st_size} {stat.st_mtime_ns}\0".encode())
-        if not path.lower().endswith((".jpg", ".jpeg")) and _was_misread(Path(path)):
+        file = stat.st_size, stat.st_mtime_ns
+        key.update("\0{} {}\0".format(*file).encode())
+        if not path.lower().endswith((".jpg", ".jpeg")) and _was_misread(path, *file):
             key.update(b"over white, 16 bits scaled")
     return key.hexdigest()[:16]
 
 
-def _was_misread(path: Path) -> bool:
+@lru_cache(maxsize=100_000)  # each split of each run asks
+def _was_misread(path: str, length: int, changed: int) -> bool:
     """Whether entries of the first versions hold other pixels: then they are not to be found."""
     try:
-        with _opened(path) as picture:
+        with _opened(Path(path)) as picture:
             return picture.has_transparency_data or _is_deep(picture) or picture.mode == "I"
     except OSError:
         return False  # decoding tells

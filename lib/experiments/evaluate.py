@@ -162,14 +162,15 @@ def common_dataset(trials: Sequence[Trial], split: str, against: str) -> BirdDat
 
 def tell_of_leaks(trials: Sequence[Trial], dataset: BirdDataset) -> None:
     """Warns where the data changed since a run was trained, and measures it on what it has seen."""
-    made = [(trial.run.folder, (trial.run.made_of or {}).get("pictures")) for trial in trials]
+    made = [(trial.run.folder, (trial.run.made_of or {}).get("pictures", [])) for trial in trials]
     if not any(pictures for _, pictures in made):
         return  # drawn, or older
     now = picture_checksums(dataset.records, dataset.classes)
     data = replace(dataset.config, maps="none", maps_dir=None)
     for_training = picture_checksums(*read_records(data, "train"))
     for folder, pictures in made:
-        seen = sum(one in set(pictures or ()) for one in now)
+        known = set(pictures)
+        seen = sum(one in known for one in now)
         if seen and pictures != for_training:
             warnings.warn(
                 f"{folder} was trained on other pictures than are for training now: {seen} of "

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import unicodedata
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -30,7 +29,7 @@ from lib.config import RunConfig
 from lib.data.dataset import read_records
 from lib.data.maps import HumanSource
 from lib.data.sources import Record
-from lib.files import write_bytes
+from lib.files import one_form, write_bytes
 from lib.model.vit import SigmoidViT
 from lib.model.weights import save_weights, write_state
 from lib.training.learning import trained_state
@@ -255,7 +254,7 @@ def _md5(path: Path, size: int, changed: int) -> str:
 
 
 def _checksum(name: str, content: object) -> str:
-    text = unicodedata.normalize("NFC", f"{name}\0{content}")  # copied from a Mac, or not
+    text = one_form(f"{name}\0{content}")  # copied from a Mac, or not
     return f"{zlib.crc32(text.encode(errors='surrogateescape')):08x}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -77,14 +78,18 @@ def test_the_human_term_reaches_the_weights(config):
 
 
 def test_compiled_training_is_one_graph_with_the_same_losses(config, monkeypatch):
-    """Whatever Accelerate wraps around the model; without the minutes that a real backend takes."""
-    plain = torch.nn.Module.compile
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda m, **options: plain(m, backend="eager", **options)
-    )
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    config.ft = replace(config.ft, mixed_precision="bf16", log_every=1, epochs=1)
+    """Compiled once for two epochs of 16, 16 and 8 images, and for 16 to validate on.
+
+    Whatever Accelerate wraps around the model; without the minutes that a real backend takes.
+    """
+    graphs = []
+
+    def counting(graph, given):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counting))
+    config.ft = replace(config.ft, mixed_precision="bf16", log_every=1)
     config.ft.human = replace(config.hitl.human, blocks="all")
     losses = {}
     for compiled in (False, True):
@@ -92,5 +97,4 @@ def test_compiled_training_is_one_graph_with_the_same_losses(config, monkeypatch
         run = train_run(f"compiled {compiled}", fine_tuning(config, 0), config.runs)
         losses[compiled] = pd.read_csv(run.folder / "steps.csv")
     assert losses[True].equals(losses[False])
-    counters = torch._dynamo.utils.counters
-    assert counters["frames"]["ok"] > 0 and not counters["graph_break"]
+    assert len(graphs) == 1

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from lib.config import DataConfig
+from lib.model.predict import loader
 from lib.training import tokens
 from lib.training.loop import loss_terms
 from lib.training.runs import dataset_for, fine_tuning, starting_point, train_run
@@ -28,9 +28,8 @@ def test_cached_tokens_train_and_measure_as_the_whole_model_does(config, tmp_pat
     again = tokens.with_cached_tokens(model, dataset, settings, tmp_path)
     assert again.tokens is cached.tokens
     stage = replace(config.hitl, human=replace(config.hitl.human, loss="kl"))
-    for parts in zip(
-        DataLoader(dataset, batch_size=16), DataLoader(cached, batch_size=16), strict=True
-    ):
+    loaded = (loader(part, 16, torch.device("cpu")) for part in (dataset, cached))
+    for parts in zip(*loaded, strict=True):
         plain, quick = (loss_terms(model, part, stage)[:2] for part in parts)
         assert torch.allclose(torch.stack(plain), torch.stack(quick), atol=1e-3)
     run = train_run(
@@ -60,8 +59,7 @@ def test_tokens_before_the_blocks_that_learn(config, tmp_path, monkeypatch, trai
     dataset = dataset_for(model, settings, "train", augment=False)
     cached = tokens.with_cached_tokens(model, dataset, settings, tmp_path)
     assert cached.blocks == blocks and cached.tokens.dtype == torch.float16
-    plain = next(iter(DataLoader(dataset, batch_size=16)))
-    quick = next(iter(DataLoader(cached, batch_size=16)))
+    plain, quick = (next(iter(loader(part, 16, torch.device("cpu")))) for part in (dataset, cached))
     stage = replace(settings.train, human=replace(config.hitl.human, loss="kl"))
     with torch.no_grad():
         losses = [torch.stack(loss_terms(model, b, stage)[:2]) for b in (plain, quick)]

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from lib.model.vit import SigmoidViT
+
+T = TypeVar("T")
 
 
 def processes() -> PartialState:
@@ -24,6 +26,29 @@ def processes() -> PartialState:
     on_cpu = several or parse_flag_from_env("ACCELERATE_USE_CPU")
     # Patience: the others wait while the main process runs the trunk over all images.
     return PartialState(cpu=on_cpu, timeout=timedelta(hours=6))
+
+
+def in_main_process(work: Callable[[], T]) -> T:
+    """What `work` returns in the main process; the others wait for it, and get it as well.
+
+    Raises:
+        ValueError: in the others, where the work failed: else they would wait for ever. In the main
+            process its own error.
+    """
+    this = processes()
+    if this.num_processes == 1:
+        return work()
+    told: list[Any] = [None, None]  # what it returned, what went wrong
+    failure = None
+    if this.is_main_process:
+        try:
+            told[0] = work()
+        except Exception as error:
+            told[1], failure = f"the main process stopped: {error or type(error).__name__}", error
+    broadcast_object_list(told)
+    if told[1]:
+        raise failure or ValueError(told[1])
+    return told[0]
 
 
 def inputs(batch: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor | int]:
@@ -55,16 +80,19 @@ def loader(
     had been.
 
     Args:
-        dataset: its `in_memory` says that its items need no work, its `batch(indices)` gives many
-            at once, stacked.
+        dataset: one that is `in_memory` is read in this process, whatever `workers` says; one with
+            `__getitems__` may give a whole batch, stacked.
         batch_size: of a batch; with a `batch_sampler` in `more`, of its largest.
         workers: processes that load; 0 loads in this one.
         more: passed to DataLoader.
     """
-    if workers == "auto":
-        source = dataset.dataset if isinstance(dataset, Subset) else dataset
-        is_idle = getattr(source, "in_memory", False)
-        workers = 0 if is_idle else count_workers(device, -(-len(dataset) // batch_size))
+    source = dataset
+    while isinstance(source, Subset):
+        source = source.dataset
+    if getattr(source, "in_memory", False):
+        workers = 0
+    elif workers == "auto":
+        workers = count_workers(device, -(-len(dataset) // batch_size))
     return DataLoader(
         dataset,
         **({} if "batch_sampler" in more else {"batch_size": batch_size}),
@@ -99,19 +127,21 @@ def _stacked(items: list | dict) -> dict[str, Tensor]:
 @torch.no_grad()
 def predict(
     model: SigmoidViT,
-    dataset: Dataset,
-    batch_size: int,
+    dataset: Dataset | DataLoader,
+    batch_size: int = 64,
     workers: int | Literal["auto"] = "auto",
     rows: str | tuple[int, ...] = "last",
 ) -> Iterator[tuple[dict, Tensor, dict[int, Tensor]]]:
     """Batches of a data set with the model's scores and class rows, on the model's device.
 
+    A `loader` that is kept is passed in place of the data set: its processes start only once.
     "index" and "blocks" of a batch stay where they were loaded. Nothing here waits for a GPU: who
     keeps results there until the last batch is asked for, and copies them then, does not either.
     """
     like = next(model.parameters())
     model.eval()
-    for batch in loader(dataset, batch_size, like.device, workers):
+    is_kept = isinstance(dataset, DataLoader)
+    for batch in dataset if is_kept else loader(dataset, batch_size, like.device, workers):
         batch = to_device(batch, like.device)
         scores, found = model(**inputs(batch, like.dtype), rows=rows)
         yield batch, scores.float(), found

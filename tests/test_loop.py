@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from functools import partial
 
 import pandas as pd
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
+from lib.experiments.compare import Trial
+from lib.experiments.evaluate import measure_runs
+from lib.model import vit
+from lib.model.predict import count_workers, loader
 from lib.training import loop
 from lib.training.loop import TrainingDiverged, loss_terms
-from lib.training.runs import Run, fine_tuning, human_in_the_loop, starting_point, train_run
+from lib.training.runs import (
+    Run,
+    dataset_for,
+    fine_tuning,
+    human_in_the_loop,
+    starting_point,
+    train_run,
+)
+from lib.training.tokens import CachedTokens
 
 
 def state(run: Run) -> dict[str, torch.Tensor]:
@@ -62,6 +75,50 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best_epoch(config, monkey
     assert (config.runs / "ft" / "best.safetensors").is_file()  # of epoch 1: 3 steps of 16 images
     with pytest.raises(FileNotFoundError, match="1 of 2 epochs"):
         Run.load(config.runs / "ft")
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_validation_is_what_evaluation_measures(config, ema):
+    """In float32, whatever the steps compute in, and however the model is wrapped for them."""
+    config.ft = replace(config.ft, mixed_precision="bf16", ema=ema)
+    run = train_run("ft", fine_tuning(config, 0), config.runs)
+    measured = measure_runs([Trial("ft", 0, run)], run.dataset("val"))
+    last = run.history.iloc[-1]
+    for name in ("top1", "nss", "cc", "class_token", "sigmoid"):
+        assert last[f"val_{name}"] == pytest.approx(measured[name].mean(), rel=1e-6), name
+
+
+def test_blocks_computed_twice_learn_the_same(config, monkeypatch):
+    calls, plain = [], vit.checkpoint
+    monkeypatch.setattr(vit, "checkpoint", lambda *a, **k: calls.append(1) or plain(*a, **k))
+    config.ft = replace(config.ft, drop_path=0.2, epochs=1)
+    weights = {}
+    for again in (False, True):
+        config.ft = replace(config.ft, checkpoint_blocks=again)
+        weights[again] = state(train_run(f"{again}", fine_tuning(config, 0), config.runs))
+        assert len(calls) == 3 * again  # the first block of two, in 3 steps
+    assert all(torch.equal(weights[True][key], weights[False][key]) for key in weights[True])
+
+
+def test_where_a_gpu_computes_processes_read_ahead(config, monkeypatch):
+    """By the cores that this process may use, and shares; none for what lies in memory."""
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    cores = {"count": 16}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores["count"]), raising=False)
+    for cores["count"], processes, batches, workers in (
+        (16, 1, 99, 8), (4, 1, 99, 3), (1, 1, 99, 1), (16, 4, 99, 3), (16, 1, 5, 2), (16, 1, 1, 0)
+    ):  # fmt: skip
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert count_workers(gpu, batches) == workers and count_workers(cpu, batches) == 0
+    settings = fine_tuning(config, 0)
+    model, train_set = starting_point(settings, config.runs)
+    made = loader(train_set, 4, gpu)
+    assert made.num_workers == 5 and made.persistent_workers and made.pin_memory
+    assert loader(train_set, 4, gpu, 2).num_workers == 2
+    plain = loader(train_set, 4, cpu)
+    assert not (plain.num_workers or plain.persistent_workers or plain.pin_memory)
+    cached = CachedTokens(model, dataset_for(model, settings, "val", augment=False), 1)
+    assert loader(Subset(cached, range(16)), 1, gpu, 2).num_workers == 0
 
 
 def test_the_human_term_reaches_the_weights(config):

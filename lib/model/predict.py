@@ -6,7 +6,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
@@ -14,9 +14,8 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
+from lib.config import T
 from lib.model.vit import SigmoidViT
-
-T = TypeVar("T")
 
 
 def processes() -> PartialState:

@@ -92,7 +92,7 @@ class CachedTokens(Dataset):
         chosen = [int(one[0] if isinstance(one, tuple) else one) for one in indices]
         self.keep(chosen)
         found = default_collate([self._annotations(index) for index in chosen])
-        found["tokens"] = self.tokens[torch.tensor(chosen)]
+        found["tokens"] = self.tokens.index_select(0, torch.tensor(chosen))
         return found | {"blocks": torch.full((len(chosen),), self.blocks)}
 
     __getitems__ = batch  # what a DataLoader asks for

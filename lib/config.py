@@ -132,9 +132,12 @@ class TrainConfig:
     ema: float = 0.0  # decay of an average of the weights, which is then the model; 0 has none
     trainable: Literal["all", "last_block", "head"] | int = "all"  # or: the last so many blocks
     cache_tokens: bool = False  # frozen trunk: run it once an image, without crops and flips
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # as Accelerate names it
+    # of training steps: "auto" is bf16 on a GPU that has it, else no, which is float32; tf32 allows
+    # TF32 products in float32. What is measured is float32
+    mixed_precision: Literal["auto", "no", "tf32", "fp16", "bf16"] = "auto"
     compile: bool = False  # torch.compile: pays on a GPU after a minute of compiling
-    workers: int = 0  # processes that load images; 0 loads in the main process
+    checkpoint_blocks: bool = False  # less memory, a third slower: blocks are computed twice
+    workers: int | Literal["auto"] = "auto"  # that load images; "auto" is by cores on a GPU, else 0
     seed: int = 0  # of the head's weights, the order of the images, and the crops
     log_every: int = 10  # steps between two rows of steps.csv
     checkpoint_minutes: float = 1.0  # between two checkpoints
@@ -143,8 +146,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch_size", 1), ("workers", 0), ("log_every", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be {least} or more")
+            value = getattr(self, name)
+            if value != "auto" and value < least:
+                raise ValueError(f"{name} is {value}; it must be {least} or more")
         for name in ("warmup", "label_smoothing", "drop_path", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name):g}; it must be in [0, 1)")
@@ -215,7 +219,7 @@ class Evaluation:
 
 # Fields of a RunConfig that say how a run is made, and nothing about what comes out.
 HOW = ("train.workers", "train.log_every", "train.checkpoint_minutes", "train.trackers")
-HOW += ("data.cache",)
+HOW += ("train.checkpoint_blocks", "data.cache")
 
 # Fields of a RunConfig that say where files lie, which decides nothing: what is in them does, which
 # a run keeps beside its configuration. Only that there is one, or none, is part of a run.
@@ -331,7 +335,7 @@ def _pictures(name: str) -> Config:
     weights = there("WEIGHTS", missing=True) or ROOT / "models" / f"{model}.pt"
     trainable = asked("TRAINABLE") or "last_block"
     trainable = int(trainable) if trainable.isdecimal() else trainable
-    stage = {"batch_size": 32, "epochs": 10, "workers": 2, "trainable": trainable}
+    stage = {"batch_size": 32, "epochs": 10, "trainable": trainable}
     if trainable == "all":
         stage |= {"lr": 5e-4, "layer_decay": 0.7, "label_smoothing": 0.1, "drop_path": 0.1}
         stage |= {"ema": 0.99}
@@ -424,6 +428,8 @@ def difference(config: RunConfig, text: str, but: tuple[str, ...] = HOW) -> str 
         here, there = ours.get(key), theirs.get(key)
         if key in PLACES:
             here, there = here is None, there is None
+        if key == "train.mixed_precision" and "auto" in (here, there):
+            continue  # whatever the device chose, or will choose
         if here != there and key not in but:
             return f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
     return None

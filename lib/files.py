@@ -60,8 +60,8 @@ def replacing(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)  # still there only after an error
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file; `path` holds the old content or the new, whatever happens meanwhile.
+def write_bytes(path: Path, *content: bytes | memoryview) -> None:
+    """Writes a file of these parts; `path` holds the old content or the new, whatever happens.
 
     Raises:
         StorageError: full disk, read-only folder and the like; names the file and the remedy.
@@ -69,11 +69,12 @@ def write_bytes(path: Path, content: bytes) -> None:
     path = Path(path)
     try:
         with replacing(path) as file:
-            file.write(content)
+            file.writelines(content)
     except OSError as error:
+        size = sum(map(len, content)) / 1e6
         kept = "the file that was there is intact" if path.is_file() else "nothing was there before"
         raise StorageError(
-            f"{path} could not be written ({error.strerror}; {len(content) / 1e6:.0f} MB); {kept}. "
+            f"{path} could not be written ({error.strerror}; {size:.0f} MB); {kept}. "
             "Free space, or name a folder that can be written"
         ) from error
 

@@ -44,6 +44,17 @@ def test_help_names_the_commands():
         assert word in done.stdout
 
 
+@pytest.mark.parametrize("workers", ["2", "auto", "few"])
+def test_workers_are_a_number_or_auto(workers, run_main, tmp_path):
+    arguments = ("train", "ft", "--resume", "--workers", workers)
+    try:
+        code, _, told = run_main(*arguments, RUNS_DIR=str(tmp_path))
+    except SystemExit:  # of tyro
+        assert workers == "few"
+    else:
+        assert code == 2 and "no run that could be resumed" in told
+
+
 @pytest.fixture
 def run_main(monkeypatch, capsys):
     """Runs a command in this process, which spares a start of several seconds."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -79,6 +80,18 @@ def test_json_there_and_back(name):
         assert "train.lr" in cfg.difference(other, text)
 
 
+def test_what_the_device_chose_is_no_other_configuration():
+    """A preset does not say in which precision a run was made; two that say so differ."""
+    run = fine_tuning(preset("toy"), 0)
+    said = {
+        word: replace(run, train=replace(run.train, mixed_precision=word))
+        for word in ("auto", "no", "bf16")
+    }
+    for one, other in itertools.product(said, said):
+        found = cfg.difference(said[one], cfg.to_json(said[other]))
+        assert (found is None) == (one == other or "auto" in (one, other)), (one, other)
+
+
 def test_human_changes_only_what_is_named():
     run = human_in_the_loop(preset("toy"), "ft-s0", 3, lam=0.0)
     assert run.train.seed == 3 and run.train.human == HumanConfig(lam=0.0) and run.init == "ft-s0"
@@ -87,7 +100,7 @@ def test_human_changes_only_what_is_named():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [({"epochs": 0}, "epochs is 0"), ({"batch_size": 0}, "batch_size"), ({"lr": 0.0}, "lr is 0"),
-     ({"human": HumanConfig(lam=-1)}, "lam -1")],
+     ({"human": HumanConfig(lam=-1)}, "lam -1"), ({"workers": -1}, "workers is -1")],
 )  # fmt: skip
 def test_impossible_training_is_refused_in_words(changes, says):
     with pytest.raises(ValueError, match=says):

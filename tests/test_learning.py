@@ -5,11 +5,19 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 
-from lib.training import learning
-from lib.training.runs import fine_tuning, human_in_the_loop, starting_point, train_run
+from lib.training import learning, loop, state
+from lib.training.runs import (
+    Run,
+    RunConflict,
+    fine_tuning,
+    human_in_the_loop,
+    starting_point,
+    train_run,
+)
 
 
 def test_weight_decay_and_head_rate_go_where_they_should(config):
@@ -65,6 +73,58 @@ def test_layer_decay_slows_what_is_far_from_the_head(config):
     assert of[id(vit.blocks[1].mlp.fc1.weight)] == of[id(vit.norm.weight)] == 0.5
     assert of[id(vit.blocks[0].mlp.fc1.weight)] == 0.25
     assert of[id(vit.patch_embed.proj.weight)] == of[id(vit.pos_embed)] == 0.125
+
+
+def test_auto_is_what_a_card_computes_in(monkeypatch):
+    cards = {"T4": (7, 5), "A100": (8, 0), "H100": (9, 0)}
+    found = {}
+    for card, capability in cards.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        found[card] = learning.precision("auto", torch.device("cuda"))
+    assert found == {"T4": "no", "A100": "bf16", "H100": "bf16"}
+    assert learning.precision("auto", torch.device("cpu")) == "no"
+    assert learning.precision("fp16", torch.device("cuda")) == "fp16"
+
+
+def test_a_run_keeps_the_precision_that_it_began_in(config, monkeypatch):
+    """Made on a GPU, it loads on a laptop, and goes on there as it began; config.json says how."""
+    ft = fine_tuning(config, 0)
+    assert train_run("laptop", ft, config.runs).config.train.mixed_precision == "no"
+    monkeypatch.setattr(state, "precision", lambda asked, _: "bf16" if asked == "auto" else asked)
+    made = train_run("gpu", ft, config.runs)
+    monkeypatch.undo()
+    assert Run.load(made.folder).config.train.mixed_precision == "bf16"
+    assert train_run("gpu", ft, config.runs).config == made.config
+    (made.folder / "last.safetensors").unlink()  # it was stopped
+    history = pd.read_csv(made.folder / "history.csv").iloc[:1]
+    history.to_csv(made.folder / "history.csv", index=False)
+    again = train_run("gpu", ft, config.runs)
+    assert again.config.train.mixed_precision == "bf16"
+    assert not again.history.equals(train_run("laptop", ft, config.runs).history)
+    named = replace(ft, train=replace(ft.train, mixed_precision="no"))
+    with pytest.raises(RunConflict, match="mixed_precision is 'bf16' there and 'no' here"):
+        train_run("gpu", named, config.runs)
+
+
+def test_tf32_is_for_those_who_name_it(config, monkeypatch):
+    """Whatever is set outside, which is afterwards as it was."""
+    seen, plain = [], loop.loss_terms
+
+    def watched(*given):
+        seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+        return plain(*given)
+
+    monkeypatch.setattr(loop, "loss_terms", watched)
+    torch.set_float32_matmul_precision("medium")
+    ft = fine_tuning(config, 0)
+    try:
+        for word in ("tf32", "no"):
+            asked = replace(ft, train=replace(ft.train, mixed_precision=word, epochs=1))
+            train_run(word, asked, config.runs)
+            assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == [("high", True)] * 3 + [("highest", False)] * 3
 
 
 def test_a_constant_rate_and_no_warm_up():

@@ -120,3 +120,21 @@ def test_a_run_that_exists_is_refused_by_every_process(runs):
     done = run(*LAUNCHED, *hitl, runs=runs.parent)
     assert done.returncode != 0
     assert "exists and is finished; go on with --resume" in done.stderr
+
+
+def test_one_process_reports_and_an_error_of_it_ends_all(runs, tmp_path):
+    """Said and written once; the others do not wait for what will never come."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from lib.__main__ import main\n"
+        f"assert main(['evaluate', 'one', '--out', {str(tmp_path / 'out')!r}]) == 0\n"
+        "assert main(['evaluate', 'nothing']) == 2\n"
+    )
+    done = run(*LAUNCHED, str(script), runs=runs.parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("figures and tables") == 1
+    assert (tmp_path / "out" / "result.txt").is_file()
+    assert done.stderr.count("error: no run nothing") == 1
+    assert done.stderr.count("error (process 1): the main process stopped: no run nothing") == 1

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import tiny_config
 from PIL import Image
 
@@ -22,7 +23,7 @@ from lib.experiments.evaluate import common_dataset, measure_runs, tell_of_leaks
 from lib.files import StorageError, write_text
 from lib.training import runs
 from lib.training.runs import Run, RunBusy, RunConflict, fine_tuning, human_in_the_loop, train_run
-from lib.training.state import MADE_OF, STATE
+from lib.training.state import MADE_OF, STATE, settled
 from lib.training.teach import Teacher
 from lib.widgets.session import LiveSession
 
@@ -368,7 +369,7 @@ def test_places_do_not_decide(project, monkeypatch, trained):
     assert Run.load(file.parent).dataset("test").has_map.all()
     stage.data = replace(stage.data, root=found.root, maps_dir=found.maps_dir, cache=None)
     again = train_run("ft-s0", stage, moved / "runs", watch=lambda p: None)
-    assert again.config == stage
+    assert again.config == settled(stage, torch.device("cpu"))
     monkeypatch.setenv("MAPS", str(trained / "maps"))
     assert Run.load(file.parent).config.data.maps_dir == trained / "maps"
 

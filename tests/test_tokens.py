@@ -9,9 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from lib.config import DataConfig
+from lib.experiments.compare import Trial
+from lib.experiments.evaluate import measure_runs
+from lib.model.predict import loader
 from lib.training import tokens
 from lib.training.loop import loss_terms
 from lib.training.runs import dataset_for, fine_tuning, starting_point, train_run
@@ -28,9 +30,8 @@ def test_cached_tokens_train_and_measure_as_the_whole_model_does(config, tmp_pat
     again = tokens.with_cached_tokens(model, dataset, settings, tmp_path)
     assert again.tokens is cached.tokens
     stage = replace(config.hitl, human=replace(config.hitl.human, loss="kl"))
-    for parts in zip(
-        DataLoader(dataset, batch_size=16), DataLoader(cached, batch_size=16), strict=True
-    ):
+    loaded = (loader(part, 16, torch.device("cpu")) for part in (dataset, cached))
+    for parts in zip(*loaded, strict=True):
         plain, quick = (loss_terms(model, part, stage)[:2] for part in parts)
         assert torch.allclose(torch.stack(plain), torch.stack(quick), atol=1e-3)
     run = train_run(
@@ -41,6 +42,43 @@ def test_cached_tokens_train_and_measure_as_the_whole_model_does(config, tmp_pat
         model.vit.blocks[0].mlp.fc1.weight.add_(1.0)
     again = tokens.with_cached_tokens(model, dataset, settings, tmp_path)
     assert not torch.equal(again.tokens, cached.tokens)
+
+
+def test_tokens_are_copied_some_batches_at_a_time(config, monkeypatch):
+    """Each image its own, the last few as well; an item is a row of a batch."""
+    settings = fine_tuning(config, 0)
+    model, _ = starting_point(settings, config.runs)
+    dataset = dataset_for(model, settings, "train", augment=False)
+    whole = tokens.CachedTokens(model, dataset, 1)
+    whole.keep(range(40))
+    monkeypatch.setattr(tokens, "TRUNK_BATCH", 3)
+    monkeypatch.setattr(tokens, "FETCHED", 4)
+    some = tokens.CachedTokens(model, dataset, 1)
+    some.keep([7, 3])
+    some.keep(range(39, -1, -1))
+    assert torch.allclose(some.tokens.float(), whole.tokens.float(), atol=1e-2)
+    batch, item = some.batch([5, (7, 123)]), some[7]
+    assert batch["index"].tolist() == [5, 7]
+    assert batch.keys() == item.keys()
+    assert all(torch.equal(batch[name][1], item[name]) for name in item)
+
+
+def test_the_trunk_computes_as_the_steps_do(config, tmp_path):
+    """For training images; what is measured has tokens of its own, in float32."""
+    config.ft = replace(config.ft, trainable="last_block", cache_tokens=True)
+    settings = fine_tuning(config, 0)
+    model, dataset = starting_point(settings, config.runs)
+    asked = (model, dataset, settings, tmp_path)
+    plain, mixed = (tokens.with_cached_tokens(*asked, word).tokens for word in ("no", "bf16"))
+    assert not torch.equal(plain, mixed) and torch.allclose(plain, mixed, atol=0.1)
+    assert tokens.with_cached_tokens(*asked).tokens is plain
+    settings.train = replace(settings.train, mixed_precision="bf16")
+    run = train_run("mixed", settings, config.runs)
+    assert len(list((config.runs / "tokens").glob("*.safetensors"))) == 2
+    measured = measure_runs([Trial("mixed", 0, run)], run.dataset("val"))
+    last = run.history.iloc[-1]
+    assert last["val_class_token"] == pytest.approx(measured["class_token"].mean(), rel=1e-6)
+    assert len(list((config.runs / "tokens").glob("*.safetensors"))) == 2
 
 
 def test_cached_tokens_need_a_frozen_trunk(config):
@@ -60,8 +98,7 @@ def test_tokens_before_the_blocks_that_learn(config, tmp_path, monkeypatch, trai
     dataset = dataset_for(model, settings, "train", augment=False)
     cached = tokens.with_cached_tokens(model, dataset, settings, tmp_path)
     assert cached.blocks == blocks and cached.tokens.dtype == torch.float16
-    plain = next(iter(DataLoader(dataset, batch_size=16)))
-    quick = next(iter(DataLoader(cached, batch_size=16)))
+    plain, quick = (next(iter(loader(part, 16, torch.device("cpu")))) for part in (dataset, cached))
     stage = replace(settings.train, human=replace(config.hitl.human, loss="kl"))
     with torch.no_grad():
         losses = [torch.stack(loss_terms(model, b, stage)[:2]) for b in (plain, quick)]

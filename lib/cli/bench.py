@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -37,8 +36,8 @@ def speed(
 
     Args:
         loading: measure each way with the loading of its pictures as well.
-        workers: processes that load; when left out, the CPU cores on a GPU machine, else 0.
-        bf16: measure automatic mixed precision as well; when left out, on a GPU.
+        workers: processes that load; when left out, as many as a training on many pictures has.
+        bf16: measure automatic mixed precision as well; when left out, where a training has it.
         compile: measure with torch.compile as well, which takes minutes to compile.
     """
     from lib.experiments import bench
@@ -46,7 +45,7 @@ def speed(
     config, batch_size = preset(), batch_size or bench.USUAL_BATCH_SIZE
     pictures, source = config.data, config.preset
     if workers is None:
-        workers = (os.cpu_count() or 0) if bench.DEVICE.type == "cuda" else 0
+        workers = bench.USUAL_WORKERS
     with tempfile.TemporaryDirectory() as folder:
         if loading and config.preset == "toy":
             pictures, source = bench.draw_pictures(Path(folder), batch_size), "drawn JPEGs"

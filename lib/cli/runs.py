@@ -60,6 +60,7 @@ def demo(
     from lib.evaluation.tables import comparison_table
     from lib.experiments.compare import train_comparison
     from lib.experiments.evaluate import evaluate
+    from lib.model.predict import processes
 
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}; train with 1 or more")
@@ -68,6 +69,8 @@ def demo(
         config.ft, config.hitl = (replace(part, epochs=epochs) for part in (config.ft, config.hitl))
     trials = train_comparison(config, range(seeds), overwrite)
     folder = evaluate(trials, Evaluation(out=out), config.runs, called())
+    if not processes().is_main_process:
+        return
     table = comparison_table(pd.read_csv(folder / "seeds.csv"))
     print(f"\npreset {config.preset}, {seeds} seed{'s' * (seeds > 1)}, test images\n")
     print(table.to_string())
@@ -115,6 +118,7 @@ def _train_one(
 ) -> None:
     """`train_run`, for a person who may not know that the run is there."""
     from lib.model.predict import processes
+    from lib.training.learning import PRECISIONS
     from lib.training.runs import finished_run, train_run
 
     folder, resume, overwrite = config.runs / name, given.resume, given.overwrite
@@ -139,7 +143,8 @@ def _train_one(
         part, name = (
             ("validation", "val_top1") if last.notna()["val_top1"] else ("training", "train_top1")
         )
-        print(f"{folder}: {last['epoch']:.0f} epochs, {part} accuracy {last[name]:.3f}")
+        words = PRECISIONS[found.config.train.mixed_precision]
+        print(f"{folder}: {last['epoch']:.0f} epochs in {words}, {part} accuracy {last[name]:.3f}")
 
 
 def sweep(
@@ -187,10 +192,12 @@ def evaluate_runs(
         options: how they are measured.
     """
     from lib.experiments.evaluate import evaluate
+    from lib.model.predict import processes
 
     folder = evaluate(runs, options, command=called())
-    print((folder / "result.txt").read_text(encoding="utf-8"))
-    print(f"figures and tables: {folder}")
+    if processes().is_main_process:
+        print((folder / "result.txt").read_text(encoding="utf-8"))
+        print(f"figures and tables: {folder}")
 
 
 def teaching(
@@ -205,11 +212,14 @@ def teaching(
         counts: numbers of corrections.
         only_tags: paint the tag to 0 and nothing else.
     """
+    from functools import partial
+
     import pandas as pd
     from tqdm.auto import tqdm
 
     from lib.evaluation.tables import comparison_table
     from lib.experiments.simulate import simulated_teaching
+    from lib.model.predict import in_main_process, processes
     from lib.training.runs import fine_tuning, train_run
 
     if seeds < 1 or not counts or min(counts) < 1:
@@ -220,8 +230,11 @@ def teaching(
         run = train_run(f"ft-s{seed}", fine_tuning(config, seed), config.runs)
         model, train, test = run.model(), run.dataset("train"), run.dataset("test")
         for name, last_blocks in (("last block", 1), ("all blocks", model.depth)):
-            table = simulated_teaching(model, train, test, counts, last_blocks, only_tags)
+            asked = (model, train, test, counts, last_blocks, only_tags)
+            table = in_main_process(partial(simulated_teaching, *asked))
             found.append(table.assign(variant=table["model"], learns=name, seed=seed))
+    if not processes().is_main_process:
+        return
     table = pd.concat(found, ignore_index=True)
     for name, part in table.groupby("learns", sort=False):
         taught = part.loc[part["corrections"] > 0, "seconds"]

@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from lib.config import DataConfig, HumanConfig, TrainConfig
@@ -37,8 +36,9 @@ from lib.edit import LADDER, AttentionEdit
 from lib.experiments.jobs import environment
 from lib.model.block import classify, embed, take_apart
 from lib.model.live import LiveImage
+from lib.model.predict import count_workers, loader, to_device
 from lib.model.vit import SigmoidViT, create_model
-from lib.training.learning import make_optimizer
+from lib.training.learning import make_optimizer, precision
 from lib.training.loop import loss_terms
 from lib.training.state import Batches
 
@@ -58,6 +58,7 @@ def explicit_scores(vit: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 USUAL_BATCH_SIZE = 128 if DEVICE.type == "cuda" else 16
+USUAL_WORKERS = count_workers(DEVICE, batches=100)
 # What a training step can tell on a GPU only, or, the first two, on a CPU when asked for.
 GPU_ONLY = ("bf16", "torch.compile", "the fused optimiser", "how busy a GPU is")
 PLAIN, EXPLICIT, ALL = "plain timm", "explicit N x N attention, mse", "ours, HITL all blocks"
@@ -105,7 +106,7 @@ def training_steps(
 
     Args:
         batch_size: images a step.
-        bf16: measure automatic mixed precision as well; None does on a GPU.
+        bf16: measure automatic mixed precision as well; None does where trainings have it.
         compile: measure plain timm and ours compiled as well.
         pictures: training pictures to load; None measures without loading only.
         workers: processes that load; 0 loads between the steps.
@@ -124,7 +125,7 @@ def training_steps(
         data = replace(pictures, image_size=(image_size, image_size))
         dataset = make_dataset(data, "train", base.grid, *base.normalisation, augment=True)
         sources[True] = lambda: _loaded(dataset, batch_size, workers)
-    mixed = DEVICE.type == "cuda" if bf16 is None else bf16
+    mixed = precision("auto", DEVICE) == "bf16" if bf16 is None else bf16
     # Each has its own model and optimiser: none finds another's gradients in the cache.
     steps = {
         (precision, way + ", compiled" * compiled): _training_step(way, base, precision, compiled)
@@ -248,14 +249,9 @@ def _loaded(dataset: BirdDataset, batch_size: int, workers: int) -> Iterator[dic
     if not full:
         raise ValueError(f"{len(dataset)} training pictures are no batch of {batch_size}")
     # As many as are asked for, not an endless stream: no process reads on in another way's turn.
-    loader = DataLoader(
-        dataset,
-        batch_sampler=list(islice(cycle(full), workers + max(1, workers))),
-        num_workers=workers,
-        pin_memory=DEVICE.type == "cuda",
-    )
-    for batch in loader:
-        yield {key: value.to(DEVICE, non_blocking=True) for key, value in batch.items()}
+    few = list(islice(cycle(full), workers + max(1, workers)))
+    for batch in loader(dataset, batch_size, DEVICE, workers, batch_sampler=few):
+        yield to_device(batch, DEVICE)
 
 
 def _seconds_a_step(

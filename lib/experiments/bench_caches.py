@@ -51,7 +51,11 @@ def cached_epochs(config: Config, epochs: int = 10, all_epochs: bool = False) ->
                 model.to(DEVICE)
                 forget_tokens()
                 start = time.perf_counter()
-                sets = [with_cached_tokens(model, part, run, folder) for part in sets]
+                precisions = (stage.mixed_precision, "no")
+                sets = [
+                    with_cached_tokens(model, part, run, folder, asked)
+                    for part, asked in zip(sets, precisions, strict=True)
+                ]
                 caching = time.perf_counter() - start
             epoch = mean_seconds(partial(fit, model, stage, *sets, folder)) / measured
             forget_tokens()

@@ -125,7 +125,9 @@ def _refuse_mixture(trials: Sequence[Trial]) -> None:
                 "leave one out, or rename its folder"
             )
         other = alike.setdefault(trial.variant, run)
-        found = cfg.difference(_without_seed(other.config), cfg.to_json(_without_seed(run.config)))
+        # Seeds may be trained on several devices: seeds.csv says in which precision.
+        asked = (_without_seed(other.config), cfg.to_json(_without_seed(run.config)))
+        found = cfg.difference(*asked, (*cfg.HOW, "train.mixed_precision"))
         if found:
             raise ValueError(
                 f'{other.folder} and {run.folder} would be one variant, "{trial.variant}", but '

@@ -35,7 +35,7 @@ from lib.evaluation.tables import (
 from lib.experiments.compare import Trial, Which, load_trials, run_name, yardstick_variant
 from lib.experiments.gallery import attention_rows, changed_predictions, write_gallery
 from lib.files import make_folder, write_bytes, write_text
-from lib.model.predict import processes
+from lib.model.predict import in_main_process, processes
 from lib.model.vit import SigmoidViT
 from lib.training.state import picture_checksums
 from lib.training.tokens import with_cached_tokens
@@ -49,7 +49,8 @@ def evaluate(
 ) -> Path:
     """Measures runs on the same images and writes tables, tests, figures and a gallery page.
 
-    What is wrong, or cannot be written, is found before anything is computed.
+    What is wrong, or cannot be written, is found before anything is computed. Of several processes
+    the main one does all of it, while the others wait.
 
     Args:
         runs: names or trials, see `load_trials`.
@@ -76,7 +77,12 @@ def evaluate(
         FileNotFoundError, ValueError: see `load_trials` and `yardstick_variant`.
         StorageError: the folder cannot be written.
     """
-    options = options or Evaluation()
+    return in_main_process(partial(_evaluate, runs, options or Evaluation(), below, command))
+
+
+def _evaluate(
+    runs: Sequence[str | Trial], options: Evaluation, below: Path | None, command: str
+) -> Path:
     if below is None:
         is_trial = runs and isinstance(runs[0], Trial)
         below = runs[0].run.folder.parent if is_trial else cfg.preset().runs
@@ -108,6 +114,7 @@ def evaluate(
     }
     tables["seeds"] = tables["seeds"].assign(
         run=[trial.run.name for trial in trials],
+        precision=[trial.run.config.train.mixed_precision for trial in trials],
         **{name: head[name] for name in ("date", "data", "torch", "timm")},
         **{"result": folder.name, "split": options.split, "which": options.which},
         images=len(dataset),

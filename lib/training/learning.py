@@ -1,4 +1,4 @@
-"""What is trained, and how fast: frozen parts, parameter groups, the learning rate of a step."""
+"""What is trained, how fast and how exactly: frozen parts, parameter groups, rates, precision."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ from torch import Tensor, nn
 
 from lib.config import TrainConfig
 from lib.model.vit import SigmoidViT
+
+# Words of `TrainConfig.mixed_precision`, once the device is known.
+PRECISIONS = {
+    "no": "float32",
+    "tf32": "float32 with TF32 products",
+    "fp16": "mixed float16",
+    "bf16": "mixed bfloat16",
+}
 
 
 def learning_blocks(trainable: str | int, depth: int) -> int:
@@ -118,6 +126,36 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Every group at `factor` times its peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
+
+
+def precision(asked: str, device: torch.device) -> str:
+    """The precision of training steps, as `TrainConfig` names it, once the device is known.
+
+    "auto" is bf16 on a GPU that computes in it (NVIDIA's since Ampere; a T4 only imitates it), and
+    float32 ("no") everywhere else.
+    """
+    if asked != "auto":
+        return asked
+    if device.type != "cuda":
+        return "no"
+    is_native = torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bf16" if is_native else "no"
+
+
+@contextmanager
+def tf32_products(allowed: bool) -> Iterator[None]:
+    """TF32 in float32 products on a GPU, or none whatever is set outside; afterwards as it was.
+
+    PyTorch allows it by itself for convolutions, which cuts a picture into patches.
+    """
+    matrices, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matrices)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def trained_state(model: SigmoidViT) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -33,17 +34,18 @@ from lib.data.splits import validation_in_words
 from lib.evaluation import metrics
 from lib.files import write_text
 from lib.losses import attention_loss
-from lib.model.predict import inputs, predict, processes, to_device
+from lib.model.predict import inputs, loader, predict, processes, to_device
 from lib.model.vit import SigmoidViT
 from lib.training.learning import (
     freeze,
     learning_rate_factor,
     make_optimizer,
+    precision,
     set_learning_rate,
     set_train_mode,
+    tf32_products,
 )
 from lib.training.state import Batches, Progress, Training, noise
-from lib.training.tokens import CachedTokens
 
 PROJECT = "sigmoid-attention-vit"  # what trackers call it
 MEANS = ("cross_entropy", "human_loss", "train_top1")  # what is averaged over training images
@@ -83,7 +85,7 @@ def loss_terms(model: nn.Module, batch: dict, config: TrainConfig) -> tuple[Tens
 
 def train_one_epoch(
     model: nn.Module,
-    loader: DataLoader,
+    loaded: DataLoader,
     batches: Batches,
     training: Training,
     config: TrainConfig,
@@ -92,8 +94,9 @@ def train_one_epoch(
     """One pass over the data, or the rest of one; losses are added up in `training.progress`.
 
     Args:
-        model: `training.model`, wrapped for data parallelism where there are several processes.
-        loader: over `batches`.
+        model: around the layers of `training.model`, wrapped for mixed precision and for data
+            parallelism where there are several processes.
+        loaded: over `batches`.
         after_step: called when a step is complete, with whether it has a row in `progress.steps`.
 
     Raises:
@@ -105,7 +108,7 @@ def train_one_epoch(
     steps = config.epochs * len(batches)
     progress.sums = progress.sums.to(accelerator.device)
     set_train_mode(training.model, config.trainable)
-    for batch in loader:
+    for batch in loaded:
         step = progress.epoch * len(batches) + progress.step
         batch = to_device(batch, accelerator.device)
         # Drop path and dropout draw from the step, so that a resumed run draws the same.
@@ -175,24 +178,22 @@ def fit(
     """
     set_seed(config.seed)
     accelerator = start_accelerator(config, folder)
+    device = accelerator.device
     freeze(model, config.trainable)
-    model.to(accelerator.device)
-    optimizer = make_optimizer(model, config, accelerator.device)
-    workers = 0 if isinstance(train_set, CachedTokens) else config.workers
+    model.to(device).vit.set_grad_checkpointing(config.checkpoint_blocks)
+    optimizer = make_optimizer(model, config, device)
     own = (accelerator.process_index, accelerator.num_processes)
     batches = Batches(len(train_set), config.batch_size, config.seed, *own)
-    loader = DataLoader(
-        train_set,
-        batch_sampler=batches,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=accelerator.device.type == "cuda",
-    )
+    how = (config.batch_size, device, config.workers)
+    loaded = loader(train_set, *how, batch_sampler=batches)
+    # Every process validates on its part of the images.
+    validated = loader(Subset(val_set, range(own[0], len(val_set), own[1])), *how)
     ema = ModelEmaV3(model, config.ema, use_warmup=True) if config.ema else None
+    # The same layers: what is compiled and computes in mixed precision is not what is measured.
+    learner = SigmoidViT(model.vit, model.one_query)
     if config.compile:
-        torch.compiler.reset()  # Accelerate's wrappers of earlier trainings count against its limit
-        model.compile(dynamic=False)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+        compile_forward(learner, max(1, batches.own(0)))
+    wrapped, optimizer = accelerator.prepare(learner, optimizer)
     training = Training(model, optimizer, accelerator, ema)
     training.load(folder)
     progress, is_main = training.progress, accelerator.is_main_process
@@ -226,14 +227,14 @@ def fit(
     try:
         while progress.epoch < config.epochs:
             batches.go_to(progress.epoch, progress.step)
-            train_one_epoch(wrapped, loader, batches, training, config, after_step)
+            with tf32_products(config.mixed_precision == "tf32"):
+                train_one_epoch(wrapped, loaded, batches, training, config, after_step)
             row = {"epoch": progress.epoch + 1, "lr": progress.steps[-1]["lr"]}
             training.gather_sums(everywhere=True)
             refuse_divergence(progress.sums, config)
             means = (progress.sums / progress.seen).tolist()
             row |= dict(zip(MEANS, means, strict=True))
-            with accelerator.autocast():
-                row |= validate(training.result, val_set, config.batch_size, workers)
+            row |= validate(training.result, validated)
             training.end_epoch(row)
             bar.set_postfix(loss=f"{row['cross_entropy']:.3f}", val=f"{row['val_top1']:.3f}")
             done = progress.epoch * len(batches)
@@ -255,6 +256,21 @@ def fit(
             tracker.finish()
 
 
+def compile_forward(model: SigmoidViT, batch_size: int) -> None:
+    """Compiles the forward pass for batches of one size: others, the last of an epoch, run as ever.
+
+    A graph for each would take a minute more, and one for any size computes more slowly.
+    """
+    torch.compiler.reset()  # models of earlier trainings count against its limit
+    plain, compiled = model.forward, torch.compile(model.forward, dynamic=False)
+
+    def forward(**given: Any) -> Any:
+        first = given["images"] if "images" in given else given["tokens"]
+        return (compiled if len(first) == batch_size else plain)(**given)
+
+    model.forward = forward
+
+
 @cache
 def tell_few(count: int) -> None:
     """Warns of a validation on few images, once a process: runs of a comparison share them."""
@@ -267,9 +283,11 @@ def start_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     """Accelerate for one training, with its trackers; wandb works offline unless told otherwise."""
     # Accelerate keeps one precision a process; a later training may want another.
     AcceleratorState._reset_state()
+    device = processes().device
+    chosen = precision(config.mixed_precision, device)
     accelerator = Accelerator(
-        cpu=processes().device.type == "cpu",
-        mixed_precision=config.mixed_precision,
+        cpu=device.type == "cpu",
+        mixed_precision="no" if chosen == "tf32" else chosen,
         log_with=list(config.trackers) or None,
         project_dir=folder,
     )
@@ -284,20 +302,14 @@ def start_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
 
 
 @torch.no_grad()
-def validate(
-    model: SigmoidViT, dataset: Dataset, batch_size: int, workers: int = 0
-) -> dict[str, float]:
+def validate(model: SigmoidViT, own: DataLoader) -> dict[str, float]:
     """Accuracy, and the alignment of the last block, on images as they are.
 
-    Every process looks at its part of the images; all get the means over every image, each counted
-    once however unevenly they are spread. NaN where there are no images.
+    Every process looks at its `own` part of the images; all get the means over every image, each
+    counted once however unevenly they are spread. NaN where there are no images.
     """
-    if not len(dataset):
-        return dict.fromkeys(VALIDATED, float("nan"))
-    this = processes()
-    own = Subset(dataset, range(this.process_index, len(dataset), this.num_processes))
     parts: list[dict[str, Tensor]] = []  # one a batch; none where a process has no image at all
-    for batch, scores, rows in predict(model, own, batch_size, workers):
+    for batch, scores, rows in predict(model, own):
         row = rows[model.depth - 1]
         attention = metrics.patch_attention(row, model.num_prefix)
         found = (
@@ -308,8 +320,16 @@ def validate(
             torch.sigmoid(row[..., model.num_prefix :].float()).mean((1, 2)),
         )
         named = {"index": batch["index"], **dict(zip(VALIDATED, found, strict=True))}
-        parts.append({key: value.cpu() for key, value in named.items()})
-    parts = gather_object(parts)
-    whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        parts.append(named)
+    # From a GPU all at once: each copy waits for it.
+    own_part = [{name: values.cpu() for name, values in _joined(parts).items()}] if parts else []
+    parts = gather_object(own_part)
+    if not parts:
+        return dict.fromkeys(VALIDATED, float("nan"))
+    whole = _joined(parts)
     order = whole.pop("index").argsort()  # the order of a sum is part of its last digits
     return {key: values[order].nanmean().item() for key, values in whole.items()}
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -33,7 +33,7 @@ from lib.model.weights import load_weights
 from lib.training.controls import supervised
 from lib.training.learning import learning_blocks
 from lib.training.loop import fit
-from lib.training.state import MADE_OF, STATE, Progress, made_of, read_made_of
+from lib.training.state import MADE_OF, STATE, Progress, made_of, read_made_of, settled
 from lib.training.tokens import with_cached_tokens
 
 ANEW = "train again with --overwrite, delete the folder, or choose another runs folder (RUNS_DIR)"
@@ -164,6 +164,7 @@ def train_run(
             installed (TrackerMissing); no folder is made then.
     """
     folder = runs / name
+    config = settled(config, processes().device, None if overwrite else folder)
     try:
         made = made_of(config, runs)
     except FileNotFoundError:  # a finished run can be used without its data; a training says so
@@ -189,10 +190,9 @@ def train_run(
     if config.train.cache_tokens:
         with processes().main_process_first():  # the others find its tokens on disk
             model.to(processes().device)
-            train_set, val_set = (
-                with_cached_tokens(model, dataset, config, runs / "tokens")
-                for dataset in (train_set, val_set)
-            )
+            place = (config, runs / "tokens")
+            train_set = with_cached_tokens(model, train_set, *place, config.train.mixed_precision)
+            val_set = with_cached_tokens(model, val_set, *place)
     processes().wait_for_everyone()  # all have looked at the folder before it is written to
     with _prepared(folder, told, overwrite):
         fit(model, config.train, train_set, val_set, folder, watch)
@@ -344,7 +344,8 @@ def starting_point(
     model = bare_model(config, num_classes=0)
     if config.model.weights is not None:
         report = load_weights(model, config.model.weights)
-        tqdm.write(f"{config.model.weights.name}: {report}; the head is new")
+        if processes().is_main_process:
+            tqdm.write(f"{config.model.weights.name}: {report}; the head is new")
     model.classes = classes
     train_set = training_set(model, config)
     if len(train_set.classes) < 2:

@@ -13,6 +13,7 @@ import io
 import json
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -32,7 +33,7 @@ from lib.data.sources import Record
 from lib.files import one_form, write_bytes
 from lib.model.vit import SigmoidViT
 from lib.model.weights import save_weights, write_state
-from lib.training.learning import trained_state
+from lib.training.learning import precision, trained_state
 
 STATE = "state.pt"  # in a run's folder while it is being trained
 MADE_OF = "made_of.json"  # in a run's folder, see `made_of`
@@ -148,7 +149,8 @@ class Training:
         if not row["val_top1"] <= progress.best:
             progress.best = row["val_top1"]
             state = self.result.vit.state_dict()
-            self.best = {name: state[name].cpu().clone() for name in trained_state(self.model)}
+            learned = trained_state(self.model)
+            self.best = {name: state[name].to("cpu", copy=True) for name in learned}
 
     def save(self, folder: Path) -> None:
         """Writes the checkpoint; StorageError leaves the one before as it was."""
@@ -195,6 +197,20 @@ class Training:
         self.progress = Progress(**state["progress"])
         if not self.accelerator.is_main_process:  # see `gather_sums`
             self.progress.sums, self.progress.seen = torch.zeros(3), 0
+
+
+def settled(config: RunConfig, device: torch.device, folder: Path | None = None) -> RunConfig:
+    """A configuration whose precision is named: what "auto" is on the device.
+
+    A run that is in `folder`, finished or stopped half way on whatever device, keeps its own.
+    """
+    asked = config.train.mixed_precision
+    if asked == "auto" and folder is not None:
+        with suppress(FileNotFoundError, KeyError):  # no run yet, or of before there was a choice
+            told = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            asked = told["train"]["mixed_precision"]
+    found = precision(asked, device)
+    return replace(config, train=replace(config.train, mixed_precision=found))
 
 
 def made_of(config: RunConfig, runs: Path) -> dict[str, Any]:

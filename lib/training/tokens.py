@@ -7,15 +7,17 @@ every run on the same trunk, in whatever process, finds it there.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
+from typing import Literal
 
 import safetensors.torch
 import torch
 from filelock import FileLock
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import Dataset, Subset, default_collate
 from tqdm.auto import tqdm
 
 from lib import config as cfg
@@ -24,10 +26,12 @@ from lib.data.classes import refuse_other_labels
 from lib.data.dataset import BirdDataset
 from lib.data.pictures import pictures_key
 from lib.files import make_folder, write_bytes
+from lib.model.predict import loader, to_device
 from lib.model.vit import SigmoidViT
-from lib.training.learning import learning_blocks, restoring
+from lib.training.learning import learning_blocks, precision, restoring, tf32_products
 
 TRUNK_BATCH = 32  # pictures that pass the trunk together
+FETCHED = 8  # batches of tokens that are copied from a GPU at once: each copy waits for it
 Tick = Callable[[int], None]
 
 
@@ -40,13 +44,21 @@ class CachedTokens(Dataset):
     Args:
         model: its blocks but the last `blocks` must not change any more.
         tokens: `[n, N, dim]` of all images, where they have passed the trunk before.
+        precision: that the trunk computes in, see `lib.training.learning.precision`.
 
     Raises:
         ValueError: the data set is augmented, or its classes are not the model's (OtherClasses).
     """
 
+    in_memory = True  # for `loader`
+
     def __init__(
-        self, model: SigmoidViT, dataset: BirdDataset, blocks: int, tokens: Tensor | None = None
+        self,
+        model: SigmoidViT,
+        dataset: BirdDataset,
+        blocks: int,
+        tokens: Tensor | None = None,
+        precision: str = "no",
     ) -> None:
         if dataset.augment:
             raise ValueError(
@@ -55,7 +67,8 @@ class CachedTokens(Dataset):
             )
         refuse_other_labels(model.classes, dataset.classes)
         self.model, self.dataset, self.blocks = model, dataset, blocks
-        self.tokens = [None] * len(dataset) if tokens is None else tokens
+        self.tokens, self.precision = tokens, precision
+        self._left = set(range(len(dataset)) if tokens is None else ())  # before the trunk
         self._annotations = cache(dataset.annotations)
 
     @cached_property
@@ -65,24 +78,31 @@ class CachedTokens(Dataset):
         return {str(image_id): index for index, image_id in enumerate(ids)}
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.dataset)
 
-    def __getitem__(self, index: int | tuple[int, int]) -> dict:
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Tensor]:
         """As `BirdDataset`, with "tokens", and how many "blocks" follow them, but no "image".
 
         A seed for crop and flip is of no use here.
         """
-        index = index[0] if isinstance(index, tuple) else index
-        self.keep([index])
-        item = {"tokens": self.tokens[index], "blocks": self.blocks}
-        return item | self._annotations(index)
+        return {name: values[0] for name, values in self.batch([index]).items()}
 
-    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+    def batch(self, indices: Sequence[int | tuple[int, int]]) -> dict[str, Tensor]:
         """Items, stacked."""
-        self.keep(indices)
-        return default_collate([self[int(index)] for index in indices])
+        chosen = [int(one[0] if isinstance(one, tuple) else one) for one in indices]
+        self.keep(chosen)
+        found = default_collate([self._annotations(index) for index in chosen])
+        found["tokens"] = self.tokens.index_select(0, torch.tensor(chosen))
+        return found | {"blocks": torch.full((len(chosen),), self.blocks)}
 
-    def keep(self, indices: Sequence[int], tick: Tick | None = None, workers: int = 0) -> None:
+    __getitems__ = batch  # what a DataLoader asks for
+
+    def keep(
+        self,
+        indices: Sequence[int],
+        tick: Tick | None = None,
+        workers: int | Literal["auto"] = "auto",
+    ) -> None:
         """Takes images through the trunk unless that was done before.
 
         Args:
@@ -90,21 +110,29 @@ class CachedTokens(Dataset):
                 a tqdm bar is shown.
             workers: processes that load images.
         """
-        missing = [i for i in dict.fromkeys(map(int, indices)) if self.tokens[i] is None]
+        missing = [i for i in dict.fromkeys(map(int, indices)) if i in self._left]
         if not missing:
             return
-        # A generator of its own: the caller's random numbers are as if nothing had been.
-        options = {"num_workers": workers, "generator": torch.Generator()}
-        parts = iter(DataLoader(Subset(self.dataset, missing), TRUNK_BATCH, **options))
+        device = next(self.model.parameters()).device
+        parts = iter(loader(Subset(self.dataset, missing), TRUNK_BATCH, device, workers))
+        waiting: list[tuple[Tensor, Tensor]] = []
         left = range(len(missing), 0, -TRUNK_BATCH)
         hidden = tick is not None
         for count in tqdm(left, "frozen trunk", delay=1.0, leave=False, disable=hidden):
             if tick is not None:
                 tick(count)
-            part = next(parts)
-            tokens = _run_trunk(self.model, part["image"], self.blocks)
-            for index, one in zip(part["index"].tolist(), tokens, strict=True):
-                self.tokens[index] = one
+            part = to_device(next(parts), device)
+            tokens = _run_trunk(self.model, part["image"], self.blocks, self.precision)
+            waiting.append((part["index"], tokens))
+            if len(waiting) == FETCHED or count <= TRUNK_BATCH:
+                self._store(*map(torch.cat, zip(*waiting, strict=True)))
+                waiting.clear()
+
+    def _store(self, indices: Tensor, tokens: Tensor) -> None:
+        if self.tokens is None:  # memory that nothing was written to yet takes no room
+            self.tokens = torch.empty(len(self), *tokens.shape[1:], dtype=tokens.dtype)
+        self.tokens[indices] = tokens.cpu()
+        self._left.difference_update(indices.tolist())
 
 
 # Runs of one comparison share their frozen trunk: its tokens are read once a process.
@@ -117,7 +145,11 @@ forget_tokens = _stored.cache_clear  # those that this process holds in memory; 
 
 
 def with_cached_tokens(
-    model: SigmoidViT, dataset: BirdDataset, config: RunConfig, folder: Path
+    model: SigmoidViT,
+    dataset: BirdDataset,
+    config: RunConfig,
+    folder: Path,
+    asked: str = "no",
 ) -> CachedTokens:
     """The data set with the trunk's tokens, computed now unless this trunk met it before.
 
@@ -125,28 +157,42 @@ def with_cached_tokens(
         model: on the device that is to run the trunk.
         folder: gets `<digest>.safetensors`, about 150 kB an image for a ViT-S/16 at 224 pixels. The
             digest is of the pictures (names below their folder, byte sizes, times), of the
-            architecture, of the frozen weights, and of how many blocks are frozen; not of the human
-            maps, which are read anew every time.
+            architecture, of the frozen weights, of how many blocks are frozen, and of the precision
+            unless it is float32; not of the human maps, which are read anew every time.
+        asked: precision of the trunk: that of the steps for training images. What is measured is
+            float32, as it is for a model without cached tokens.
     """
+    asked = precision(asked, next(model.parameters()).device)
     # The head alone learns from the last block's output; that block gives the class row as well.
     blocks = max(1, learning_blocks(config.train.trainable, model.depth))
     if not len(dataset):
         return CachedTokens(model, dataset, blocks)
-    file = folder / f"{_digest(model, dataset, config, blocks)[:32]}.safetensors"
+    file = folder / f"{_digest(model, dataset, config, blocks, asked)[:32]}.safetensors"
     if not file.is_file():
         make_folder(folder)
         with FileLock(file.with_suffix(".lock")):  # the jobs of a sweep run the trunk once
             if not file.is_file():
                 for half in folder.glob(f"{file.name}.*.tmp"):  # of a process that was killed
                     half.unlink()
-                found = CachedTokens(model, dataset, blocks)
+                found = CachedTokens(model, dataset, blocks, precision=asked)
                 found.keep(range(len(dataset)), workers=config.train.workers)
-                tokens = {"tokens": torch.stack(found.tokens)}
-                write_bytes(file, safetensors.torch.save(tokens))
+                write_bytes(file, *_as_safetensors(found.tokens))
+                del found  # the file takes its place in memory
     return CachedTokens(model, dataset, blocks, _stored(file))
 
 
-def _digest(model: SigmoidViT, dataset: BirdDataset, config: RunConfig, blocks: int) -> str:
+def _as_safetensors(tokens: Tensor) -> tuple[bytes, memoryview]:
+    """The parts of a file: safetensors itself would hold all tokens two times more."""
+    content = memoryview(tokens.numpy()).cast("B")
+    told = {"dtype": "F16", "shape": list(tokens.shape), "data_offsets": [0, len(content)]}
+    header = json.dumps({"tokens": told}).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header, content
+
+
+def _digest(
+    model: SigmoidViT, dataset: BirdDataset, config: RunConfig, blocks: int, asked: str
+) -> str:
     """Of all that decides the tokens that enter the last `blocks` blocks."""
     left_out = cfg.PLACES + cfg.MAPS_AND_CROPS
     told = {k: v for k, v in cfg.flat(config).items() if k.startswith(("data.", "model."))}
@@ -155,6 +201,7 @@ def _digest(model: SigmoidViT, dataset: BirdDataset, config: RunConfig, blocks: 
     paths = [record.image for record in dataset.records if isinstance(record.image, Path)]
     pictures = pictures_key(paths, list(config.data.image_size)) if paths else ""
     architecture = (model.normalisation, model.num_heads, blocks)
+    architecture += (asked,) * (asked != "no")  # files of float32 have older names
     digest = hashlib.sha256(repr((told, table, pictures, architecture)).encode())
     learned = (f"blocks.{index}." for index in range(model.depth - blocks, model.depth))
     learned = ("norm.", "fc_norm.", "head", *learned)
@@ -165,8 +212,10 @@ def _digest(model: SigmoidViT, dataset: BirdDataset, config: RunConfig, blocks: 
 
 
 @torch.no_grad()
-def _run_trunk(model: SigmoidViT, images: Tensor, blocks: int) -> Tensor:
-    """What enters the last `blocks` blocks, `[B, N, dim]` in half precision."""
-    with restoring(model):
+def _run_trunk(model: SigmoidViT, images: Tensor, blocks: int, precision: str) -> Tensor:
+    """What enters the last `blocks` blocks, `[B, N, dim]` in half precision, on the device."""
+    kind = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+    mixed = torch.autocast(images.device.type, kind, enabled=kind is not None)
+    with restoring(model), tf32_products(precision == "tf32"), mixed:
         model.eval()
-        return model.tokens(images.to(next(model.parameters())), -blocks).half().cpu()
+        return model.tokens(images.to(next(model.parameters()).dtype), -blocks).half()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from lib.model.vit import SigmoidViT
 
@@ -32,11 +34,66 @@ def inputs(batch: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor | i
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """A batch on a device, but for the number of "blocks": reading it there would wait for it."""
+    """A batch on a device, but for "index" and "blocks": reading them there would wait for it."""
     return {
-        name: value if name == "blocks" else value.to(device, non_blocking=True)
+        name: value if name in ("index", "blocks") else value.to(device, non_blocking=True)
         for name, value in batch.items()
     }
+
+
+def loader(
+    dataset: Dataset,
+    batch_size: int,
+    device: torch.device,
+    workers: int | Literal["auto"] = "auto",
+    **more: Any,
+) -> DataLoader:
+    """Batches of a data set for a model on `device`, in order unless `more` says otherwise.
+
+    Where the device is a GPU, processes read ahead (see `count_workers`) into pinned memory, from
+    which `to_device` copies while the GPU computes. The caller's random numbers stay as if nothing
+    had been.
+
+    Args:
+        dataset: its `in_memory` says that its items need no work, its `batch(indices)` gives many
+            at once, stacked.
+        batch_size: of a batch; with a `batch_sampler` in `more`, of its largest.
+        workers: processes that load; 0 loads in this one.
+        more: passed to DataLoader.
+    """
+    if workers == "auto":
+        source = dataset.dataset if isinstance(dataset, Subset) else dataset
+        is_idle = getattr(source, "in_memory", False)
+        workers = 0 if is_idle else count_workers(device, -(-len(dataset) // batch_size))
+    return DataLoader(
+        dataset,
+        **({} if "batch_sampler" in more else {"batch_size": batch_size}),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+        collate_fn=_stacked,
+        generator=torch.Generator(),
+        **more,
+    )
+
+
+def count_workers(device: torch.device, batches: int) -> int:
+    """How many processes load `batches` batches: none on a CPU, where the model wants the cores.
+
+    Else one a core but one, of those that this process may use and shares with the others of its
+    machine that train together, 8 at most. A process that starts takes as long as a few batches.
+    """
+    if device.type == "cpu" or multiprocessing.current_process().daemon:  # which may start none
+        return 0
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on a Mac, nor on Windows
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(8, max(1, cores - 1), batches // 2)
+
+
+def _stacked(items: list | dict) -> dict[str, Tensor]:
+    """A batch of items, unless the data set gave it whole."""
+    return items if isinstance(items, dict) else default_collate(items)
 
 
 @torch.no_grad()
@@ -44,15 +101,17 @@ def predict(
     model: SigmoidViT,
     dataset: Dataset,
     batch_size: int,
-    workers: int = 0,
+    workers: int | Literal["auto"] = "auto",
     rows: str | tuple[int, ...] = "last",
 ) -> Iterator[tuple[dict, Tensor, dict[int, Tensor]]]:
-    """Batches of a data set with the model's scores and class rows, on the model's device."""
+    """Batches of a data set with the model's scores and class rows, on the model's device.
+
+    "index" and "blocks" of a batch stay where they were loaded. Nothing here waits for a GPU: who
+    keeps results there until the last batch is asked for, and copies them then, does not either.
+    """
     like = next(model.parameters())
     model.eval()
-    # A generator of its own: the caller's random numbers stay as if nothing had been.
-    own = {"num_workers": workers, "generator": torch.Generator()}
-    for batch in DataLoader(dataset, batch_size=batch_size, **own):
+    for batch in loader(dataset, batch_size, like.device, workers):
         batch = to_device(batch, like.device)
         scores, found = model(**inputs(batch, like.dtype), rows=rows)
         yield batch, scores.float(), found

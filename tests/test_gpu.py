@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import runpy
 from dataclasses import replace
+from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,8 +22,8 @@ from lib.data.corrections import save_correction
 from lib.edit import LADDER, AttentionEdit
 from lib.evaluation import erasing, outliers
 from lib.evaluation.per_image import per_head, per_image
+from lib.experiments import simulate
 from lib.experiments.gallery import attention_maps
-from lib.experiments.simulate import simulated_corrections, simulated_teaching
 from lib.model.live import LiveImage
 from lib.model.vit import SigmoidViT
 from lib.training.runs import Run, fine_tuning, human_in_the_loop, train_run
@@ -154,9 +156,18 @@ def test_training_runs_on_the_gpu(run, config, gpu):
     assert not gpu.left
 
 
-def test_an_edit_and_a_lesson_are_answered_by_the_gpu(run, tmp_path):
+def test_pretraining_runs_on_the_gpu(tmp_path, gpu):
+    pretrain = runpy.run_path(str(cfg.ROOT / "tools" / "make_toy_trunk.py"))["pretrain"]
+    config = cfg.preset("toy")
+    config.model = replace(config.model, overrides={**config.model.overrides, "depth": 1})
+    accuracy = pretrain(config, tmp_path / "trunk.safetensors", images=64, epochs=1, held_out=8)
+    assert 0 <= accuracy["decoy"] <= 1 and gpu.large > 10 and not gpu.left
+
+
+def test_an_edit_and_a_lesson_are_answered_by_the_gpu(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(simulate, "TeachConfig", partial(TeachConfig, steps=2, replay=8))
     train, test = run.dataset("train"), run.dataset("test")
-    corrections = simulated_corrections(train, range(4))
+    corrections = simulate.simulated_corrections(train, range(4))
     for one in corrections:
         save_correction(one, tmp_path)
     settings = TeachConfig(steps=3, batch_size=4, replay=8, last_blocks=1)
@@ -171,7 +182,7 @@ def test_an_edit_and_a_lesson_are_answered_by_the_gpu(run, tmp_path):
         taught, own = (dict(one.named_parameters()) for one in (session.model, panel._before[0]))
         shared = {name for name in own if taught[name] is own[name]}
         panel.undo()
-        simulated = simulated_teaching(session.model, train, test, [1])
+        simulated = simulate.simulated_teaching(session.model, train, test, [1])
         return {
             **painted,
             "history": history,

@@ -199,8 +199,9 @@ def _is_gpu(value: object) -> bool:
 def fake_gpu() -> Iterator[Counted]:
     """PyTorch and Accelerate find one CUDA device meanwhile; what is counted starts at 0."""
     answers = {"is_available": True, "device_count": 1, "current_device": 0, "set_device": None}
-    answers |= {"is_bf16_supported": False, "get_device_name": "fake", "synchronize": None}
-    answers |= {"get_rng_state": torch.zeros(1), "set_rng_state": None, "empty_cache": None}
+    # Older than bf16: autocast would not know of this GPU.
+    answers |= {"is_bf16_supported": False, "get_device_capability": (7, 5), "synchronize": None}
+    answers |= {"get_device_name": "fake", "get_rng_state": torch.zeros(1), "set_rng_state": None}
     swaps = torch.__future__.get_swap_module_params_on_conversion()
     _counted.reset()
     with ExitStack() as stack:

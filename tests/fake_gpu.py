@@ -151,7 +151,7 @@ def _changed(value: object, change: Callable[[Tensor], Tensor]) -> object:
 def _loads() -> bool:
     """Whether a data set is at work, whose place is the CPU."""
     frame = sys._getframe()
-    while frame and not frame.f_globals["__name__"].startswith("lib.data."):
+    while frame and not frame.f_globals.get("__name__", "").startswith("lib.data."):
         frame = frame.f_back
     return frame is not None
 

@@ -57,7 +57,7 @@ def row_offset(logits: Tensor, offset: str, num_prefix: int) -> Tensor:
         return torch.zeros_like(logits[..., :1])
     if offset == "centred":
         patches = logits[..., num_prefix:]
-        count = torch.tensor(float(patches.shape[-1]), dtype=logits.dtype, device=logits.device)
+        count = logits.new_full((), float(patches.shape[-1]))
         return torch.logsumexp(patches, dim=-1, keepdim=True) - count.log()
     raise ValueError(f'offset is "{offset}"; use "none" or "centred"')
 

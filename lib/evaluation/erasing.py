@@ -19,7 +19,6 @@ import pandas as pd
 import torch
 from scipy.integrate import trapezoid
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as transforms
 from tqdm.auto import tqdm
 
@@ -27,6 +26,7 @@ from lib.data.dataset import BirdDataset, subset
 from lib.edit import LADDER, AttentionEdit
 from lib.evaluation import metrics
 from lib.losses import REGION
+from lib.model.predict import loader, to_device
 from lib.model.vit import SigmoidViT
 
 SHARE = 0.1  # of the patches: how many "most attended" are unless k says otherwise
@@ -75,13 +75,12 @@ def edit_ladder(
             raise ValueError(f'rung "{rung}" is unknown; use some of {", ".join(LADDER)}')
     if not callable(masks):
         _refuse_misfit(masks, dataset)
-    device = next(model.parameters()).device
     model.eval()
     start = max(model.depth - 2, 0)  # the first block of the rung "last two"
     found = []
-    loader = DataLoader(subset(dataset, images), batch_size=batch_size)
-    for batch in tqdm(loader, desc="edit ladder", leave=False):
-        pictures = batch["image"].to(device)
+    batches = loader(subset(dataset, images), batch_size, model.device)
+    for batch in tqdm(batches, desc="edit ladder", leave=False):
+        pictures = batch["image"].to(model.device, non_blocking=True)
         entering = {0: model.embed(pictures), start: model.tokens(pictures, start)}
         before, rows = model.forward_tokens(entering[start], start, rows="last", grid=dataset.grid)
         before = before.float().cpu()
@@ -90,15 +89,15 @@ def edit_ladder(
         cells = given or masks(batch, attention)
         for what, mask in cells.items():
             erased = {"patches": mask.sum(-1), "mass": (attention * mask).sum(-1)}
-            some = mask.any(-1)
+            some = mask.any(-1).nonzero()[:, 0]  # places in the batch, known without the GPU
             none = {name: torch.zeros_like(number) for name, number in erased.items()}
             found.append(_outcomes(batch, before, before, none).assign(what=what, rung="no edit"))
             for rung in rungs:
                 first = 0 if LADDER[rung]["blocks"] == "all" else start
                 scores = before.clone()
-                if some.any():
+                if len(some):
                     edit = AttentionEdit(mask[some], 0.0, **LADDER[rung])
-                    tokens = entering[first][some.to(device)]
+                    tokens = entering[first][some.to(model.device)]
                     edited = model.forward_tokens(tokens, first, edit, grid=dataset.grid)
                     scores[some] = edited.float().cpu()
                 found.append(_outcomes(batch, scores, before, erased).assign(what=what, rung=rung))
@@ -315,13 +314,13 @@ def deletion_insertion(
         raise ValueError(f'order is "{order}"; use "attention", "random" or a map [n, P]')
     if not isinstance(order, str) and _refuse_misfit(order, dataset).isnan().any():
         raise ValueError("the map that gives the order has NaN; give every patch a number")
-    device = next(model.parameters()).device
     model.eval()
     counts = [round(step * patches / steps) for step in range(steps + 1)]
     found = []
-    loader = DataLoader(subset(dataset, images), batch_size=batch_size)
-    for batch in tqdm(loader, desc="deletion and insertion", leave=False):
-        pictures, labels = batch["image"].to(device), batch["label"].to(device)
+    batches = loader(subset(dataset, images), batch_size, model.device)
+    for batch in tqdm(batches, desc="deletion and insertion", leave=False):
+        there = to_device(batch, model.device)
+        pictures, labels = there["image"], there["label"]
         if not isinstance(order, str):
             values = order[batch["index"]]
         elif order == "random":
@@ -329,7 +328,7 @@ def deletion_insertion(
         else:
             _, rows = model(pictures, rows="last")
             values = metrics.patch_attention(rows[model.depth - 1], model.num_prefix).cpu()
-        rank = _ranks(values, batch["index"], seed).to(device)
+        rank = _ranks(values, batch["index"], seed).to(model.device)
         blurred = blur(pictures, model.vit.patch_embed.patch_size)
         for count in counts:
             first = patch_pixels(rank < count, dataset.grid, pictures.shape[-2:])

@@ -16,12 +16,12 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from lib import figures
 from lib.data.dataset import BirdDataset, subset
 from lib.evaluation import metrics
+from lib.model.predict import loader
 from lib.model.vit import SigmoidViT
 
 # A token is an outlier when its norm exceeds the median by so many robust standard deviations.
@@ -59,20 +59,19 @@ def read_patch_tokens(
     Raises:
         ValueError: an image that the data set does not have.
     """
-    device = next(model.parameters()).device
     model.eval()
     found: dict[str, list[Tensor]] = {"index": [], "norms": [], "attention": [], "contrast": []}
-    loader = DataLoader(subset(dataset, images), batch_size=batch_size)
-    for batch in tqdm(loader, desc="tokens of every block", leave=False):
-        norms, attention = [], []
-        for tokens, row in model.block_by_block(batch["image"].to(device)):
-            norms.append(tokens[:, model.num_prefix :].float().norm(dim=-1).cpu())
+    batches = loader(subset(dataset, images), batch_size, model.device)
+    for batch in tqdm(batches, desc="tokens of every block", leave=False):
+        pictures, norms, attention = batch["image"].to(model.device, non_blocking=True), [], []
+        for tokens, row in model.block_by_block(pictures):
+            norms.append(tokens[:, model.num_prefix :].float().norm(dim=-1))
             on_patches = metrics.patch_attention(row, model.num_prefix)
-            attention.append((on_patches / on_patches.sum(-1, keepdim=True)).cpu())
+            attention.append(on_patches / on_patches.sum(-1, keepdim=True))
         found["index"].append(batch["index"])
-        found["norms"].append(torch.stack(norms, dim=1))
-        found["attention"].append(torch.stack(attention, dim=1))
-        found["contrast"].append(_contrast(batch["image"], dataset.grid))
+        found["norms"].append(torch.stack(norms, dim=1).cpu())
+        found["attention"].append(torch.stack(attention, dim=1).cpu())
+        found["contrast"].append(_contrast(pictures, dataset.grid).cpu())
     arrays = {name: torch.cat(parts).numpy() for name, parts in found.items()}
     has_box = np.isfinite(dataset.corners()[arrays["index"]]).all(axis=1)
     cover = dataset.cover()

@@ -5,6 +5,8 @@ Every table is a mean over such rows, so that a reader can ask their own questio
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pandas as pd
 import torch
@@ -50,7 +52,7 @@ def per_image(
     dataset: BirdDataset,
     items: Dataset | None = None,
     batch_size: int = 64,
-    workers: int = 0,
+    workers: int | Literal["auto"] = "auto",
 ) -> pd.DataFrame:
     """Prediction of every image of a data set, and how the last block's class row agrees.
 
@@ -71,8 +73,9 @@ def per_image(
         OtherClasses: a ValueError, the classes are not the model's, or in another order.
     """
     refuse_other_labels(model.classes, dataset.classes)
-    decoys, targets = decoy_cover(dataset), targets_of(dataset)
-    found: list[pd.DataFrame] = []
+    decoys, targets = decoy_cover(dataset), _on(model.device, targets_of(dataset))
+    cover = None if decoys is None else decoys.to(model.device)
+    found: list[dict[str, Tensor]] = []
     batches = predict(model, items or dataset, batch_size, workers)
     total = -(-len(dataset) // batch_size)
     for batch, scores, rows in tqdm(batches, total=total, desc="evaluating", leave=False):
@@ -80,7 +83,8 @@ def per_image(
         attention = metrics.patch_attention(row, model.num_prefix)
         sigmoid = torch.sigmoid(row[..., model.num_prefix :]).mean(1)
         labels, probabilities = batch["label"], scores.softmax(-1)
-        held = {k: v[batch["index"].cpu()].to(attention) for k, v in targets.items()}
+        index = batch["index"].to(model.device, non_blocking=True)
+        held = {name: values[index].to(attention) for name, values in targets.items()}
         on_sigmoid = metrics.alignment(sigmoid, **held)
         columns = {
             "predicted": scores.argmax(-1),
@@ -93,10 +97,11 @@ def per_image(
             "sigmoid": sigmoid.mean(1),
         }
         if decoys is not None:
-            cover = decoys[batch["index"].cpu()].to(attention)
-            columns["on_decoy"] = metrics.energy_inside(attention, cover)
-        found.append(pd.DataFrame({key: value.cpu().numpy() for key, value in columns.items()}))
-    frame = dataset.table.reset_index(drop=True).join(pd.concat(found, ignore_index=True))
+            columns["on_decoy"] = metrics.energy_inside(attention, cover[index].to(attention))
+        found.append(columns)
+    # Read once, in the end: a GPU would be waited for every time.
+    whole = {name: torch.cat([part[name] for part in found]).cpu().numpy() for name in found[0]}
+    frame = dataset.table.reset_index(drop=True).join(pd.DataFrame(whole))
     if decoys is not None:
         frame["conflicting"] = conflicting_decoys(frame)
     return frame
@@ -109,16 +114,16 @@ def per_head(model: SigmoidViT, dataset: BirdDataset, batch_size: int = 64) -> p
         one row an image, head and map ("softmax" or "sigmoid"): image_id, head, map, the columns of
         `metrics.alignment`, and class_token (softmax mass that the head leaves on it).
     """
-    targets, found = targets_of(dataset), []
+    targets, found = _on(model.device, targets_of(dataset)), []
     batches = predict(model, dataset, batch_size)
     total = -(-len(dataset) // batch_size)
     for batch, _, rows in tqdm(batches, total=total, desc="heads", leave=False):
         row = rows[model.depth - 1].float()
         softmax = row.softmax(-1)
-        index = batch["index"].cpu()
+        index = batch["index"].to(model.device, non_blocking=True)
         held = {name: v[index, None].to(row) for name, v in targets.items()}  # [B, 1, P]
         images, heads = np.indices(row.shape[:2])
-        places = dataset.table["image_id"].to_numpy()[index.numpy()]
+        places = dataset.table["image_id"].to_numpy()[batch["index"].numpy()]
         for name, maps in (
             ("softmax", softmax[..., model.num_prefix :]),
             ("sigmoid", torch.sigmoid(row[..., model.num_prefix :])),
@@ -128,6 +133,10 @@ def per_head(model: SigmoidViT, dataset: BirdDataset, batch_size: int = 64) -> p
             columns |= {key: value.cpu().numpy().ravel() for key, value in values.items()}
             found.append(pd.DataFrame(columns))
     return pd.concat(found, ignore_index=True)
+
+
+def _on(device: torch.device, targets: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: values.to(device) for name, values in targets.items()}
 
 
 def middle(grid: tuple[int, int]) -> Tensor:

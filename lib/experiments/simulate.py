@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,6 +15,7 @@ from lib.edit import AttentionEdit
 from lib.evaluation.per_image import per_image
 from lib.evaluation.tables import summarise
 from lib.model.vit import SigmoidViT
+from lib.training.taught import own_copy
 from lib.training.teach import TeachConfig, Teacher
 
 
@@ -96,8 +96,8 @@ def simulated_teaching(
     made = simulated_corrections(train, conflicting[: max(counts)], only_low=only_low)
     config = TeachConfig(last_blocks=last_blocks)
     # One copy of the model each for the control and for all others: tokens are kept, undo is exact.
-    control = Teacher(copy.deepcopy(model), train, replace(config, lam=0.0))
-    teacher = Teacher(copy.deepcopy(model), train, config)
+    control = Teacher(own_copy(model, last_blocks), train, replace(config, lam=0.0))
+    teacher = Teacher(own_copy(model, last_blocks), train, config)
     jobs = [("control", control, 0, made[:1])]
     for count in counts:
         jobs.append((f"{count} correction" + "s" * (count > 1), teacher, count, made[:count]))

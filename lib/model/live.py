@@ -9,7 +9,8 @@ unedited model computed in every block. An edit whose first named block is b the
 - block b + 1: keys and values of the changed tokens only, attention and MLP of all tokens;
 - later blocks: everything, and of the last one only the rows that the classifier reads.
 
-So an edit of the last block, the common one, is one or two tokens' worth of one block.
+So an edit of the last block, the common one, is one or two tokens' worth of one block. On a GPU
+an edit is one tensor up and one back: what it asks for, and what it leads to.
 """
 
 from __future__ import annotations
@@ -54,7 +55,6 @@ class LiveImage:
         self._blocks = [take_apart(block, bound=True) for block in model.vit.blocks]
         self._classify = bound_classify(model.vit)
         parameter = next(model.parameters())
-        self._device = parameter.device
         tokens = model.embed(image[None].to(parameter))
         self._count = tokens.shape[1]  # N
         self._kept: list[_Found] = []
@@ -65,7 +65,7 @@ class LiveImage:
             tokens = self._leave(index, found, self._attend(index, found))
         # On the model's device, where edits add to them; `rows` is the caller's.
         self._rows = torch.cat([found.logits[:, :, 0] for found in self._kept])
-        self.scores, self.rows = self._score(tokens), self._rows.cpu()
+        self.scores, self.rows = self._read_back(tokens, [self._rows])
 
     @torch.inference_mode()
     def run(self, edit: AttentionEdit | None) -> tuple[Tensor, Tensor]:
@@ -86,20 +86,20 @@ class LiveImage:
             return self.scores, self.rows
         model = self._model
         edited = resolve_blocks(edit.blocks, model.depth)
-        mask, values = self._mask_and_values(edit)
+        wanted = self._wanted(edit)
         first = edited[0]
         found = self._kept[first]
         if edit.queries == "cls" or first == model.depth - 1:
-            logits = self._kept_rows(first, edit.offset).edited(mask, values)
+            logits = self._kept_rows(first, edit.offset).edited(wanted)
             heads = self._blocks[first].weigh(logits, found.v)
         else:
-            logits, heads = self._edit(first, found, edit, mask, values)
+            logits, heads = self._edit(first, found, edit, wanted)
         rows = [self._rows[:first], logits[:, :, 0]]
         tokens = self._leave(first, found, heads)
         for index in range(first + 1, model.depth):
             found = self._enter(index, tokens)
             if index in edited:
-                logits, heads = self._edit(index, found, edit, mask, values)
+                logits, heads = self._edit(index, found, edit, wanted)
             else:
                 logits, heads = found.logits, self._attend(index, found)
             if heads.shape[2] < self._queries(index):  # the other rows have changed keys to read
@@ -107,18 +107,19 @@ class LiveImage:
                 heads = torch.cat([heads, others], dim=2)
             rows.append(logits[:, :, 0])
             tokens = self._leave(index, found, heads)
-        return self._score(tokens), torch.cat(rows).cpu()
+        return self._read_back(tokens, rows)
 
-    def _mask_and_values(self, edit: AttentionEdit) -> tuple[Tensor, Tensor]:
-        """`[1, H, P]` each; H = 1 for the same edit of all heads, which saves a tenth of `run`."""
+    def _wanted(self, edit: AttentionEdit) -> Tensor:
+        """Values `[1, H, P]`, NaN where nothing is edited, on the model's device.
+
+        H = 1 for the same edit of all heads, which saves a tenth of `run`.
+        """
         patches = self._grid[0] * self._grid[1]
         if edit.heads == "all" and edit.mask.shape in (self._grid, (patches,)):
             mask, values = edit.mask.reshape(1, 1, patches), edit.values.reshape(1, 1, patches)
         else:
             mask, values = edit.per_head(1, self._model.num_heads, self._grid)
-        if mask.device != self._device:
-            mask, values = mask.to(self._device), values.to(self._device)
-        return mask, values
+        return torch.where(mask, values, torch.nan).to(self._rows.device)
 
     def _kept_rows(self, index: int, offset: str) -> _KeptRows:
         if (index, offset) not in self._editable:
@@ -152,21 +153,25 @@ class LiveImage:
         return self._blocks[index].fused(found.q, found.k, found.v)
 
     def _edit(
-        self, index: int, found: _Found, edit: AttentionEdit, mask: Tensor, values: Tensor
+        self, index: int, found: _Found, edit: AttentionEdit, wanted: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Logits `[1, heads, E, N]` and attention `[1, heads, E, d]` of the E edited rows."""
         logits = found.logits
         if edit.queries == "all" and index < self._model.depth - 1:
             logits = self._blocks[index].logits(found.q, found.k)
-        logits = edit_logits(logits, mask, values, edit.offset, self._model.num_prefix)
+        mask = ~wanted.isnan()
+        logits = edit_logits(logits, mask, wanted, edit.offset, self._model.num_prefix)
         return logits, self._blocks[index].weigh(logits, found.v)
 
     def _leave(self, index: int, found: _Found, heads: Tensor) -> Tensor:
         """From the attention of the first Q rows to the tokens that leave, `[1, Q, dim]`."""
         return self._blocks[index].leave(found.tokens[:, : heads.shape[2]], heads)
 
-    def _score(self, tokens: Tensor) -> Tensor:
-        return self._classify(tokens)[0].cpu()
+    def _read_back(self, tokens: Tensor, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Scores, from the tokens that leave the last block, and rows, on the CPU."""
+        scores = self._classify(tokens)[0]
+        whole = torch.cat([scores, *(row.flatten() for row in rows)]).cpu()
+        return whole[: len(scores)], whole[len(scores) :].view(self._rows.shape)
 
 
 class _KeptRows:
@@ -182,12 +187,15 @@ class _KeptRows:
         self._offsets = row_offset(logits, offset, num_prefix)
         self._current = torch.sigmoid(self._patches - self._offsets)
 
-    def edited(self, mask: Tensor, values: Tensor) -> Tensor:
-        """What `edit_logits` gives: `[1, H, P]` each to `[1, heads, R, N]`."""
-        wanted, dtype = values.unsqueeze(2), self._patches.dtype
+    def edited(self, wanted: Tensor) -> Tensor:
+        """What `edit_logits` gives: values `[1, H, P]`, NaN where unedited, to `[1, heads, R, N]`.
+
+        NaN is far from no value: it compares False, and the logit stays.
+        """
+        wanted, dtype = wanted.unsqueeze(2), self._patches.dtype
         if wanted.dtype != self._offsets.dtype:
             wanted = wanted.to(self._offsets.dtype)
-        asks = (wanted - self._current).abs_().gt(EPS).logical_and_(mask.unsqueeze(2))
+        asks = (wanted - self._current).abs_().gt(EPS)
         edited = torch.logit(wanted, EPS) + self._offsets
         if edited.dtype != dtype:
             edited = edited.to(dtype)

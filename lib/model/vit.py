@@ -41,6 +41,7 @@ class _RowEdit(NamedTuple):
     offset: str
     num_prefix: int
     every_query: bool
+    everywhere: bool  # in every image and head
 
     def __call__(self, logits: Tensor) -> Tensor:
         return edit_logits(logits, self.mask, self.values, self.offset, self.num_prefix)
@@ -73,6 +74,11 @@ class SigmoidViT(nn.Module):
         self.num_heads = take_apart(vit.blocks[0]).num_heads
         self.num_prefix = vit.num_prefix_tokens
         self.num_read = count_read(vit)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and where images must be."""
+        return next(self.parameters()).device
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -163,8 +169,10 @@ class SigmoidViT(nn.Module):
                 raise ValueError(f"block {index} is asked for, but the tokens enter block {start}")
         if edited:
             mask, values = edit.per_head(len(tokens), self.num_heads, grid or self.grid)
+            # Asked of the mask where it is made: on a GPU the answer would have to be waited for.
+            reach = edit.queries == "all", bool(mask.any(dim=-1).all())
             mask, values = mask.to(tokens.device), values.to(tokens.device)
-            asked = _RowEdit(mask, values, edit.offset, self.num_prefix, edit.queries == "all")
+            asked = _RowEdit(mask, values, edit.offset, self.num_prefix, *reach)
         found: dict[int, Tensor] = {}
         for index in range(start, self.depth):
             change = asked if index in edited else None
@@ -208,7 +216,7 @@ class SigmoidViT(nn.Module):
         touched = change.mask.any(dim=-1)[:, :, None, None]
         queries = q.shape[2] if change.every_query else self.num_read
         heads = parts.weigh(change(parts.logits(q[:, :, :queries], k)), v)
-        if queries < q.shape[2] or not bool(touched.all()):
+        if queries < q.shape[2] or not change.everywhere:
             # Images and heads that nobody edited keep the fused kernel's bits.
             plain = parts.fused(q, k, v)
             edited = torch.where(touched, heads, plain[:, :, :queries])

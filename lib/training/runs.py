@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
+import torch
 from accelerate.utils import set_seed
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
@@ -122,11 +123,13 @@ class Run:
         steps = pd.read_csv(self.folder / "steps.csv").to_dict("records")
         return Progress(len(self.history), history=self.history.to_dict("records"), steps=steps)
 
-    def model(self, which: Literal["last", "best"] = "last") -> SigmoidViT:
-        """The trained model, in evaluation mode."""
+    def model(
+        self, which: Literal["last", "best"] = "last", device: torch.device | str | None = None
+    ) -> SigmoidViT:
+        """The trained model, in evaluation mode: on the GPU that is there, or on `device`."""
         model = self._bare()
         load_weights(model, self.folder / f"{which}.safetensors")
-        return model.eval()
+        return model.to(device or processes().device).eval()
 
     def dataset(self, split: str) -> BirdDataset:
         """A split of the run's data on the run's grid, not augmented.
@@ -189,7 +192,6 @@ def train_run(
     told[MADE_OF] = json.dumps(made)
     if config.train.cache_tokens:
         with processes().main_process_first():  # the others find its tokens on disk
-            model.to(processes().device)
             place = (config, runs / "tokens")
             train_set = with_cached_tokens(model, train_set, *place, config.train.mixed_precision)
             val_set = with_cached_tokens(model, val_set, *place)
@@ -331,7 +333,7 @@ def _holds(root: Path, name: str) -> bool:
 def starting_point(
     config: RunConfig, runs: Path, classes: list[str] | None = None
 ) -> tuple[SigmoidViT, BirdDataset]:
-    """The model before its first step, and its training images.
+    """The model before its first step, on the GPU that is there, and its training images.
 
     With `config.init` the model is that run's last; else the trunk is read from
     `config.model.weights` and the head is new, drawn by `config.train.seed`, for `classes` in
@@ -356,7 +358,7 @@ def starting_point(
     set_seed(config.train.seed)  # the new head is the same whatever the trunk drew
     model.classes = train_set.classes
     model.vit.reset_classifier(len(model.classes))
-    return model, train_set
+    return model.to(processes().device), train_set
 
 
 def bare_model(config: RunConfig, num_classes: int) -> SigmoidViT:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from lib.edit import AttentionEdit
 from lib.evaluation import metrics
 from lib.model.predict import predict
 from lib.model.vit import SigmoidViT
-from lib.training.learning import restoring
+from lib.training.learning import restoring, trained_modules
 from lib.training.tokens import TRUNK_BATCH, CachedTokens, Tick
 
 
@@ -39,6 +40,12 @@ class Example:
     edit: AttentionEdit | None  # what was asked of a corrected picture
     predicted: dict[str, str]  # class names
     attention: dict[str, np.ndarray]  # float32 [gh, gw], last block's softmax, mean of heads
+
+
+def own_copy(model: SigmoidViT, last_blocks: int) -> SigmoidViT:
+    """A copy for teaching the last blocks: what does not learn is the model's own, not copied."""
+    learns = {id(p) for part in trained_modules(model, last_blocks) for p in part.parameters()}
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in learns})
 
 
 def groups(

@@ -42,7 +42,7 @@ from lib.training.learning import (
     trained_modules,
 )
 from lib.training.loop import TrainingDiverged
-from lib.training.taught import Example, Group, compare, examples, groups
+from lib.training.taught import Example, Group, compare, examples, groups, own_copy
 from lib.training.tokens import CachedTokens, Tick
 
 OnStep = Callable[[int, int, dict[str, float]], None]
@@ -202,10 +202,10 @@ class Teacher:
         self._levels.pop()
 
     def before(self) -> SigmoidViT:
-        """A copy of the model as `undo` would bring it back; IndexError as there."""
-        state = self._last_level()[0]
-        model, learning = copy.deepcopy((self.model, self._learning))
-        learning.load_state_dict(state)
+        """An `own_copy` of the model as `undo` would bring it back; IndexError as there."""
+        state, blocks = self._last_level()[0], self.config.last_blocks
+        model = own_copy(self.model, blocks)
+        nn.ModuleList(trained_modules(model, blocks)).load_state_dict(state)
         return model
 
     def before_after(
@@ -322,12 +322,15 @@ class Teacher:
         indices = [self._pictures.index_of[correction.image_id] for correction in usable]
         self._replay.keep(self._replayed, _told_to(tell, config.steps))
         self._pictures.keep(indices, _told_to(tell, config.steps))
-        replayed, corrected = self._replay.batch(self._replayed), self._pictures.batch(indices)
-        corrected |= targets([correction.edit for correction in usable], model, self.start)
-        rng = np.random.default_rng(config.seed)
-        old = _batches(len(self._replayed), config.batch_size, config.steps, rng)
-        new = _batches(len(usable), config.batch_size, config.steps, rng)
         like = next(model.parameters())
+        batch = self._replay.batch(self._replayed)
+        replayed = {name: batch[name].to(like.device) for name in ("tokens", "label")}
+        asked = targets([correction.edit for correction in usable], model, self.start)
+        corrected = {"tokens": self._pictures.batch(indices)["tokens"]} | asked
+        corrected = {name: value.to(like.device) for name, value in corrected.items()}
+        rng = np.random.default_rng(config.seed)
+        old = _batches(len(self._replayed), config.batch_size, config.steps, rng).to(like.device)
+        new = _batches(len(usable), config.batch_size, config.steps, rng).to(like.device)
         plan = TrainConfig(lr=config.rate)  # weight decay, warm-up and clipping as in training
         with restoring(model), torch.random.fork_rng([like.device] if like.is_cuda else []):
             torch.manual_seed(config.seed)  # of dropout; the caller's random numbers stay
@@ -340,11 +343,11 @@ class Teacher:
                 parts = _chosen(replayed, old[step], like), _chosen(corrected, new[step], like)
                 cross_entropy, attention = teach_terms(model, *parts, config)
                 loss = cross_entropy + config.lam * attention
-                terms = {"cross_entropy": cross_entropy, "attention_loss": attention}
-                losses = {name: term.item() for name, term in terms.items()}
-                if not math.isfinite(loss.item()):
+                terms = torch.stack([loss, cross_entropy, attention]).tolist()  # a GPU's one wait
+                losses = dict(zip(("cross_entropy", "attention_loss"), terms[1:], strict=True))
+                if not math.isfinite(terms[0]):
                     raise TrainingDiverged(
-                        f"the loss is {loss.item()} in step {step + 1} ({losses}); lower lr "
+                        f"the loss is {terms[0]} in step {step + 1} ({losses}); lower lr "
                         f"({config.rate:g}) or lam ({config.lam:g})"
                     )
                 loss.backward()
@@ -438,6 +441,6 @@ def _batches(count: int, size: int, steps: int, rng: np.random.Generator) -> Ten
 
 
 def _chosen(batch: dict[str, Tensor], chosen: Tensor, like: Tensor) -> dict[str, Tensor]:
-    """Chosen items, on the device of `like`; the tokens in its precision."""
-    part = {name: value[chosen].to(like.device) for name, value in batch.items()}
+    """Chosen items; the tokens in the precision of `like`."""
+    part = {name: value[chosen] for name, value in batch.items()}
     return {**part, "tokens": part["tokens"].to(like)}

@@ -8,7 +8,6 @@ meanwhile. When it is done, the session gets the taught model, and the editor sh
 from __future__ import annotations
 
 import asyncio
-import copy
 import threading
 import time
 from collections.abc import Callable
@@ -26,7 +25,8 @@ from lib.data.corrections import Correction, load_corrections
 from lib.data.dataset import BirdDataset
 from lib.model.vit import SigmoidViT
 from lib.training.state import Progress
-from lib.training.teach import Example, TeachConfig, Teacher, TeachReport
+from lib.training.taught import Example, own_copy
+from lib.training.teach import TeachConfig, Teacher, TeachReport
 from lib.widgets.panel import Panel, figure_html, style_sheet, table_html
 from lib.widgets.pixels import coloured, data_url, heat_url, png
 from lib.widgets.session import LiveSession
@@ -177,7 +177,7 @@ class TeachPanel(Panel):
             raise ValueError(f"{self.folder} has no corrections yet; paint and save one first")
         config = replace(self._config, last_blocks=self.controls["blocks"].value)
         if self._teacher is None or self._teacher.config != config:
-            model = copy.deepcopy(self.session.model)
+            model = own_copy(self.session.model, config.last_blocks)
             self._teacher = Teacher(model, self._replay, config, self.session.dataset)
         self._stop.clear()
         self._enable(busy=True)
@@ -213,7 +213,8 @@ class TeachPanel(Panel):
             return
         self.table = table
         self._before.append(self.session.model)
-        self.session.replace_model(copy.deepcopy(self._teacher.model))
+        taught = own_copy(self._teacher.model, self._teacher.config.last_blocks)
+        self.session.replace_model(taught)
         left_out = [f"picture {image} left out: {reason}" for image, reason in report.skipped]
         told = f"taught {len(report.used)} correction(s) in {report.seconds:.1f} s"
         self._result.value = comparison_html(table) + examples_html(examples)

@@ -42,7 +42,8 @@ if "COLAB_RELEASE_TAG" in os.environ or "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
     folder, said = f"{folder}/sigmoid-attention-vit", "write the repository's own address there"
     if not os.path.exists(f"{folder}/tools/hosted.py") and "_owner_" not in ADDRESS:
         clone = f"git clone -q --depth=1 '{ADDRESS}' '{folder}' -b"
-        said = subprocess.getoutput(f"{clone} v{VERSION} || {clone} main")  # no tag yet: main
+        # The branch where there is no such tag.
+        said = subprocess.getoutput(f"{clone} v{VERSION} 2>/dev/null || {clone} main")
         said += f" Is the internet on (Kaggle: Settings)? If {folder} is half made, delete it."
     if not os.path.exists(f"{folder}/tools/hosted.py"):
         raise UsageError(f"{ADDRESS} (ADDRESS in this cell) was not fetched: {said}")

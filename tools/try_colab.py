@@ -22,7 +22,7 @@ huggingface_hub==1.27.0 numpy==2.1.3 scipy==1.16.3 pandas==2.2.3 pillow==11.3.0 
 seaborn==0.13.2 tqdm==4.67.3 filelock==3.32.3 jinja2==3.1.6 packaging==26.3 wandb==0.28.1
 scikit-learn==1.6.1 tensorboard==2.20.0 protobuf==5.29.6 psutil==5.9.5 pyzmq==26.2.1 tornado==6.5.7
 traitlets==5.7.1 matplotlib-inline==0.2.2 nbclient==0.10.4 nbformat==5.11.1 typeguard==4.6.0
-docstring_parser==0.18.0 typing_extensions==4.16.0 psygnal==0.15.1 setuptools==75.2.0
+docstring_parser==0.18.0 typing_extensions==4.16.0 psygnal==0.15.1
 """
 STAND_IN = {  # google/colab/...: what the first cell and anywidget ask for
     "__init__.py": "from . import drive, output, userdata",

@@ -60,7 +60,7 @@ def set_up(address: str, version: str, drive: bool = False, wandb: bool = False)
         print(use_drive(kaggle))
     if wandb:
         print(use_wandb(kaggle))
-    print(f"{machine(kaggle)} {run_times()}")
+    print(machine(kaggle), run_times(), sep="\n")
     if kaggle and installed("anywidget") is None:
         print("The attention editor has sliders in place of its brush: Kaggle has no anywidget.")
     return None

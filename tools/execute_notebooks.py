@@ -5,7 +5,7 @@ PRESET=folder and DATA_DIR.
 
 What is committed is what a reader sees: outputs, but no progress bars, warnings on stderr, widget
 state, timings or machine-specific metadata; and no output of a cell tagged "photographs", whose
-pictures belong to their authors.
+pictures belong to their authors. The first cell is that of first_cells.py.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ import time
 from pathlib import Path
 
 import nbformat
+from first_cells import ID, rendered
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 
 def execute(path: Path, check: bool = False) -> None:
     """Runs one notebook from a fresh kernel in its folder; unless `check`, writes it, tidied."""
-    notebook = nbformat.read(path, as_version=4)
+    text = rendered(path.read_text(encoding="utf-8"), path.name)
+    notebook = nbformat.reads(text, as_version=4)
     client = NotebookClient(
         notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": path.parent}}
     )
@@ -31,7 +33,7 @@ def execute(path: Path, check: bool = False) -> None:
     if not check:
         tidy(notebook)
         temporary = path.with_suffix(".tmp")
-        nbformat.write(notebook, temporary)
+        temporary.write_text(rendered(nbformat.writes(notebook), path.name), encoding="utf-8")
         os.replace(temporary, path)
     kilobytes = path.stat().st_size // 1000
     print(f"{path.name}: {time.perf_counter() - start:.0f} s, {kilobytes} kB", flush=True)
@@ -39,7 +41,8 @@ def execute(path: Path, check: bool = False) -> None:
 
 def tidy(notebook: NotebookNode) -> None:
     """Drops what is not for a reader."""
-    for number, cell in enumerate(notebook.cells):
+    cells = [cell for cell in notebook.cells if cell.id != ID]
+    for number, cell in enumerate(cells):
         cell.id = f"cell-{number:02d}"  # stable from run to run: small diffs
         cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags"}
         if cell.cell_type == "code":

@@ -31,8 +31,10 @@ if [ "${1-}" != --inside ]; then
     fi
     [ "$(id -u)" = 0 ] || refuse "Only root can make and enter $folder."
     # What is mounted and started in there is seen in there only, and is gone with this process
-    # however it ends: a trap would not run after kill -9.
-    exec unshare --mount --pid --fork --kill-child --mount-proc "$ME" --inside "$folder" "${@:2}"
+    # however it ends: a trap would not run after kill -9. unshare itself is deaf to kill.
+    setpriv --pdeathsig KILL \
+        unshare --mount --pid --fork --kill-child --mount-proc "$ME" --inside "$folder" "${@:2}"
+    exit
 fi
 folder=$2
 shift 2

@@ -25,7 +25,7 @@ is_debian13() {
 if [ "${1-}" != --inside ]; then
     [ $# -gt 0 ] || refuse "usage: tools/debian13.sh FOLDER [COMMAND...]"
     folder=$(realpath -m "$1")
-    [ "$folder" != / ] || refuse "$folder is this machine itself; name another folder."
+    [ "$folder" != / ] || refuse "$folder is this machine itself; name an empty or a new folder."
     if ! is_debian13 && [ -n "$(ls -A "$folder" 2>/dev/null)" ]; then
         refuse "$folder holds something else; name an empty or a new folder."
     fi

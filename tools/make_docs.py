@@ -20,6 +20,7 @@ OUT = ROOT / "build" / "docs"
 PAGES = {
     "README.md": "index",
     "docs/install.md": "install",
+    "docs/hosted.md": "hosted",
     "docs/commands.md": "commands",
     "docs/training.md": "training",
     "docs/evidence.md": "evidence",

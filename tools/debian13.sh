@@ -7,7 +7,7 @@
 #     tools/debian13.sh FOLDER .venv/bin/python -m pytest tests/test_losses.py
 #
 # FOLDER is made on the first call and used again afterwards. The last commit of this checkout is
-# laid into FOLDER/root/src, and the command runs there.
+# laid into src in root's home there, and the command runs in it.
 set -euo pipefail
 
 TESTS='make .venv/installed && OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests --ignore tests/browser'
@@ -66,7 +66,8 @@ if compgen -G '/usr/local/share/ca-certificates/*' >/dev/null; then # a company'
 fi
 
 here=$(git -C "$(dirname "$ME")" rev-parse --show-toplevel)
-source=$folder/root/src
+home=$folder/root
+source=$home/src
 [ -e "$source" ] || git init -q "$source"
 git -C "$source" fetch -q "$here" HEAD
 git -C "$source" checkout -q --force --detach FETCH_HEAD
@@ -77,4 +78,4 @@ git -C "$source" log -1 --format='%h %s'
 mapfile -t network < <(env | grep -iE '^(PIP_[A-Z_]+|[A-Z]+_PROXY)=' || true)
 chroot "$folder" env -i HOME=/root LANG=C.UTF-8 TERM="${TERM:-dumb}" "${network[@]}" \
     PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
-    bash -c 'cd /root/src && exec "$@"' bash "$@"
+    bash -c 'cd ~/src && exec "$@"' bash "$@"

@@ -60,7 +60,7 @@ def test_commands_exist(page, commands):
     assert set(re.findall(r"-m lib ([a-z][\w-]*)", text)) <= commands
     targets = set(re.findall(r"^([a-z-]+):", MAKEFILE, flags=re.MULTILINE))
     assert set(re.findall(r"(?:`|^)make ([a-z-]+)", text, flags=re.MULTILINE)) <= targets
-    for tool in re.findall(r"tools/\w+\.py", text):
+    for tool in re.findall(r"tools/\w+\.(?:py|sh)", text):
         assert (ROOT / tool).is_file(), tool
 
 

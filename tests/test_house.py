@@ -175,8 +175,8 @@ def test_environment_yml_agrees_with_pyproject():
     wanted = {*project["dependencies"], *project["optional-dependencies"]["notebooks"]}
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     given = next(part["pip"] for part in environment if isinstance(part, dict))
-    assert set(given) - {"-e ."} == wanted
-    assert f"python{project['requires-python']}" in environment
+    assert set(given) - {"-e .", "-c constraints.txt"} == wanted
+    assert environment[0].split(",")[0] == f"python{project['requires-python']}"
 
 
 def test_constraints_satisfy_the_lower_bounds():

@@ -372,6 +372,7 @@ def colab_stack(folder: Path) -> str:
     project = sysconfig.get_path("purelib")
     (Path(found.stdout.strip()) / "project.pth").write_text(f"{project}\n")
     install = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "-q"]
+    install += ["--ignore-installed"]  # by the project, whose own .pth files have no effect in here
     install += ["--disable-pip-version-check", "--retries=1", "--timeout=20", "-r", str(COLAB)]
     done = subprocess.run(install, capture_output=True, text=True)
     if done.returncode:

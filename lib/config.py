@@ -193,7 +193,7 @@ class Evaluation:
     split: Literal["test", "val", "train"] = "test"  # images to measure on
     # weights of the last epoch, or of the one that was best on the validation images
     which: Literal["last", "best"] = "last"
-    # folder of the result; result/result%Y%m%d_%H%M below the repository by default
+    # folder of the result; result/result%Y%m%d_%H%M below the project by default
     out: Path | None = None
     # pictures whose prediction was fixed, and as many that were broken, for each model on the
     # gallery page; 0 makes no page
@@ -307,13 +307,13 @@ def preset(name: str | None = None, recipe: str | None = None) -> Config:
 
 
 def _toy() -> Config:
-    """Drawn birds, a small ViT whose trunk is part of the repository: minutes on a CPU."""
+    """Drawn birds, a small ViT whose trunk is part of this package: minutes on a CPU."""
     return Config(
         preset="toy",
         data=DataConfig(**_maps_from_environment("toy", ROOT / "datasets")),
         model=ModelConfig(
             name="vit_tiny_patch16_224",
-            weights=ROOT / "models" / "toybirds_vit.safetensors",
+            weights=Path(__file__).resolve().parent / "model" / "toybirds_vit.safetensors",
             overrides={"patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4},
         ),
         ft=TrainConfig(epochs=6, batch_size=32, lr=3e-4),

@@ -16,7 +16,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-ROOT = Path(__file__).resolve().parents[1]
+
+def _root() -> Path:
+    """The project's folder; where only the package is installed, the folder that one stands in.
+
+    Else runs and results would go where packages are installed, and with the next install be lost.
+    """
+    above = Path(__file__).resolve().parents[1]
+    project = above / "pyproject.toml"  # some packages leave one of theirs beside them
+    ours = project.is_file() and "sigmoid-attention-vit" in project.read_text(encoding="utf-8")
+    return above if ours else Path.cwd()
+
+
+ROOT = _root()
 
 # What to do where an environment variable names something that is not there.
 INPUTS = {

@@ -28,9 +28,11 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
-def test_help_names_the_commands():
-    done = command("--help")
-    assert done.returncode == 0
+def test_help_names_the_commands_and_loads_nothing_for_it():
+    code = "import sys; from lib.__main__ import main\ntry: main(['--help'])\n"
+    code += "finally: print({'torch', 'pandas', 'numpy', 'matplotlib'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.endswith("set()\n")
     for word in (
         "demo",
         "evaluate",

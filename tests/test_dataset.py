@@ -10,10 +10,12 @@ import torch
 from conftest import CUB_CLASSES, CUB_PER_CLASS, CUB_SIZE, CUB_UNSEEN
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from lib.config import DataConfig
 from lib.data.dataset import BirdDataset, make_dataset
-from lib.data.maps import Recording, fixation_map
+from lib.data.maps import Recording, fixation_map, to_grid
 from lib.data.sources import Record
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -79,6 +81,28 @@ def test_evaluation_keeps_the_landmark_in_place(image_size, grid):
         assert (peak(item["human"].view(grid)) == fixated).all()
         assert np.abs(peak(cell_means(item["image"], grid)) - fixated).max() <= 1
         assert item["human"].max() == 1 and item["fixations"].sum() == 1
+
+
+@pytest.mark.parametrize(("image_size", "grid"), [((56, 56), (14, 14)), ((96, 60), (6, 10))])
+def test_crops_and_flips_are_bit_for_bit_those_of_torchvisions_transforms(image_size, grid):
+    """Which runs were trained on before: another draw would be another experiment."""
+    rng, flipped = np.random.default_rng(2), set()
+    for seed in range(12):
+        record, config = landmark(rng, image_size)
+        dataset = BirdDataset([record], ["disc"], config, grid, *PLAIN, augment=True)
+        item, pixels = dataset[0, seed], torch.from_numpy(record.image).permute(2, 0, 1)
+        fine = torch.stack([part[0].float() for part in dataset.maps])[None]
+        mask = torch.nn.functional.interpolate(fine, pixels.shape[1:], mode="nearest")[0]
+        crop = v2.RandomResizedCrop(image_size, config.crop_scale, config.crop_ratio)
+        torch.manual_seed(seed)
+        pair = crop(tv_tensors.Image(pixels), tv_tensors.Mask(mask))
+        picture, mask = v2.RandomHorizontalFlip(config.flip)(*pair)
+        human, valid = to_grid(*mask.as_subclass(torch.Tensor), grid)
+        assert torch.equal(item["image"], picture.as_subclass(torch.Tensor).float() * (1 / 255))
+        assert torch.equal(item["human"], human.clamp(0, 1).flatten())
+        assert torch.equal(item["valid"], valid.flatten())
+        flipped.add(torch.equal(picture, pair[0]))
+    assert flipped == {True, False}
 
 
 def test_augmented_map_of_the_whole_image_is_the_evaluation_map():

@@ -22,7 +22,7 @@ PAGES = sorted(
         *(ROOT / name / "README.md" for name in ("datasets", "models")),
     ]
 )
-MAKEFILE = (ROOT / "Makefile").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 def text_of(page: Path) -> str:
@@ -75,6 +75,6 @@ def test_every_page_is_built():
 
 def test_the_citation_is_of_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert citation["cff-version"] == "1.2.0" and citation["version"] == project["version"]
     assert {"message", "title", "authors", "preferred-citation"} <= set(citation)

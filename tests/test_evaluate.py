@@ -9,14 +9,23 @@ from conftest import tiny_config
 from lib import figures
 from lib.__main__ import main
 from lib.config import Evaluation
+from lib.data.dataset import conflicting_decoys
+from lib.evaluation.per_image import per_image
 from lib.experiments import evaluate
-from lib.experiments.compare import train_comparison
+from lib.experiments.compare import misled, train_comparison
 
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory):
     config = tiny_config(tmp_path_factory.mktemp("runs"))
-    trials = [t for t in train_comparison(config, [0, 1]) if t.variant != "fine-tuned"][:4]
+    told, watched = [], []
+    options = {"watch": lambda progress: watched.append(len(progress.history)), "tell": told.append}
+    trained = train_comparison(config, [0, 1], **options)
+    assert told == trained and max(watched) == config.ft.epochs
+    conflict = conflicting_decoys((test := trained[0].run.dataset("test")).table).to_numpy()
+    right = per_image(trained[0].run.model(), test)["top1"].to_numpy()
+    assert misled(trained[0]) == pytest.approx(right[conflict].mean())
+    trials = [t for t in trained if t.variant != "fine-tuned"][:4]
     dataset = evaluate.common_dataset(trials, "test", "control")
     tables = evaluate.ask(trials, dataset, Evaluation(erase=6, curves=3, tokens=5))
     return trials, dataset, tables

@@ -63,7 +63,7 @@ def wing_of(path: Path) -> str:
 def imports(path: Path) -> tuple[set[str], set[str]]:
     """Wings of lib, and other packages, that a file imports."""
     wings, others = set(), set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -99,12 +99,17 @@ def test_packages_stay_in_their_wings(path):
 
 @every_file
 def test_one_file_knows_timms_insides_one_opens_pictures_one_writes(path):
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     called = {ast.unparse(call.func) for call in calls}
     if name_of(path) != "model/block.py":
         assert not attributes & INSIDES
+    # Elsewhere than on Linux, Python takes text for the letters of one country.
+    for call in calls:
+        if ast.unparse(call.func).endswith(".read_text") or ast.unparse(call.func) == "open":
+            words = ast.unparse(call)
+            assert "encoding=" in words or ("'rb'" in words or "'wb'" in words), words
     if name_of(path) != "data/pictures.py":
         assert "Image.open" not in called
     if name_of(path) != "files.py":
@@ -117,7 +122,7 @@ def test_one_file_knows_timms_insides_one_opens_pictures_one_writes(path):
 
 @every_file
 def test_nothing_is_too_large_to_read(path):
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= FILE_LINES
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ClassDef):
@@ -136,7 +141,7 @@ def test_the_house_is_small_enough_to_know():
 def test_no_name_stands_for_two_things():
     homes: dict[str, set[str]] = {}
     for path in FILES:
-        for node in ast.parse(path.read_text()).body:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
             targets = getattr(node, "targets", [getattr(node, "target", None)])
             names = [one.id for one in targets if isinstance(one, ast.Name)]
             names += [node.name] if hasattr(node, "name") else []
@@ -171,20 +176,22 @@ def test_a_bare_gpu_server_can_import_the_training_path():
 
 
 def test_environment_yml_agrees_with_pyproject():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = {*project["dependencies"], *project["optional-dependencies"]["notebooks"]}
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))[
+        "dependencies"
+    ]
     given = next(part["pip"] for part in environment if isinstance(part, dict))
     assert set(given) - {"-e .", "-c constraints.txt"} == wanted
     assert environment[0].split(",")[0] == f"python{project['requires-python']}"
 
 
 def test_constraints_satisfy_the_lower_bounds():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"].values()
     pinned = dict(
         line.lower().split("==")
-        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
         if "==" in line
     )
     as_tuple = lambda text: tuple(int(part) for part in re.findall(r"\d+", text))  # noqa: E731
@@ -196,7 +203,7 @@ def test_constraints_satisfy_the_lower_bounds():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebooks_are_fit_for_readers(path):
     assert path.stat().st_size < 1_000_000
-    notebook = json.loads(path.read_text())
+    notebook = json.loads(path.read_text(encoding="utf-8"))
     cells = notebook["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     assert 15 <= len(code) <= 35
@@ -211,7 +218,7 @@ def test_notebooks_are_fit_for_readers(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebooks_are_executed_and_without_errors(path):
-    for cell in json.loads(path.read_text())["cells"]:
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "code":
             assert cell["execution_count"], "run `make notebooks`"
             assert not [out for out in cell["outputs"] if out["output_type"] == "error"]

@@ -1,4 +1,4 @@
-"""The toy trunk: how models/toybirds_vit.safetensors was made, and how to make it again.
+"""The toy trunk: how lib/model/toybirds_vit.safetensors was made, and how to make it again.
 
     python tools/make_toy_trunk.py            (two minutes on two CPU cores; less on a GPU)
 

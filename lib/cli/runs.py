@@ -6,6 +6,7 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -53,21 +54,41 @@ def demo(
         seeds: number of training seeds; the table gives mean and standard deviation.
         epochs: of each stage; those of the preset by default.
         overwrite: train again even where a finished run is there.
-        out: folder of the result; result/result%Y%m%d_%H%M below the repository by default.
+        out: folder of the result; result/result%Y%m%d_%H%M below the project by default.
     """
-    import pandas as pd
-
-    from lib.evaluation.tables import comparison_table
-    from lib.experiments.compare import train_comparison
-    from lib.experiments.evaluate import evaluate
-    from lib.model.predict import processes
-
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}; train with 1 or more")
     config = preset()
     if epochs is not None:
         config.ft, config.hitl = (replace(part, epochs=epochs) for part in (config.ft, config.hitl))
-    trials = train_comparison(config, range(seeds), overwrite)
+    names = ", ".join(["fine-tuned", *config.variants])
+    if os.environ.get("RANK", "0") == "0":
+        print(f"preset {config.preset}, {config.ft.epochs} epochs each: {names}", flush=True)
+
+    import pandas as pd
+    from tqdm.auto import tqdm
+
+    from lib.evaluation.tables import comparison_table
+    from lib.experiments.compare import Trial, misled, train_comparison
+    from lib.experiments.evaluate import evaluate
+    from lib.model.predict import processes
+    from lib.training.state import Progress
+
+    def watch(progress: Progress) -> None:
+        """An epoch of the first training, as soon as it is measured; the last is `tell`'s."""
+        if progress.step == 0 and progress.epoch < config.ft.epochs:
+            told = accuracy_in_words(progress.history[-1])
+            tqdm.write(f"  fine-tuning, epoch {progress.epoch}: {told}")
+
+    def tell(trial: Trial) -> None:
+        if not processes().is_main_process:
+            return
+        told = accuracy_in_words(trial.run.history.iloc[-1])
+        if trial.variant == "fine-tuned" and (found := misled(trial)) is not None:
+            told += f", but {found:.3f} on test images whose tag names another class"
+        tqdm.write(f"{trial.variant}, seed {trial.seed}: {told}")
+
+    trials = train_comparison(config, range(seeds), overwrite, watch, tell)
     folder = evaluate(trials, Evaluation(out=out), config.runs, called())
     if not processes().is_main_process:
         return
@@ -140,11 +161,15 @@ def _train_one(
     found = train_run(name, run, config.runs, overwrite)
     if processes().is_main_process:
         last = found.history.iloc[-1]
-        part, name = (
-            ("validation", "val_top1") if last.notna()["val_top1"] else ("training", "train_top1")
-        )
         words = PRECISIONS[found.config.train.mixed_precision]
-        print(f"{folder}: {last['epoch']:.0f} epochs in {words}, {part} accuracy {last[name]:.3f}")
+        print(f"{folder}: {last['epoch']:.0f} epochs in {words}, {accuracy_in_words(last)}")
+
+
+def accuracy_in_words(row: Mapping[str, float]) -> str:
+    """Of a row of a history: on validation images, or on training images where there are none."""
+    is_nan = row["val_top1"] != row["val_top1"]
+    part, name = ("training", "train_top1") if is_nan else ("validation", "val_top1")
+    return f"{part} accuracy {row[name]:.3f}"
 
 
 def sweep(

@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
-from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
@@ -105,7 +104,7 @@ class BirdDataset(Dataset):
         self.use_maps(*self.render(self.records))
         self._tell_missing()
         self._decoded = self._open_cache()
-        self._flip = v2.RandomHorizontalFlip(config.flip)
+        self._fixations: dict[int, Tensor] = {}  # counted once: every epoch validates on them
 
     @property
     def maps(self) -> tuple[Tensor, Tensor]:
@@ -192,31 +191,40 @@ class BirdDataset(Dataset):
 
     def annotations(self, index: int) -> dict[str, Tensor | int]:
         """The item of a data set without augmentation, all but its image: no picture is read."""
+        if index not in self._fixations:
+            self._fixations[index] = self._counts(index).sum(dim=0)
         return {
             "label": self.records[index].label,
             "index": index,
             "human": self._maps[index].flatten(),
             "valid": self._valid[index].flatten(),
-            "fixations": self._counts(index).sum(dim=0),
+            "fixations": self._fixations[index],
         }
 
     def _augmented(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """The same crop and flip for image and map: uint8 [3, H, W], float32 [P], bool [P].
 
-        torchvision transforms only inputs of one size jointly, so the fine map is first enlarged
-        to the picture: the map adds about 1 ms, half of what decoding a JPEG costs.
+        Functions of torchvision are called, not its transforms: those take as long as the work.
         """
         pixels = _pixels(self.records[index]) if self._decoded is None else self._decoded[index]
-        fine = torch.stack([self._maps[index], self._valid[index]]).float()
-        mask = F.interpolate(fine[None], pixels.shape[1:], mode="nearest")[0]
         height, width = pixels.shape[1:]
         # Without a range of its own, the one aspect ratio allowed is that of the picture.
         ratio = self.config.crop_ratio or (width / height, width / height)
-        crop = _random_crop(tuple(self.config.image_size), tuple(self.config.crop_scale), ratio)
-        picture, mask = self._flip(crop(tv_tensors.Image(pixels), tv_tensors.Mask(mask)))
-        dense, known = mask.as_subclass(Tensor)  # a padded border, if any, is filled with invalid 0
-        human, valid = to_grid(dense, known, self.grid)
-        return picture.as_subclass(Tensor), human.clamp(0, 1).flatten(), valid.flatten()
+        crop = v2.RandomResizedCrop.get_params(pixels, list(self.config.crop_scale), list(ratio))
+        is_flipped = torch.rand(1) < self.config.flip
+        size, known = list(self.config.image_size), self._valid[index]
+        picture = v2.functional.resized_crop_image(pixels, *crop, size)
+        picture = picture.flip(-1) if is_flipped else picture
+        if not known.any():
+            nothing = torch.zeros(math.prod(self.grid))
+            return picture, nothing, nothing.bool()
+        # The map is enlarged to the picture, cropped and resized, all by the nearest: one look-up.
+        top, left, *cut = crop
+        down = nearest(known.shape[0], height)[top:][nearest(cut[0], size[0])]
+        across = nearest(known.shape[1], width)[left:][nearest(cut[1], size[1])]
+        mask = torch.stack([self._maps[index], known])[:, down[:, None], across]
+        human, valid = to_grid(*(mask.flip(-1) if is_flipped else mask), self.grid)
+        return picture, human.clamp(0, 1).flatten(), valid.flatten()
 
     def _squeezed(self, index: int) -> Tensor:
         """The whole picture as uint8 [3, H, W]."""
@@ -271,7 +279,11 @@ class BirdDataset(Dataset):
         return torch.stack(maps) if maps else torch.zeros_like(counts), counts
 
 
-_random_crop = lru_cache(maxsize=256)(v2.RandomResizedCrop)  # made once, not for every picture
+@lru_cache(maxsize=4096)
+def nearest(pixels: int, size: int) -> Tensor:
+    """Which of `pixels` in a line each of `size` is that it is resized to, int64 [size]."""
+    line = torch.arange(pixels, dtype=torch.float32)[None, None]
+    return F.interpolate(line, size, mode="nearest")[0, 0].long()
 
 
 def read_records(config: DataConfig, part: Part) -> tuple[list[Record], list[str]]:

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import torch
 from tqdm.auto import tqdm
 
 from lib import config as cfg
 from lib.config import Config, RunConfig
+from lib.data.dataset import conflicting_decoys, subset
 from lib.files import file_name
+from lib.model.predict import predict
 from lib.training.runs import (
     NoHumanMaps,
     Run,
@@ -26,6 +30,7 @@ from lib.training.runs import (
     human_in_the_loop,
     train_run,
 )
+from lib.training.state import Progress
 
 Which = Literal["last", "best"]
 
@@ -39,16 +44,29 @@ class Trial:
     run: Run
 
 
-def train_comparison(config: Config, seeds: Sequence[int], overwrite: bool = False) -> list[Trial]:
+def train_comparison(
+    config: Config,
+    seeds: Sequence[int],
+    overwrite: bool = False,
+    watch: Callable[[Progress], None] | None = None,
+    tell: Callable[[Trial], None] = lambda trial: None,
+) -> list[Trial]:
     """Fine-tunes, then trains every variant of the preset on top, for every seed.
 
     Runs that are there already are loaded; see `lib.training.runs.train_run`. Variants that want
     human maps are left out, with a warning, where no training image has one.
+
+    Args:
+        watch: called with the progress of the first training.
+        tell: called with every model as soon as it is trained.
     """
     trials = []
     for seed in seeds:
-        fine_tuned = train_run(f"ft-s{seed}", fine_tuning(config, seed), config.runs, overwrite)
+        settings = fine_tuning(config, seed)
+        first = None if trials else watch
+        fine_tuned = train_run(f"ft-s{seed}", settings, config.runs, overwrite, first)
         trials.append(Trial("fine-tuned", seed, fine_tuned))
+        tell(trials[-1])
         for variant, human in config.variants.items():
             settings = human_in_the_loop(config, fine_tuned.name, seed, **human)
             try:
@@ -57,7 +75,19 @@ def train_comparison(config: Config, seeds: Sequence[int], overwrite: bool = Fal
                 warnings.warn(f'"{variant}" is left out: {error}', stacklevel=2)
             else:
                 trials.append(Trial(variant, seed, run))
+                tell(trials[-1])
     return trials
+
+
+def misled(trial: Trial) -> float | None:
+    """Accuracy in [0, 1] on test images whose decoy names another class; None without decoys."""
+    table = (dataset := trial.run.dataset("test")).table
+    if "decoy" not in table or not (is_conflict := conflicting_decoys(table)).any():
+        return None
+    chosen = subset(dataset, np.flatnonzero(is_conflict))
+    batches = predict(trial.run.model(), chosen, 64)
+    found = [scores.argmax(-1) == batch["label"] for batch, scores, _ in batches]
+    return torch.cat(found).float().mean().item()
 
 
 def run_name(variant: str, seed: int) -> str:

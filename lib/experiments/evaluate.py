@@ -360,10 +360,14 @@ def draw_answers(answers: dict[str, pd.DataFrame]) -> dict[str, figures.Figure]:
 
 
 def _save_figures(folder: Path, drawn: dict[str, figures.Figure]) -> None:
-    """Each as PNG and as PDF."""
+    """Each as PNG and as PDF, laid out once for both."""
     for name, figure in drawn.items():
+        figure.set_dpi(150)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+        frame = figure.get_tightbbox().padded(figures.plt.rcParams["savefig.pad_inches"])
         for kind in ("png", "pdf"):
             content = io.BytesIO()
-            figure.savefig(content, format=kind, dpi=150, bbox_inches="tight")
+            figure.savefig(content, format=kind, dpi=150, bbox_inches=frame)
             write_bytes(folder / f"{name}.{kind}", content.getvalue())
         figures.plt.close(figure)  # saved, not shown: a notebook would draw it as well

@@ -374,9 +374,15 @@ def dataset_for(model: SigmoidViT, config: RunConfig, split: str, augment: bool)
 
 
 def training_set(model: SigmoidViT, config: RunConfig) -> BirdDataset:
-    """The training images as a run trains on them: crops, and the maps of `config.train.human`."""
-    dataset = dataset_for(model, config, "train", augment=not config.train.cache_tokens)
+    """The training images as a run trains on them: crops, and the maps of `config.train.human`.
+
+    Without human attention in its loss a run has no maps: drawing and cropping them takes a third
+    of the time that a small picture takes.
+    """
     human = config.train.human
+    if human.lam == 0:
+        config = replace(config, data=replace(config.data, maps="none", maps_dir=None))
+    dataset = dataset_for(model, config, "train", augment=not config.train.cache_tokens)
     return dataset if human.lam == 0 else supervised(dataset, human, config.train.seed)
 
 

@@ -49,7 +49,7 @@ INSIDES = {
 OF_THE_SYSTEM = {"os.replace", "os.rename", "os.link", "os.fsync", "shutil.move"}
 
 # 4. How large things may be.
-FILE_LINES, CLASS_LINES, PARAMETERS, PYTHON_FILES, ROOMS = 450, 260, 8, 64, 12
+FILE_LINES, CLASS_LINES, PARAMETERS, PYTHON_FILES, ROOMS = 450, 260, 8, 65, 12
 
 
 def name_of(path: Path) -> str:

@@ -154,7 +154,12 @@ def test_a_sweep_on_a_cluster_is_the_sweep_of_one_process(address, config, tmp_p
 
 
 SCRIPTS = {
-    "sbatch": """script=$(cat "${@: -1}"); grep -q "gres=gpu:1" <<< "$script" || exit 1
+    "sbatch": """
+if [ "$1" = --test-only ]; then
+    grep -q "SBATCH --gres=gpu:1" && exit 0
+    echo "invalid gres" >&2; exit 1
+fi
+script=$(cat "$1")
 setsid bash -c "$script" < /dev/null > /dev/null 2>&1 &
 echo $! >> JOBS; echo "Submitted batch job $!" """,
     "scancel": """kill -- -"$1" 2> /dev/null; echo "$1" >> CANCELLED""",
@@ -173,6 +178,8 @@ def test_slurm_starts_workers_replaces_lost_ones_and_is_left_empty(config, tmp_p
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    with pytest.raises(cluster.ClusterError, match="takes no such job: invalid gres; change --sl"):
+        on_cluster("slurm", config, ["a"], {}, tmp_path, Slurm(gres="gpu:9"))
     folder = tmp_path / "done"
     folder.mkdir()
     killed = []

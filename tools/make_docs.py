@@ -22,6 +22,7 @@ PAGES = {
     "docs/install.md": "install",
     "docs/commands.md": "commands",
     "docs/training.md": "training",
+    "docs/cluster.md": "cluster",
     "docs/evidence.md": "evidence",
     "docs/cub2011/README.md": "cub2011",
     "datasets/README.md": "datasets",

@@ -17,12 +17,13 @@ import os
 import shlex
 import shutil
 import socket
+import subprocess
 import sys
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -104,8 +105,10 @@ def on_cluster(
                     index, error = running.pop(call), call.exception()
                     if error is None:
                         ended, worker = call.result()
+                        call.release()  # else it is done again when its worker ends
                         if not ended.is_fit:
-                            client.restart_workers([worker], raise_for_error=False)
+                            with suppress(ValueError):  # no nanny could start it again
+                                client.restart_workers([worker], raise_for_error=False)
                         if ended.is_busy:
                             later.append((time.monotonic() + AGAIN, index))
                             continue
@@ -188,6 +191,12 @@ def _slurm_cluster(slurm: Slurm, runs: Path) -> Any:
         log_directory=str(runs / "slurm"),
         python=sys.executable,
     )
+    # Dask would print a traceback for a job that is refused, and wait for it for ever.
+    asking = {"input": cluster.job_script(), "capture_output": True, "text": True}
+    refused = subprocess.run(["sbatch", "--test-only"], check=False, **asking)
+    if refused.returncode:
+        cluster.close()
+        raise ClusterError(f"SLURM takes no such job: {refused.stderr.strip()}; change --slurm.*")
     # A job that ends, by its time limit too, is replaced; `scale` would not do that.
     cluster.adapt(minimum_jobs=slurm.workers, maximum_jobs=slurm.workers)
     return cluster

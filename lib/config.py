@@ -181,23 +181,6 @@ class Sweep:
 
 
 @dataclass
-class Slurm:
-    """What `sweep --cluster slurm` asks SLURM for: so many jobs, each a worker."""
-
-    workers: int = 4  # jobs at a time, one training each
-    partition: str | None = None  # the cluster's default
-    account: str | None = None
-    time: str = "04:00:00"  # of a job; a training that it cuts short goes on in another
-    gres: str = "gpu:1"  # of a job, such as gpu:a100:1; empty for none
-    cpus: int = 4  # of a job
-    memory: str = "16GB"  # of a job
-
-    def __post_init__(self) -> None:
-        if self.workers < 1 or self.cpus < 1:
-            raise ValueError(f"workers is {self.workers} and cpus {self.cpus}; use 1 or more")
-
-
-@dataclass
 class Evaluation:
     """What `lib.experiments.evaluate` asks of trained models, and where the answers go."""
 

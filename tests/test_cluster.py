@@ -21,8 +21,9 @@ import pandas as pd
 import pytest
 from test_jobs import gone, is_alive
 
-from lib.config import Slurm, Sweep
+from lib.config import Sweep
 from lib.experiments import cluster
+from lib.experiments.cluster import Slurm
 from lib.experiments.jobs import Ended
 
 pytest.importorskip("distributed")
@@ -102,7 +103,7 @@ def kill_some(folder: Path, count: int, over: threading.Event) -> None:
 
 def test_of_200_none_is_lost_and_none_done_twice(address, config, tmp_path, monkeypatch):
     """Workers are killed meanwhile; what fails costs itself, and what starts from it."""
-    monkeypatch.setattr(cluster, "AGAIN", 0.1)
+    monkeypatch.setattr(cluster, "LATER", 0.1)
     odd = ["start", "fails", "deadly", "spoils", "taken", "breaks"]
     names = [*odd, *map(str, range(200))]
     needs = {6: 0, 7: 0, 8: 1, 9: 2, 10: 4}

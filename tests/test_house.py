@@ -39,7 +39,7 @@ KEPT_TO = {
     "accelerate": {"training", "model/predict.py"},
     "matplotlib": {"figures"},
     "seaborn": {"figures"},
-    **dict.fromkeys(("dask", "distributed", "dask_jobqueue"), {"experiments/cluster.py"}),
+    **{name: {"experiments/cluster.py"} for name in ("dask", "distributed", "dask_jobqueue")},
 }
 
 # 3. What only one file may name: the insides of timm's blocks, and calls with side effects.

@@ -19,13 +19,13 @@ from lib.config import (
     Evaluation,
     ModelConfig,
     RunConfig,
-    Slurm,
     Sweep,
     T,
     TrainConfig,
     file_md5,
     preset,
 )
+from lib.experiments.cluster import Slurm
 
 # Each command imports what it needs itself: help and downloads do not wait for PyTorch.
 

@@ -24,6 +24,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from lib.config import Config, Slurm
+from lib.config import Config
 from lib.experiments.jobs import Ended, Needs, Waiting, Work
 from lib.files import ROOT, make_folder, write_text
 
@@ -39,11 +40,28 @@ if TYPE_CHECKING:  # an extra: imported where a cluster is asked for
     from distributed import Client, Future
 
 PATIENCE = 1.0  # seconds between looks at who is there
-AGAIN = 5.0  # seconds until a task that somebody else is at is tried again
+LATER = 5.0  # seconds until a task that somebody else is at is tried again
 TRIES = 3  # of a task that a worker could not even take
 TOKEN = ".cluster"  # in the runs folder: what every worker must see
 START = "--nthreads 1 --memory-limit 0"  # of `dask worker`
 NEEDED = ("torch", "timm")  # whose versions must agree
+
+
+@dataclass
+class Slurm:
+    """What `sweep --cluster slurm` asks SLURM for: so many jobs, each a worker."""
+
+    workers: int = 4  # jobs at a time, one training each
+    partition: str | None = None  # the cluster's default
+    account: str | None = None
+    time: str = "04:00:00"  # of a job; a training that it cuts short goes on in another
+    gres: str = "gpu:1"  # of a job, such as gpu:a100:1; empty for none
+    cpus: int = 4  # of a job
+    memory: str = "16GB"  # of a job
+
+    def __post_init__(self) -> None:
+        if self.workers < 1 or self.cpus < 1:
+            raise ValueError(f"workers is {self.workers} and cpus {self.cpus}; use 1 or more")
 
 
 class ClusterError(OSError):
@@ -110,7 +128,7 @@ def on_cluster(
                             with suppress(ValueError):  # no nanny could start it again
                                 client.restart_workers([worker], raise_for_error=False)
                         if ended.is_busy:
-                            later.append((time.monotonic() + AGAIN, index))
+                            later.append((time.monotonic() + LATER, index))
                             continue
                         failure = ended.failure
                     elif isinstance(error, KilledWorker):
@@ -118,7 +136,7 @@ def on_cluster(
                     else:
                         tries[index] += 1
                         if tries[index] < TRIES:
-                            later.append((time.monotonic() + AGAIN, index))
+                            later.append((time.monotonic() + LATER, index))
                             continue
                         failure = f"{type(error).__name__}: {error}"
                     yield from waiting.ended(index, failure)

@@ -25,7 +25,7 @@ import torch
 from tqdm.auto import tqdm
 
 from lib import config as cfg
-from lib.config import Config, HumanConfig, RunConfig, Slurm, Sweep
+from lib.config import Config, HumanConfig, RunConfig, Sweep
 from lib.edit import resolve_blocks, resolve_heads
 from lib.evaluation.tables import (  # noqa: F401  what reads the table is found here as well
     NUMBERS,
@@ -38,7 +38,7 @@ from lib.evaluation.tables import (  # noqa: F401  what reads the table is found
     read_table,
     summarise,
 )
-from lib.experiments.cluster import on_cluster
+from lib.experiments.cluster import Slurm, on_cluster
 from lib.experiments.evaluate import measure
 from lib.experiments.jobs import Ended, in_processes, in_turn
 from lib.files import make_folder, write_text

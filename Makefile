@@ -42,7 +42,7 @@ test: lint $(VENV)/pysaliency ## lint, all tests, all notebooks
 # to `make test`, and so are five tests of what only newer versions do: where pandas 3 puts a bar of no
 # width, how matplotlib 3.11 resamples, which operations torch 2.6 counts, how torch 2.14 rounds.
 LOWEST := .venv-lowest
-SLOW := browser test_bench.py test_download.py test_house.py test_jobs.py test_pictures.py \
+SLOW := browser test_bench.py test_cluster.py test_download.py test_house.py test_jobs.py test_pictures.py \
 	test_processes.py test_sweep.py test_weights.py
 NEWER := killed or parts_stack or an_overlay_draws or only_what_an_edit_changes_is_computed \
 	or any_edit_equals_the_real_model or one_that_was_stopped_goes_on

@@ -39,6 +39,7 @@ KEPT_TO = {
     "accelerate": {"training", "model/predict.py"},
     "matplotlib": {"figures"},
     "seaborn": {"figures"},
+    **{name: {"experiments/cluster.py"} for name in ("dask", "distributed", "dask_jobqueue")},
 }
 
 # 3. What only one file may name: the insides of timm's blocks, and calls with side effects.
@@ -48,8 +49,8 @@ INSIDES = {
 }
 OF_THE_SYSTEM = {"os.replace", "os.rename", "os.link", "os.fsync", "shutil.move"}
 
-# 4. How large things may be.
-FILE_LINES, CLASS_LINES, PARAMETERS, PYTHON_FILES, ROOMS = 450, 260, 8, 64, 12
+# 4. How large things may be. The 65th file is the only one that knows Dask, an extra.
+FILE_LINES, CLASS_LINES, PARAMETERS, PYTHON_FILES, ROOMS = 450, 260, 8, 65, 12
 
 
 def name_of(path: Path) -> str:

@@ -196,7 +196,7 @@ def test_what_is_measured_is_not_trained_again(swept, monkeypatch):
     def refuse(*_):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(sweep, "attempt", refuse)
+    monkeypatch.setattr(sweep, "train_cell", refuse)
     table, failed = sweep.run_sweep(config, replace(SMALL, lam=(1.0,)), out)
     assert not failed
     pd.testing.assert_frame_equal(pd.read_csv(out), before)  # rows of former sweeps stay
@@ -208,8 +208,11 @@ def test_what_is_measured_is_not_trained_again(swept, monkeypatch):
     assert sweep.collect(config).empty
 
 
-def killed_in_the_middle(folder: Path, cell: sweep.Cell, keep: bool) -> tuple[str | None, bool]:
-    """`attempt` in a process that dies in the second epoch of the last of `NAMES`."""
+train_cell = sweep.train_cell
+
+
+def killed_in_the_middle(folder: Path, cell: sweep.Cell, keep: bool) -> None:
+    """`train_cell` in a process that dies in the second epoch of the last of `NAMES`."""
     if cell.name == NAMES[-1]:
         plain = runs.fit
 
@@ -218,7 +221,7 @@ def killed_in_the_middle(folder: Path, cell: sweep.Cell, keep: bool) -> tuple[st
                 os.kill(os.getpid(), signal.SIGKILL)
 
         runs.fit = lambda *arguments: plain(*arguments[:-1], die)
-    return sweep.attempt(folder, cell, keep)
+    train_cell(folder, cell, keep)
 
 
 def test_two_processes_one_is_killed_and_the_next_call_goes_on(swept, copied, monkeypatch):
@@ -226,10 +229,17 @@ def test_two_processes_one_is_killed_and_the_next_call_goes_on(swept, copied, mo
     done, out = pd.read_csv(swept[1]), copied.runs / "sweep.csv"
     copied.hitl = replace(copied.hitl, checkpoint_minutes=0.0)
     with monkeypatch.context() as patch:
-        patch.setattr(sweep, "attempt", killed_in_the_middle)
+        patch.setattr(sweep, "train_cell", killed_in_the_middle)
         _, failed = sweep.run_sweep(copied, SMALL, out, jobs=2)
     assert failed == {NAMES[2]: "its process died (exit code -9)"}
-    same_rows(pd.read_csv(out), done[done["loss"] != "mse"])
+    found = pd.read_csv(out)
+    dead = found[found["loss"] == "mse"]  # a row all the same, without numbers
+    assert set(dead["status"]) == {"failed"} and set(dead["failure"]) == {failed[NAMES[2]]}
+    assert dead[MEASURED].isna().all(axis=None)
+    alive = done[done["loss"] != "mse"]
+    same_rows(found[found["loss"] != "mse"].drop(columns="failure"), alive.drop(columns="failure"))
+    settings = sweep.by_setting(sweep.read_table(out))
+    pd.testing.assert_frame_equal(settings, sweep.by_setting(sweep.read_table(swept[1]))[:2])
     assert (copied.runs / "sweep" / NAMES[2] / STATE).is_file()
     stamps = [(copied.runs / "sweep" / name / "result.json").stat() for name in NAMES[:2]]
     torch.set_num_threads(1)
@@ -257,16 +267,22 @@ def test_a_failure_does_not_stop_the_others(copied, monkeypatch, capsys):
         "kl-l1e+39", "mse-l1", "mse-l1e+39",
     ]  # fmt: skip
     assert table.groupby(["loss", "lam"])["status"].unique().str[0].to_dict() == {
-        ("kl", 1.0): "measured", ("kl", 1e39): "diverged", ("mse", 1e39): "diverged",
+        ("kl", 1.0): "measured", ("kl", 1e39): "diverged", ("mse", 1.0): "failed",
+        ("mse", 1e39): "diverged",
     }  # fmt: skip
     assert table[table["status"] == "diverged"]["top1"].isna().all()
     monkeypatch.undo()
     calls = []
-    monkeypatch.setattr(sweep, "attempt", lambda _, cell, keep: (calls.append(cell.name), True))
-    _, again = sweep.run_sweep(copied, axes, copied.runs / "sweep.csv")
-    assert calls == [NAMES[2]]
-    assert {n: f for n, f in failed.items() if "1e+39" in n} == again
-    assert all("the loss is not finite" in failure for failure in again.values())
+
+    def again(folder, cell, keep):
+        calls.append(cell.name)
+        train_cell(folder, cell, keep)
+
+    monkeypatch.setattr(sweep, "train_cell", again)
+    table, left = sweep.run_sweep(copied, axes, copied.runs / "sweep.csv")
+    assert calls == [NAMES[2]] and (table["status"] != "failed").all()
+    assert {n: f for n, f in failed.items() if "1e+39" in n} == left
+    assert all("the loss is not finite" in failure for failure in left.values())
 
 
 def test_trainings_share_the_tokens_of_a_frozen_trunk(copied, monkeypatch):
@@ -279,6 +295,48 @@ def test_trainings_share_the_tokens_of_a_frozen_trunk(copied, monkeypatch):
     assert sorted(path.name for path in copied.runs.iterdir()) == [
         "ft-s0", "sweep", "sweep.csv", "tokens",
     ]  # fmt: skip
+
+
+def test_what_starts_from_a_failed_run_fails_with_its_words(copied, monkeypatch):
+    shutil.rmtree(copied.runs)
+    plain = sweep.train_run
+
+    def broken(name, *arguments):
+        if name == "ft-s1":
+            raise OSError("the disk is full")
+        return plain(name, *arguments)
+
+    monkeypatch.setattr(sweep, "train_run", broken)
+    axes = Sweep(lam=(0.0,), seeds=(0, 1))
+    table, failed = sweep.run_sweep(copied, axes, copied.runs / "sweep.csv")
+    assert [*failed.values()] == ["what it starts from failed: the disk is full"]
+    assert table.groupby("seed")["status"].unique().str[0].tolist() == ["measured", "failed"]
+
+
+def test_processes_share_cores_and_gpus(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    seen = lambda jobs: [own.get("CUDA_VISIBLE_DEVICES") for own in sweep.shares(jobs)]  # noqa: E731
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert seen(2) == [None, None]
+    assert [own["OMP_NUM_THREADS"] for own in sweep.shares(3)] == ["2"] * 3
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert seen(3) == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-8a")
+    assert seen(3) == ["3", "GPU-8a", "3"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # no GPU is to be used
+    assert seen(2) == [None, None]
+
+
+def test_a_cell_that_another_process_holds_is_left_to_it(copied):
+    cell = sweep.cells(copied, Sweep(lam=(0.0,)))[0]
+    folder = copied.runs / "sweep" / cell.name
+    folder.mkdir(parents=True)
+    with runs.held(folder, ".cell"):
+        ended = sweep.attempt(sweep.train_cell, copied.runs, cell)
+    assert ended.is_busy and ended.is_fit and "by another process" in ended.failure
+    assert not (folder / "result.json").exists()
 
 
 def test_the_command(swept, copied, tmp_path, monkeypatch, capsys):

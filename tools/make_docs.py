@@ -23,6 +23,7 @@ PAGES = {
     "docs/hosted.md": "hosted",
     "docs/commands.md": "commands",
     "docs/training.md": "training",
+    "docs/cluster.md": "cluster",
     "docs/evidence.md": "evidence",
     "docs/cub2011/README.md": "cub2011",
     "datasets/README.md": "datasets",

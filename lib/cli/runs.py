@@ -26,6 +26,7 @@ from lib.config import (
     file_md5,
     preset,
 )
+from lib.experiments.cluster import Slurm
 
 # Each command imports what it needs itself: help and downloads do not wait for PyTorch.
 
@@ -177,6 +178,8 @@ def sweep(
     jobs: int = 1,
     keep_weights: bool = False,
     out: Path | None = None,
+    cluster: str | None = None,
+    slurm: Slurm = Slurm(),  # noqa: B008
 ) -> int:
     """Train and measure every combination of settings; exit code 1 if one of them failed.
 
@@ -185,22 +188,30 @@ def sweep(
 
     Args:
         axes: what is combined.
-        jobs: trainings at a time. They share the processor cores, or the GPU.
+        jobs: trainings at a time on this machine. They share its processor cores; of several GPUs
+            each gets one.
         keep_weights: keep the weights of every training; else they go when it is measured.
         out: the table, a row a training and split (val, test) of all sweeps of this preset;
             sweep.csv in the runs folder of the preset by default.
+        cluster: tcp://HOST:8786 of a `dask scheduler`, whose workers train; or slurm, which starts
+            them (docs/cluster.md).
+        slurm: what SLURM is asked for.
     """
     from lib.experiments.sweep import run_sweep
 
     config = preset()
     out = out or config.runs / "sweep.csv"
     try:
-        table, failed = run_sweep(config, axes, out, jobs, keep_weights)
+        table, failed = run_sweep(config, axes, out, jobs, keep_weights, cluster, slurm)
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on. What is measured: {out}", file=sys.stderr)
         return 130
+    alike: dict[str, list[str]] = {}
     for name, failure in failed.items():
-        print(f"{name} failed: {failure}", file=sys.stderr)
+        alike.setdefault(failure, []).append(name)
+    for failure, (name, *others) in alike.items():
+        also = f" and {len(others)} more" * bool(others)
+        print(f"{name}{also} failed: {failure}", file=sys.stderr)
     print(f"{len(failed)} trainings failed; {len(table)} rows: {out}")
     return int(bool(failed))
 

@@ -10,16 +10,16 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
@@ -27,9 +27,20 @@ from tqdm.auto import tqdm
 from lib import config as cfg
 from lib.config import Config, HumanConfig, RunConfig, Sweep
 from lib.edit import resolve_blocks, resolve_heads
-from lib.evaluation.tables import summarise
+from lib.evaluation.tables import (  # noqa: F401  what reads the table is found here as well
+    NUMBERS,
+    SETTINGS,
+    USUAL,
+    best_at_no_cost,
+    by_setting,
+    held_at,
+    on_front,
+    read_table,
+    summarise,
+)
+from lib.experiments.cluster import Slurm, on_cluster
 from lib.experiments.evaluate import measure
-from lib.experiments.jobs import in_processes
+from lib.experiments.jobs import Ended, in_processes, in_turn
 from lib.files import make_folder, write_text
 from lib.losses import SEES_OFFSET
 from lib.model.predict import processes
@@ -37,9 +48,12 @@ from lib.training.controls import supervised
 from lib.training.learning import learning_blocks
 from lib.training.loop import TrainingDiverged
 from lib.training.runs import (
+    RunBusy,
     bare_model,
     dataset_for,
     fine_tuning,
+    finished_run,
+    held,
     human_in_the_loop,
     refuse_conflict,
     refuse_vain_supervision,
@@ -47,21 +61,8 @@ from lib.training.runs import (
 )
 from lib.training.state import STATE, made_of, read_made_of
 
-# What tells one training from another, but for its seed: the first columns of a sweep's table.
-SETTINGS = ("loss", "lam", "blocks", "heads", "offset", "maps", "annotated", "noise", "trainable")
-# A sweep's usual; what an ablation does not speak of is held at these.
-USUAL = {
-    "blocks": "last",
-    "heads": "all",
-    "offset": "none",
-    "maps": "human",
-    "annotated": "all",
-    "noise": "none",
-}
-NUMBERS = ("top1", "cc", "nss", "class_token", "sigmoid")
-
 FOLDER = "sweep"  # below the runs folder: one folder a cell
-RESULT = "result.json"  # in a cell's folder
+RESULT, FAILED = "result.json", "failed.json"  # in a cell's folder
 MEASURED_ON = ("val", "test")
 # The table's first columns say which training a row is of; the numbers of `summarise` follow.
 KEYS = ("preset", *SETTINGS, "seed", "split")
@@ -210,21 +211,38 @@ def refuse_impossible(config: Config, chosen: Sequence[Cell]) -> None:
 def train_cell(runs: Path, cell: Cell, keep_weights: bool = False) -> None:
     """Trains and measures one cell and writes its result; its weights go unless they are kept.
 
-    That the loss is not finite is a result as well, with status "diverged" and without numbers:
-    the same settings would end there again.
+    What has a result is left as it is. That the loss is not finite is a result as well, with status
+    "diverged" and without numbers: the same settings would end there again.
 
     Raises:
-        TrainingDiverged: when that is written. OSError, ValueError: as `train_run`.
+        TrainingDiverged: when that is written. RunBusy: another process trains or measures it.
+        OSError, ValueError: as `train_run`.
     """
     started = time.monotonic()
     folder = runs / FOLDER / cell.name
+    make_folder(folder)
+    with held(folder, ".cell"):  # until it is measured; `train_run` holds it while it trains
+        result = read_result(runs, cell)
+        if result is None:
+            result = _result(runs, cell, started)
+            write_text(folder / RESULT, json.dumps(result, indent=2, default=str))
+            (folder / FAILED).unlink(missing_ok=True)
+            if not keep_weights:
+                for name in ("last.safetensors", "best.safetensors", STATE):
+                    (folder / name).unlink(missing_ok=True)
+    if result["failure"]:
+        raise TrainingDiverged(result["failure"])
+
+
+def _result(runs: Path, cell: Cell, started: float) -> dict[str, Any]:
+    """What training and measuring a cell gives, as RESULT has it."""
     numbers: dict[str, dict[str, float]] = {split: {} for split in MEASURED_ON}
     failure = None
     try:
         # Named from the runs folder, so that cells share the fine-tuned run and cached tokens.
         run = train_run(f"{FOLDER}/{cell.name}", cell.config, runs)
     except TrainingDiverged as error:
-        failure = error
+        failure = str(error)
     else:
         model = run.model().to(processes().device)
         for split in MEASURED_ON:
@@ -233,57 +251,73 @@ def train_cell(runs: Path, cell: Cell, keep_weights: bool = False) -> None:
                 summary = summarise(measure(model, dataset, cell.config, runs / "tokens"))
                 numbers[split] = {name: float(value) for name, value in summary.items()}
     status = "diverged" if failure else "measured"
-    common = cell.words | {"status": status, "seconds": round(time.monotonic() - started, 3)}
-    rows = [common | {"split": split} | numbers[split] for split in MEASURED_ON]
-    result = {"config": asdict(cell.config), "failure": failure and str(failure), "rows": rows}
-    write_text(folder / RESULT, json.dumps(result, indent=2, default=str))
-    if not keep_weights:
-        for name in ("last.safetensors", "best.safetensors", STATE):
-            (folder / name).unlink(missing_ok=True)
-    if failure:
-        raise failure
+    seconds = round(time.monotonic() - started, 3)
+    rows = [
+        cell.words | {"status": status, "seconds": seconds, "split": split} | numbers[split]
+        for split in MEASURED_ON
+    ]
+    return {"config": asdict(cell.config), "failure": failure, "rows": rows}
 
 
-def attempt(runs: Path, cell: Cell, keep_weights: bool) -> tuple[str | None, bool]:
-    """`train_cell` for one of many: what went wrong, in a sentence, and whether to go on here.
+def write_failure(runs: Path, cell: Cell, failure: str) -> None:
+    """That a cell failed, for the table: no result, so that the next call tries it again."""
+    rows = [cell.words | {"status": "failed", "split": split} for split in MEASURED_ON]
+    result = {"config": asdict(cell.config), "failure": failure, "rows": rows}
+    make_folder(runs / FOLDER / cell.name)
+    write_text(runs / FOLDER / cell.name / FAILED, json.dumps(result, indent=2, default=str))
+
+
+def attempt(train: Callable, *given: Any) -> Ended:
+    """`train(*given)` for one of many: how it ended.
 
     After an error that nobody expected (a GPU out of memory, a bug) the process may be spoilt for
-    other cells; its traceback is printed.
+    others; its traceback is printed.
     """
     try:
-        train_cell(runs, cell, keep_weights)
+        train(*given)
+    except RunBusy as error:
+        return Ended(str(error), is_busy=True)
     except (OSError, ValueError, FloatingPointError) as error:
-        return str(error), True
+        return Ended(str(error))
     except Exception as error:
         traceback.print_exc()
-        return f"{type(error).__name__}: {error}", False
-    return None, True
+        return Ended(f"{type(error).__name__}: {error}", is_fit=False)
+    return Ended()
 
 
 # --------------------------------------------------------------------------------------- all cells
 
 
 def run_sweep(
-    config: Config, sweep: Sweep, out: Path, jobs: int = 1, keep_weights: bool = False
+    config: Config,
+    sweep: Sweep,
+    out: Path,
+    jobs: int = 1,
+    keep_weights: bool = False,
+    cluster: str | None = None,
+    slurm: Slurm = Slurm(),  # noqa: B008
 ) -> tuple[pd.DataFrame, dict[str, str]]:
     """Trains and measures what is not there yet; the table is on disk after every cell.
 
     Args:
         config: its fine-tuned runs are trained first where they are not there.
         out: a .csv file, see `collect`; written anew with every cell that ends.
-        jobs: cells at a time. 1 trains in this process; more start processes of their own that
+        jobs: trainings at a time. 1 trains in this process; more start processes of their own that
             share the processor cores (with other numbers of threads, sums may differ in their last
-            digits) or the GPU.
+            digits) and the GPUs, see `shares`.
         keep_weights: leave last.safetensors and best.safetensors in the folders of the cells that
             are trained now.
+        cluster: address of a Dask scheduler whose workers train, one training each, or "slurm",
+            see docs/cluster.md; `jobs` says nothing then.
+        slurm: what SLURM is asked for.
 
     Returns:
         the table, and why cells failed, by name. A cell that failed has not stopped the others;
         it is trained again by the next call, unless it diverged.
 
     Raises:
-        ValueError, OSError: before anything is trained, see `cells` and `refuse_impossible`; or a
-            fine-tuned run could not be made.
+        ValueError, OSError: before anything is trained, see `cells` and `refuse_impossible`.
+        ClusterError: an OSError: no cluster, or one that does not see what this process sees.
     """
     if jobs < 1:
         raise ValueError(f"jobs is {jobs}; use 1 or more")
@@ -293,26 +327,66 @@ def run_sweep(
     refuse_impossible(config, chosen)
     make_folder(out.parent)
     write_table(config, out)  # a folder that cannot be written is found out now
-    for seed in sweep.seeds:
-        train_run(f"ft-s{seed}", fine_tuning(config, seed), config.runs)
     results = {cell.name: read_result(config.runs, cell) for cell in chosen}
     failed = {name: r["failure"] for name, r in results.items() if r and r["failure"]}
     left = [cell for cell in chosen if results[cell.name] is None]
-    tasks = [(config.runs, cell, keep_weights) for cell in left]
-    if jobs > 1:
-        ended = in_processes(attempt, tasks, jobs, max(1, torch.get_num_threads() // jobs))
-    else:
-        ended = ((index, attempt(*task)[0]) for index, task in enumerate(tasks))
+    starts = dict.fromkeys(cell.config.init for cell in left)
+    starts = [name for name in starts if finished_run(config.runs / name) is None]
+    tasks = [(train_run, name, fine_tuning(config, int(name[4:])), config.runs) for name in starts]
+    needs = {
+        index: starts.index(cell.config.init)
+        for index, cell in enumerate(left, start=len(starts))
+        if cell.config.init in starts
+    }
+    tasks += [(train_cell, config.runs, cell, keep_weights) for cell in left]
     done = len(chosen) - len(left)
     bar = tqdm(total=len(chosen), initial=done, desc="sweep", unit="cell")
+    shown: dict[str, int] = {}
+
+    def show(**news: int) -> None:
+        if news.items() - shown.items():  # else a log would get a line with every look
+            shown.update(news)
+            bar.set_postfix(shown)
+
+    if cluster:
+        ended = on_cluster(attempt, tasks, needs, cluster, slurm, config, lambda n: show(workers=n))
+    elif jobs > 1:
+        ended = in_processes(attempt, tasks, needs, shares(jobs))
+    else:
+        ended = in_turn(attempt, tasks, needs)
     with closing(ended), bar:
         for index, failure in ended:
+            if index < len(starts):
+                continue
+            cell = left[index - len(starts)]
+            if failure is None and not appears(config.runs / FOLDER / cell.name / RESULT):
+                failure = "its result does not appear here; are all runs folders the same one?"
             if failure:
-                failed[left[index].name] = failure
-                bar.set_postfix(failed=len(failed))
+                failed[cell.name] = failure
+                show(failed=len(failed))
+                if read_result(config.runs, cell) is None:
+                    write_failure(config.runs, cell, failure)
             write_table(config, out)
             bar.update()
     return collect(config), failed
+
+
+def shares(jobs: int) -> list[dict[str, str]]:
+    """What each of several processes finds in its environment: its part of this machine.
+
+    They share the processor cores. GPUs go round, one to a process, those that CUDA_VISIBLE_DEVICES
+    names where it is set.
+    """
+    # Threads of several processes that spin while they wait for work keep the cores from each
+    # other: with GNU OpenMP's default, everything is about seven times slower.
+    share = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
+    share["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "1000")
+    share["TQDM_DISABLE"] = "1"  # no bars of their own
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = named.split(",")[:count] if named else map(str, range(count))
+    own = [{"CUDA_VISIBLE_DEVICES": gpu.strip()} for gpu in gpus] or [{}]
+    return [share | own[job % len(own)] for job in range(jobs)]
 
 
 def read_result(runs: Path, cell: Cell) -> dict[str, Any] | None:
@@ -324,6 +398,14 @@ def read_result(runs: Path, cell: Cell) -> dict[str, Any] | None:
     return None if cfg.difference(cell.config, json.dumps(result["config"])) else result
 
 
+def appears(file: Path, seconds: float = 90.0) -> bool:
+    """Whether a file is there: one that another host wrote may be seen late on NFS."""
+    end = time.monotonic() + seconds
+    while not file.is_file() and time.monotonic() < end:
+        time.sleep(1.0)
+    return file.is_file()
+
+
 def collect(config: Config) -> pd.DataFrame:
     """The results of all sweeps of a preset: one row a cell and split, sorted.
 
@@ -331,13 +413,15 @@ def collect(config: Config) -> pd.DataFrame:
     fine-tuned run, are left out: a table compares what differs in its columns alone.
 
     Returns:
-        columns `KEYS`, status ("measured", or "diverged" without numbers), those of `summarise`
-        and seconds (of training and measuring, since it was last resumed).
+        columns `KEYS`, status ("measured", or "diverged" or "failed" without numbers), those of
+        `summarise`, seconds (of training and measuring, since it was last resumed) and failure
+        (what went wrong, empty where nothing did).
     """
     preset = RunConfig(config.data, config.model, config.hitl)
     ours = json.loads(cfg.to_json(preset))
-    rows = []
-    for file in sorted((config.runs / FOLDER).glob(f"*/{RESULT}")):
+    rows, folder = [], config.runs / FOLDER
+    found = {file.parent: file for name in (FAILED, RESULT) for file in folder.glob(f"*/{name}")}
+    for _, file in sorted(found.items()):  # a result, where a cell has both
         result = json.loads(file.read_text(encoding="utf-8"))
         then, now = map(read_made_of, (file.parent, config.runs / result["config"]["init"]))
         if then and now and then.get("pictures") != now.get("pictures"):
@@ -351,100 +435,14 @@ def collect(config: Config) -> pd.DataFrame:
             for row in result["rows"]:
                 # Sweeps of an older version had fewer settings to tell: theirs were the usual.
                 older = dict.fromkeys(USUAL_MAPS, "") if row["loss"] == "control" else USUAL_MAPS
-                rows.append(older | row)
+                rows.append(older | row | {"failure": result["failure"] or ""})
+    first, last = [*KEYS, "status"], ["seconds", "failure"]
     if not rows:
-        return pd.DataFrame(columns=[*KEYS, "status", "seconds"])
+        return pd.DataFrame(columns=[*first, *last])
     table = pd.DataFrame(rows).sort_values(list(KEYS), ignore_index=True)
-    ends = [*KEYS, "status", "seconds"]
-    return table[[*ends[:-1], *table.columns.difference(ends, sort=False), "seconds"]]
+    return table[[*first, *table.columns.difference([*first, *last], sort=False), *last]]
 
 
 def write_table(config: Config, out: Path) -> None:
     """`collect` as a file, which holds the old table or the new one at any time."""
     write_text(out, collect(config).to_csv(index=False))
-
-
-# ------------------------------------------------------- what a table says: settings, their cost
-
-
-def read_table(path: Path) -> pd.DataFrame:
-    """A sweep's table from its file; words stay words, and an empty one stays empty.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, or another one; with the remedy.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; make it with `python -m lib sweep`")
-    words = [name for name in SETTINGS if name != "lam"]
-    table = pd.read_csv(path, dtype=dict.fromkeys(words, str))
-    for name in (*SETTINGS, "seed", "split", "status"):
-        if name not in table:
-            raise ValueError(f"{path} has no column {name}; name a table of `python -m lib sweep`")
-    return table.fillna(dict.fromkeys(words, ""))
-
-
-def by_setting(
-    table: pd.DataFrame, split: str = "test", numbers: Sequence[str] = NUMBERS
-) -> pd.DataFrame:
-    """One row a setting: mean and standard deviation over seeds, and what it gains on the control.
-
-    Args:
-        table: of `lib.experiments.sweep.run_sweep` or `read_table`.
-        numbers: columns of the table.
-
-    Returns:
-        `SETTINGS`, seeds (how many), diverged (how many of them), for each number its mean
-        (`cc`), standard deviation (`cc_std`, NaN for one seed), and the mean and standard deviation
-        of its difference to the control with the same seed and trained part (`cc_gain`,
-        `cc_gain_std`).
-    """
-    chosen = table[table["split"] == split].copy()
-    controls = chosen[chosen["loss"] == "control"].set_index(["trainable", "seed"])
-    partner = pd.MultiIndex.from_frame(chosen[["trainable", "seed"]])
-    for name in numbers:
-        chosen[f"{name}_gain"] = chosen[name] - controls[name].reindex(partner).to_numpy()
-    columns = [column for name in numbers for column in (name, f"{name}_gain")]
-    groups = chosen.groupby(list(SETTINGS), sort=False, dropna=False)
-    found = groups[columns].mean().join(groups[columns].std().add_suffix("_std"))
-    found["seeds"] = groups["seed"].nunique()
-    found["diverged"] = groups["status"].agg(lambda status: (status == "diverged").sum())
-    return found.reset_index()
-
-
-def held_at(settings: pd.DataFrame, **others: object) -> pd.DataFrame:
-    """The rows whose settings are the usual ones, but for those named: a value, or None for any.
-
-    The control belongs to every comparison and is always among them.
-    """
-    wanted = {name: value for name, value in (USUAL | others).items() if value is not None}
-    as_wanted = settings[list(wanted)].eq(pd.Series(wanted)).all(axis=1)
-    return settings[as_wanted | (settings["loss"] == "control")]
-
-
-def on_front(x: Sequence[float], y: Sequence[float]) -> np.ndarray:
-    """Which points (bool `[n]`) no other beats: both higher or equal, and one of them higher.
-
-    A point with NaN is not on the front.
-    """
-    points = np.column_stack([x, y]).astype(float)
-    known = np.isfinite(points).all(axis=1)
-    no_worse = (points[:, None] >= points).all(-1)  # [i, j]: i at least as good as j
-    better = (points[:, None] > points).any(-1)
-    return known & ~(no_worse & better & known[:, None]).any(axis=0)
-
-
-def best_at_no_cost(settings: pd.DataFrame, tolerance: float = 0.003) -> pd.Series | None:
-    """The setting with the highest CC whose accuracy is not below the control's.
-
-    Args:
-        tolerance: how far below the control's the mean accuracy may be. A mean over few seeds is
-            uncertain, and this takes the best of many: confirm what it finds.
-
-    Returns:
-        its row of `by_setting`; None where no setting keeps the accuracy. One of which a seed
-        diverged is not considered.
-    """
-    trained = settings[(settings["loss"] != "control") & (settings["diverged"] == 0)]
-    allowed = trained[trained["top1_gain"] >= -tolerance]
-    return None if allowed.empty else allowed.loc[allowed["cc"].idxmax()]

@@ -210,7 +210,25 @@ def _prepared(folder: Path, told: dict[str, str], overwrite: bool) -> Iterator[N
         yield
         return
     make_folder(folder)
-    lock = FileLock(folder / ".lock")
+    with held(folder):
+        made = ("history.csv", "steps.csv", "last.safetensors", "best.safetensors", STATE)
+        for path in folder.iterdir():  # a process that was killed leaves what it was writing
+            if path.suffix == ".tmp" or (overwrite and path.name in made):
+                path.unlink()
+        for file, text in told.items():
+            write_text(folder / file, text)
+        processes().wait_for_everyone()
+        yield
+
+
+@contextmanager
+def held(folder: Path, name: str = ".lock") -> Iterator[None]:
+    """A folder that is there, held by this process alone; the system lets go of a dead one's.
+
+    Raises:
+        RunBusy: another process holds it. StorageError: it cannot be written to.
+    """
+    lock = FileLock(folder / name)
     try:
         lock.acquire(timeout=0)
     except PermissionError as error:
@@ -223,13 +241,6 @@ def _prepared(folder: Path, told: dict[str, str], overwrite: bool) -> Iterator[N
             f"{folder} is being trained by another process; wait for it, or choose another name"
         ) from error
     try:
-        made = ("history.csv", "steps.csv", "last.safetensors", "best.safetensors", STATE)
-        for path in folder.iterdir():  # a process that was killed leaves what it was writing
-            if path.suffix == ".tmp" or (overwrite and path.name in made):
-                path.unlink()
-        for file, text in told.items():
-            write_text(folder / file, text)
-        processes().wait_for_everyone()
         yield
     finally:
         lock.release()

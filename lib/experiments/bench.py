@@ -329,8 +329,10 @@ def _address_space(field: Literal["VmSize", "VmPeak"]) -> int:
     if status.is_file():
         found = re.search(rf"^{field}:\s+(\d+) kB$", status.read_text(encoding="utf-8"), re.M)
         return 1024 * int(found[1])
-    import resource  # Windows has none
-
+    try:
+        import resource
+    except ImportError as error:
+        raise OSError("Windows does not tell a peak of memory; use Linux, macOS or WSL") from error
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

@@ -210,7 +210,7 @@ def _aligned(
     """
     parts = []
     for part in torch.arange(len(maps)).split(1024):  # bounds the memory
-        held = {name: values[places[part]] for name, values in targets.items()}
+        held = {name: values[places[part.numpy()]] for name, values in targets.items()}
         held |= {name: values[part] for name, values in others.items()}
         found = metrics.alignment(maps[part], **held)
         parts.append(pd.DataFrame({name: value.numpy() for name, value in found.items()}))

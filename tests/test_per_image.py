@@ -8,10 +8,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from lib.data.dataset import decoy_cover
+from lib.config import DataConfig
+from lib.data.dataset import BirdDataset, decoy_cover, read_records
 from lib.evaluation import metrics
-from lib.evaluation.per_image import human_baselines, per_head, perfect_cc
+from lib.evaluation.per_image import (
+    baselines_by_image,
+    human_baselines,
+    per_head,
+    perfect_cc,
+    targets_of,
+)
 from lib.evaluation.tables import COLUMNS, by_seed, comparison_table, summarise
 from lib.experiments.compare import train_comparison
 from lib.experiments.evaluate import measure_runs
@@ -103,6 +112,45 @@ def test_no_reader_and_no_image_is_held_against_itself(comparison):
     assert table.loc["mean map", "cc"] == pytest.approx(np.mean(mean), abs=1e-5)
     assert table.loc["another image", "cc"] == pytest.approx(np.mean(other), abs=1e-5)
     assert table.loc["mean map", "sauc"] == pytest.approx(np.mean(elsewhere), abs=1e-5)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=8))
+def test_baselines_of_a_set_are_those_of_its_images_one_by_one(readers):
+    """Whoever looked at them: nobody, one person (who has no others), or several."""
+    records, classes = read_records(DataConfig(name="toy", toy_test=len(readers)), "test")
+    records = [
+        replace(one, human=one.human[:count] or None)
+        for one, count in zip(records, readers, strict=True)
+    ]
+    config = DataConfig(name="toy", maps="none")
+    dataset = BirdDataset(records, classes, config, (14, 14), (0.5,) * 3, (0.5,) * 3)
+    chosen, whole = np.flatnonzero(dataset.has_map), targets_of(dataset)
+    found = baselines_by_image(dataset)
+    if len(chosen) < 2:
+        assert found.empty
+        return
+    rows = found.set_index(["image_id", "map"])
+    several = [i for i in chosen if readers[i] > 1]
+    assert len(rows) == 3 * len(chosen) + len(several)
+    for place, i in enumerate(chosen):
+        held = {name: values[i] for name, values in whole.items()}
+        maps = {
+            "mean map": sum(whole["human"][j] for j in chosen if j != i),
+            "another image": whole["human"][chosen[(place + len(chosen) // 2) % len(chosen)]],
+            "uniform": torch.ones(14 * 14),
+        }
+        expected = {name: metrics.alignment(one, **held) for name, one in maps.items()}
+        if i in several:
+            own, counts = dataset.readers(i)
+            others = {"human": own.sum(0) - own, "fixations": counts.sum(0) - counts}
+            held |= {name: values[None] for name, values in held.items()} | others
+            each = metrics.alignment(own, **held)
+            expected["one reader"] = {name: values.nanmean() for name, values in each.items()}
+        for name, values in expected.items():
+            row = rows.loc[dataset.table["image_id"][i], name].to_dict()
+            values = {key: value.item() for key, value in values.items()}
+            assert row == pytest.approx(values, rel=1e-4, abs=1e-5, nan_ok=True)
 
 
 def test_heads_one_by_one_are_the_class_row_of_each(comparison):

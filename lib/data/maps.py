@@ -245,7 +245,8 @@ def fixation_map(
     column, across = _window(position[:, 1], sigmas[1], truncate, grid[1])
     # Outer products over the windows, [F, K, L]
     distance = down[:, :, None] ** 2 + across[:, None, :] ** 2  # squared
-    values = weights[:, None, None] * np.exp(-0.5 * distance)
+    down, across = np.exp(-0.5 * down**2), np.exp(-0.5 * across**2)
+    values = (weights[:, None] * down)[:, :, None] * across[:, None, :]
     keep = distance <= truncate**2 + 1e-9
     flat = row[:, :, None] * grid[1] + column[:, None, :]
     total = np.bincount(flat[keep], weights=values[keep], minlength=grid[0] * grid[1])

@@ -5,6 +5,7 @@ Every table is a mean over such rows, so that a reader can ask their own questio
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -178,26 +179,42 @@ def baselines_by_image(dataset: BirdDataset) -> pd.DataFrame:
     chosen = np.flatnonzero(dataset.has_map)
     if len(chosen) < 2:
         return pd.DataFrame(columns=["image_id", "map", *ALIGNMENT])
-    total = whole["human"][chosen].sum(0)
-    rows = []
-    for place, i in enumerate(chosen.tolist()):
-        held = {name: values[i : i + 1] for name, values in whole.items()}  # [1, P]
-        other = chosen[(place + len(chosen) // 2) % len(chosen)]
-        found = {}
-        maps, counts = dataset.readers(i)  # [R, P]
-        if len(maps) > 1:
-            others = {"human": maps.sum(0) - maps, "fixations": counts.sum(0) - counts}
-            found["one reader"] = metrics.alignment(maps, **(held | others))
-        candidates = {
-            "mean map": (total - whole["human"][i])[None],
-            "another image": whole["human"][other][None],
-            "uniform": torch.ones_like(whole["human"][:1]),
+    human = whole["human"][chosen]  # [n, P]
+    candidates = {
+        "mean map": human.sum(0) - human,
+        "another image": human.roll(-(len(chosen) // 2), 0),
+        "uniform": torch.ones_like(human),
+    }
+    found = {name: _aligned(maps, whole, chosen) for name, maps in candidates.items()}
+    read = {i: dataset.readers(i) for i in chosen.tolist()}  # [R, P], maps and counts
+    read = {i: both for i, both in read.items() if len(both[0]) > 1}
+    if read:
+        places = np.repeat(list(read), [len(maps) for maps, _ in read.values()])
+        maps = torch.cat([maps for maps, _ in read.values()])
+        others = {
+            "human": torch.cat([maps.sum(0) - maps for maps, _ in read.values()]),
+            "fixations": torch.cat([counts.sum(0) - counts for _, counts in read.values()]),
         }
-        found |= {name: metrics.alignment(one, **held) for name, one in candidates.items()}
-        for name, values in found.items():
-            row = {"image_id": dataset.table["image_id"].iat[i], "map": name}
-            rows.append(row | {key: value.nanmean().item() for key, value in values.items()})
-    return pd.DataFrame(rows)
+        found["one reader"] = _aligned(maps, whole, places, others)
+    table = pd.concat(found, names=["map", "image_id"]).swaplevel().reset_index()
+    table["image_id"] = dataset.table["image_id"].to_numpy()[table["image_id"]]
+    return table
+
+
+def _aligned(
+    maps: Tensor, targets: dict[str, Tensor], places: np.ndarray, others: Mapping[str, Tensor] = {}
+) -> pd.DataFrame:
+    """`metrics.alignment` of maps `[n, P]`: a row a place in `targets`, the mean of its maps.
+
+    `others` are targets by map, in the place of those by place.
+    """
+    parts = []
+    for part in torch.arange(len(maps)).split(1024):  # bounds the memory
+        held = {name: values[places[part.numpy()]] for name, values in targets.items()}
+        held |= {name: values[part] for name, values in others.items()}
+        found = metrics.alignment(maps[part], **held)
+        parts.append(pd.DataFrame({name: value.numpy() for name, value in found.items()}))
+    return pd.concat(parts).groupby(places).mean().astype(float)
 
 
 def human_baselines(dataset: BirdDataset, by_image: pd.DataFrame | None = None) -> pd.DataFrame:

@@ -364,7 +364,7 @@ def _save_figures(folder: Path, drawn: dict[str, figures.Figure]) -> None:
     for name, figure in drawn.items():
         figure.set_dpi(150)
         figure.draw_without_rendering()
-        figure.set_layout_engine("none")
+        figure.set_layout_engine(None)  # of any other savefig lays out, and draws, once more
         frame = figure.get_tightbbox().padded(figures.plt.rcParams["savefig.pad_inches"])
         for kind in ("png", "pdf"):
             content = io.BytesIO()

@@ -185,5 +185,5 @@ def _sections(
 
 def _save_picture(path: Path, image: np.ndarray, grid_map: np.ndarray | None = None) -> None:
     content = io.BytesIO()
-    Image.fromarray(figures.picture(image, grid_map)).save(content, format="png")
+    Image.fromarray(figures.picture(image, grid_map)).save(content, format="png", compress_level=4)
     write_bytes(path, content.getvalue())

@@ -39,6 +39,7 @@ from lib.files import ROOT, make_folder, write_text
 if TYPE_CHECKING:  # an extra: imported where a cluster is asked for
     from distributed import Client, Future
 
+ANSWER = 10.0  # seconds that a scheduler has to answer
 PATIENCE = 1.0  # seconds between looks at who is there
 LATER = 5.0  # seconds until a task that somebody else is at is tried again
 TRIES = 3  # of a task that a worker could not even take
@@ -128,6 +129,7 @@ def on_cluster(
                             with suppress(ValueError):  # no nanny could start it again
                                 client.restart_workers([worker], raise_for_error=False)
                         if ended.is_busy:
+                            team.fit.discard(worker)  # or it sees no more what it saw
                             later.append((time.monotonic() + LATER, index))
                             continue
                         failure = ended.failure
@@ -175,7 +177,7 @@ def _client(where: str, slurm: Slurm, runs: Path) -> Iterator[Client]:
             yield client
         return
     try:
-        client = Client(where, timeout=10)
+        client = Client(where, timeout=ANSWER)
     except (OSError, ValueError) as error:
         raise ClusterError(
             f"nobody answers at {where} ({error}); start `dask scheduler` there and name it as "
@@ -318,7 +320,8 @@ def _refusal(asked: dict[str, Any], dask_worker: Any) -> str | None:
     if _digest_of_code() != asked["code"]:
         return f"{here} has other code in {ROOT}; bring it to the same version and start it again"
     token = runs / TOKEN
-    if not token.is_file() or token.read_text() != asked["token"] or not os.access(runs, os.W_OK):
+    is_marked = token.is_file() and token.read_text(encoding="utf-8") == asked["token"]
+    if not is_marked or not os.access(runs, os.W_OK):
         return f"{here} does not share {runs}; mount it there, writable, or set RUNS_DIR to one"
     for path in asked["paths"]:
         if not os.path.exists(path):
@@ -335,6 +338,7 @@ def _on_worker(asked: dict[str, Any], work: Work, task: tuple) -> tuple[Ended, s
     from distributed import get_worker
 
     worker = get_worker()
-    # One that has just come may be given a task before `_Team` has looked at it.
+    # One that has just come may be given a task before `_Team` has looked at it, and a folder that
+    # was there may be gone: then `_Team` looks again.
     refused = _refusal(asked, worker)
     return Ended(is_busy=True) if refused else work(*task), worker.address

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import re
 import time
 import traceback
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from tqdm.auto import tqdm
 
 from lib import config as cfg
@@ -40,7 +38,7 @@ from lib.evaluation.tables import (  # noqa: F401  what reads the table is found
 )
 from lib.experiments.cluster import Slurm, on_cluster
 from lib.experiments.evaluate import measure
-from lib.experiments.jobs import Ended, in_processes, in_turn
+from lib.experiments.jobs import Ended, in_processes, in_turn, shares
 from lib.files import make_folder, write_text
 from lib.losses import SEES_OFFSET
 from lib.model.predict import processes
@@ -68,6 +66,8 @@ MEASURED_ON = ("val", "test")
 KEYS = ("preset", *SETTINGS, "seed", "split")
 # What is named in a cell's folder only where it is not the usual.
 USUAL_MAPS = {name: USUAL[name] for name in ("maps", "annotated", "noise")}
+
+Known = dict[tuple[Path, int], list[dict[str, Any]]]  # rows of a file as it was at that time
 
 
 @dataclass(frozen=True)
@@ -326,7 +326,8 @@ def run_sweep(
     chosen = cells(config, sweep)
     refuse_impossible(config, chosen)
     make_folder(out.parent)
-    write_table(config, out)  # a folder that cannot be written is found out now
+    known: Known = {}
+    write_table(config, out, known)  # a folder that cannot be written is found out now
     results = {cell.name: read_result(config.runs, cell) for cell in chosen}
     failed = {name: r["failure"] for name, r in results.items() if r and r["failure"]}
     left = [cell for cell in chosen if results[cell.name] is None]
@@ -357,6 +358,7 @@ def run_sweep(
     with closing(ended), bar:
         for index, failure in ended:
             if index < len(starts):
+                known.clear()  # what is left out depends on its pictures
                 continue
             cell = left[index - len(starts)]
             if failure is None and not appears(config.runs / FOLDER / cell.name / RESULT):
@@ -366,27 +368,9 @@ def run_sweep(
                 show(failed=len(failed))
                 if read_result(config.runs, cell) is None:
                     write_failure(config.runs, cell, failure)
-            write_table(config, out)
+            write_table(config, out, known)
             bar.update()
-    return collect(config), failed
-
-
-def shares(jobs: int) -> list[dict[str, str]]:
-    """What each of several processes finds in its environment: its part of this machine.
-
-    They share the processor cores. GPUs go round, one to a process, those that CUDA_VISIBLE_DEVICES
-    names where it is set.
-    """
-    # Threads of several processes that spin while they wait for work keep the cores from each
-    # other: with GNU OpenMP's default, everything is about seven times slower.
-    share = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
-    share["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "1000")
-    share["TQDM_DISABLE"] = "1"  # no bars of their own
-    count = torch.cuda.device_count()
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = named.split(",")[:count] if named else map(str, range(count))
-    own = [{"CUDA_VISIBLE_DEVICES": gpu.strip()} for gpu in gpus] or [{}]
-    return [share | own[job % len(own)] for job in range(jobs)]
+    return collect(config, known), failed
 
 
 def read_result(runs: Path, cell: Cell) -> dict[str, Any] | None:
@@ -406,43 +390,57 @@ def appears(file: Path, seconds: float = 90.0) -> bool:
     return file.is_file()
 
 
-def collect(config: Config) -> pd.DataFrame:
+def collect(config: Config, known: Known | None = None) -> pd.DataFrame:
     """The results of all sweeps of a preset: one row a cell and split, sorted.
 
     Cells of another configuration (other data, model, epochs, ...), or of other pictures than their
     fine-tuned run, are left out: a table compares what differs in its columns alone.
+
+    Args:
+        known: rows of files that were read before, and now of all: each is read and compared once.
 
     Returns:
         columns `KEYS`, status ("measured", or "diverged" or "failed" without numbers), those of
         `summarise`, seconds (of training and measuring, since it was last resumed) and failure
         (what went wrong, empty where nothing did).
     """
-    preset = RunConfig(config.data, config.model, config.hitl)
-    ours = json.loads(cfg.to_json(preset))
-    rows, folder = [], config.runs / FOLDER
+    folder, known = config.runs / FOLDER, {} if known is None else known
     found = {file.parent: file for name in (FAILED, RESULT) for file in folder.glob(f"*/{name}")}
+    rows = []
     for _, file in sorted(found.items()):  # a result, where a cell has both
-        result = json.loads(file.read_text(encoding="utf-8"))
-        then, now = map(read_made_of, (file.parent, config.runs / result["config"]["init"]))
-        if then and now and then.get("pictures") != now.get("pictures"):
-            continue
-        made = result["config"] | {"init": None}
-        free = ["seed", "trainable", "human"]
-        if made["train"]["trainable"] == "all":
-            free.append("cache_tokens")  # see `cells`
-        made["train"] |= {name: ours["train"][name] for name in free}
-        if cfg.difference(preset, json.dumps(made)) is None:
-            for row in result["rows"]:
-                # Sweeps of an older version had fewer settings to tell: theirs were the usual.
-                older = dict.fromkeys(USUAL_MAPS, "") if row["loss"] == "control" else USUAL_MAPS
-                rows.append(older | row | {"failure": result["failure"] or ""})
+        key = (file, file.stat().st_mtime_ns)
+        if key not in known:
+            known[key] = _rows_of_result(config, file)
+        rows += known[key]
     first, last = [*KEYS, "status"], ["seconds", "failure"]
     if not rows:
         return pd.DataFrame(columns=[*first, *last])
     table = pd.DataFrame(rows).sort_values(list(KEYS), ignore_index=True)
-    return table[[*first, *table.columns.difference([*first, *last], sort=False), *last]]
+    numbers = table.columns.difference([*first, *last], sort=False)
+    return table.reindex(columns=[*first, *numbers, *last])  # what failed has no seconds
 
 
-def write_table(config: Config, out: Path) -> None:
+def _rows_of_result(config: Config, file: Path) -> list[dict[str, Any]]:
+    """The rows of one result; none where it does not belong to this table, see `collect`."""
+    result = json.loads(file.read_text(encoding="utf-8"))
+    then, now = map(read_made_of, (file.parent, config.runs / result["config"]["init"]))
+    if then and now and then.get("pictures") != now.get("pictures"):
+        return []
+    preset = RunConfig(config.data, config.model, config.hitl)
+    ours = json.loads(cfg.to_json(preset))
+    made = result["config"] | {"init": None}
+    free = ["seed", "trainable", "human"]
+    if made["train"]["trainable"] == "all":
+        free.append("cache_tokens")  # see `cells`
+    made["train"] |= {name: ours["train"][name] for name in free}
+    if cfg.difference(preset, json.dumps(made)) is not None:
+        return []
+    # Sweeps of an older version had fewer settings to tell: theirs were the usual.
+    is_control = result["rows"][0]["loss"] == "control"  # all rows are of one training
+    older = dict.fromkeys(USUAL_MAPS, "") if is_control else USUAL_MAPS
+    return [older | row | {"failure": result["failure"] or ""} for row in result["rows"]]
+
+
+def write_table(config: Config, out: Path, known: Known) -> None:
     """`collect` as a file, which holds the old table or the new one at any time."""
-    write_text(out, collect(config).to_csv(index=False))
+    write_text(out, collect(config, known).to_csv(index=False))

@@ -108,7 +108,13 @@ def test_what_is_measured_of_a_run_runs_on_the_gpu(run):
     with fake_gpu() as gpu:
         on_gpu = found()
         assert run.model().device == GPU and run.model(device="cpu").device.type == "cpu"
-    assert gpu.large > 100 and not gpu.left
+        assert gpu.large > 100 and not gpu.left
+        model, waits = run.model(), []
+        for batch_size in (3, 12):
+            gpu.reset()
+            per_image(model, run.dataset("test"), batch_size=batch_size)
+            waits.append(gpu.waits)
+    assert waits[0] == waits[1]  # no batch is read by itself
     same(on_gpu, on_cpu)
 
 

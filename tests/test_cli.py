@@ -220,7 +220,7 @@ def test_a_run_that_exists_is_refused_unless_told_what_to_do(tmp_path, run_main)
     tiny += ["--model.weights", "None", "--model.overrides.depth", "1"]
     environment = {"RUNS_DIR": str(tmp_path), "PRESET": "toy"}
     code, out, _ = run_main("train", "ft", *tiny, **environment)
-    assert code == 0 and "toy/ft-s0: 1 epochs, validation accuracy" in out
+    assert code == 0 and "toy/ft-s0: 1 epochs in float32, validation accuracy" in out
     code, _, error = run_main("train", "ft", *tiny, **environment)
     assert code == 2 and "exists and is finished; go on with --resume" in error
     code, _, error = run_main("train", "ft", *tiny, "--lr", "1", "--resume", **environment)

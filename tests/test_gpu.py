@@ -25,6 +25,7 @@ from lib.evaluation.per_image import per_head, per_image
 from lib.experiments import simulate
 from lib.experiments.gallery import attention_maps
 from lib.model.live import LiveImage
+from lib.model.predict import tf32_products
 from lib.model.vit import SigmoidViT
 from lib.training.runs import Run, fine_tuning, human_in_the_loop, train_run
 from lib.training.teach import TeachConfig
@@ -107,8 +108,33 @@ def test_what_is_measured_of_a_run_runs_on_the_gpu(run):
     with fake_gpu() as gpu:
         on_gpu = found()
         assert run.model().device == GPU and run.model(device="cpu").device.type == "cpu"
-    assert gpu.large > 100 and not gpu.left
+        assert gpu.large > 100 and not gpu.left
+        model, waits = run.model(), []
+        for batch_size in (3, 12):
+            gpu.reset()
+            per_image(model, run.dataset("test"), batch_size=batch_size)
+            waits.append(gpu.waits)
+    assert waits[0] == waits[1]  # no batch is read by itself
     same(on_gpu, on_cpu)
+
+
+def test_what_is_measured_is_float32_whatever_is_allowed(toy, monkeypatch):
+    """PyTorch allows TF32 in convolutions by itself, and a person may in all products."""
+    (model, dataset), found, embed = toy, [], SigmoidViT.embed
+
+    def allowed() -> tuple[str, bool]:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    monkeypatch.setattr(SigmoidViT, "embed", lambda *a: found.append(allowed()) or embed(*a))
+    some, before = {"images": range(2)}, allowed()
+    with tf32_products(True):
+        per_image(model, dataset)
+        erasing.erase(model, dataset, **some)
+        erasing.deletion_insertion(model, dataset, "random", 2, **some)
+        outliers.read_patch_tokens(model, dataset, **some)
+        LiveImage(model, dataset[0]["image"])
+        assert allowed() == ("high", True)
+    assert len(found) >= 5 and set(found) == {("highest", False)} and allowed() == before
 
 
 @pytest.mark.parametrize("kind", ["plain", "registers"])
@@ -210,7 +236,11 @@ def test_notebooks_run_on_the_gpu(number, config, monkeypatch, gpu):
     for place, cell in enumerate(json.loads(file.read_text(encoding="utf-8"))["cells"]):
         if cell["cell_type"] == "code":
             code = "".join(cell["source"])
-            for slow, quick in (("steps=150", "steps=3"), ("seeds=[0, 1]", "seeds=[0]")):
+            for slow, quick in (
+                ("steps=150", "steps=3"),
+                ("seeds=[0, 1]", "seeds=[0]"),
+                ("(1, 2)]", "(1,)]"),
+            ):
                 code = code.replace(slow, quick)
             name = f"{file.name}, cell {place}"
             # Without what it asserts: so small a model learns nothing.

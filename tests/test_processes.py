@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # 41 training images in batches of 16: the last batch, of 9, is uneven; so are 15 to validate on.
 TINY = ["--data.toy-train", "41", "--data.toy-val", "15", "--batch-size", "16"]
-TINY += ["--log-every", "1", "--model.weights", "None", "--model.overrides.patch-size", "16"]
+TINY += ["--data.toy-test", "24", "--log-every", "1"]
+TINY += ["--model.weights", "None", "--model.overrides.patch-size", "16"]
 TINY += ["--model.overrides.embed-dim", "32", "--model.overrides.depth", "2"]
 TINY += ["--model.overrides.num-heads", "2"]
 

@@ -26,7 +26,7 @@ from lib.data.dataset import BirdDataset, subset
 from lib.edit import LADDER, AttentionEdit
 from lib.evaluation import metrics
 from lib.losses import REGION
-from lib.model.predict import loader, to_device
+from lib.model.predict import loader, tf32_products, to_device
 from lib.model.vit import SigmoidViT
 
 SHARE = 0.1  # of the patches: how many "most attended" are unless k says otherwise
@@ -39,6 +39,7 @@ AS_REGION = "random, as many as the region"
 
 
 @torch.no_grad()
+@tf32_products(False)
 def edit_ladder(
     model: SigmoidViT,
     dataset: BirdDataset,
@@ -274,6 +275,7 @@ def _effect(means: pd.Series, between: str = " and ") -> str:
 
 
 @torch.no_grad()
+@tf32_products(False)
 def deletion_insertion(
     model: SigmoidViT,
     dataset: BirdDataset,

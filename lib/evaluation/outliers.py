@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from lib import figures
 from lib.data.dataset import BirdDataset, subset
 from lib.evaluation import metrics
-from lib.model.predict import loader
+from lib.model.predict import loader, tf32_products
 from lib.model.vit import SigmoidViT
 
 # A token is an outlier when its norm exceeds the median by so many robust standard deviations.
@@ -44,6 +44,7 @@ class PatchTokens:
 
 
 @torch.no_grad()
+@tf32_products(False)
 def read_patch_tokens(
     model: SigmoidViT,
     dataset: BirdDataset,

@@ -352,7 +352,7 @@ def live_edits(
     """
     model = _random_model(name, image_size).eval()
     images = torch.randn(1, 3, image_size, image_size, device=DEVICE)
-    mask = torch.rand(model.grid, device=DEVICE) < 0.25
+    mask = torch.rand(model.grid) < 0.25  # where people's edits are made
     edits = {way: AttentionEdit(mask, 0.9, **scope) for way, scope in LADDER.items()}
     live = LiveImage(model, images[0])
     ways = {

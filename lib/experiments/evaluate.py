@@ -35,7 +35,7 @@ from lib.evaluation.tables import (
 from lib.experiments.compare import Trial, Which, load_trials, run_name, yardstick_variant
 from lib.experiments.gallery import attention_rows, changed_predictions, write_gallery
 from lib.files import make_folder, write_bytes, write_text
-from lib.model.predict import in_main_process, processes
+from lib.model.predict import in_main_process
 from lib.model.vit import SigmoidViT
 from lib.training.state import picture_checksums
 from lib.training.tokens import with_cached_tokens
@@ -205,7 +205,7 @@ def measure_runs(
     tokens = tokens or first.run.folder.parent / "tokens"
     frames = []
     for trial in tqdm(trials, desc="evaluating runs", leave=False):
-        model = trial.run.model(which).to(processes().device)
+        model = trial.run.model(which)
         frame = measure(model, dataset, trial.run.config, tokens)
         frames.append(frame.assign(variant=trial.variant, seed=trial.seed))
     return pd.concat(frames, ignore_index=True)
@@ -253,7 +253,7 @@ def ask(
     some = partial(evenly_spaced, dataset)
     found: dict[str, list[pd.DataFrame]] = {}
     for trial in tqdm(trials, desc="asking runs", leave=False):
-        model = trial.run.model(options.which).to(processes().device)
+        model = trial.run.model(options.which)
         tables = {}
         if options.erase:
             tables["erasing"] = erasing.erase(model, dataset, images=some(options.erase))

@@ -244,7 +244,7 @@ def _result(runs: Path, cell: Cell, started: float) -> dict[str, Any]:
     except TrainingDiverged as error:
         failure = str(error)
     else:
-        model = run.model().to(processes().device)
+        model = run.model()
         for split in MEASURED_ON:
             dataset = dataset_for(model, cell.config, split, augment=False)
             if len(dataset):  # of few pictures there are none to validate on

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lib.edit import EPS, AttentionEdit, edit_logits, resolve_blocks, row_offset
 from lib.model.block import bound_classify, take_apart
+from lib.model.predict import tf32_products
 from lib.model.vit import SigmoidViT
 
 
@@ -49,6 +50,7 @@ class LiveImage:
     """
 
     @torch.inference_mode()
+    @tf32_products(False)
     def __init__(self, model: SigmoidViT, image: Tensor) -> None:
         self._model = model
         self._grid = model.grid_of(image)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -123,6 +124,22 @@ def _stacked(items: list | dict) -> dict[str, Tensor]:
     return items if isinstance(items, dict) else default_collate(items)
 
 
+@contextmanager
+def tf32_products(allowed: bool) -> Iterator[None]:
+    """TF32 in float32 products on a GPU, or none whatever is set outside; afterwards as it was.
+
+    PyTorch allows it by itself for convolutions, which cuts a picture into patches.
+    """
+    matrices, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matrices)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
 @torch.no_grad()
 def predict(
     model: SigmoidViT,
@@ -142,5 +159,6 @@ def predict(
     is_kept = isinstance(dataset, DataLoader)
     for batch in dataset if is_kept else loader(dataset, batch_size, like.device, workers):
         batch = to_device(batch, like.device)
-        scores, found = model(**inputs(batch, like.dtype), rows=rows)
+        with tf32_products(False):
+            scores, found = model(**inputs(batch, like.dtype), rows=rows)
         yield batch, scores.float(), found

@@ -142,22 +142,6 @@ def precision(asked: str, device: torch.device) -> str:
     return "bf16" if is_native else "no"
 
 
-@contextmanager
-def tf32_products(allowed: bool) -> Iterator[None]:
-    """TF32 in float32 products on a GPU, or none whatever is set outside; afterwards as it was.
-
-    PyTorch allows it by itself for convolutions, which cuts a picture into patches.
-    """
-    matrices, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if allowed else "highest")
-    torch.backends.cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(matrices)
-        torch.backends.cudnn.allow_tf32 = convolutions
-
-
 def trained_state(model: SigmoidViT) -> dict[str, Tensor]:
     """The parameters that learn, by timm's names: what a checkpoint must hold of a model."""
     return {name: p.detach() for name, p in model.vit.named_parameters() if p.requires_grad}

@@ -34,7 +34,7 @@ from lib.data.splits import validation_in_words
 from lib.evaluation import metrics
 from lib.files import write_text
 from lib.losses import attention_loss
-from lib.model.predict import inputs, loader, predict, processes, to_device
+from lib.model.predict import inputs, loader, predict, processes, tf32_products, to_device
 from lib.model.vit import SigmoidViT
 from lib.training.learning import (
     freeze,
@@ -43,7 +43,6 @@ from lib.training.learning import (
     precision,
     set_learning_rate,
     set_train_mode,
-    tf32_products,
 )
 from lib.training.state import Batches, Progress, Training, noise
 

@@ -206,7 +206,8 @@ def settled(config: RunConfig, device: torch.device, folder: Path | None = None)
     """
     asked = config.train.mixed_precision
     if asked == "auto" and folder is not None:
-        with suppress(FileNotFoundError, KeyError):  # no run yet, or of before there was a choice
+        # No run yet, no folder that one could be in, or a run of before there was a choice.
+        with suppress(FileNotFoundError, NotADirectoryError, KeyError):
             told = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             asked = told["train"]["mixed_precision"]
     found = precision(asked, device)

@@ -26,9 +26,9 @@ from lib.data.classes import refuse_other_labels
 from lib.data.dataset import BirdDataset
 from lib.data.pictures import pictures_key
 from lib.files import make_folder, write_bytes
-from lib.model.predict import loader, to_device
+from lib.model.predict import loader, tf32_products, to_device
 from lib.model.vit import SigmoidViT
-from lib.training.learning import learning_blocks, precision, restoring, tf32_products
+from lib.training.learning import learning_blocks, precision, restoring
 
 TRUNK_BATCH = 32  # pictures that pass the trunk together
 FETCHED = 8  # batches of tokens that are copied from a GPU at once: each copy waits for it

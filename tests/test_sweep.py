@@ -320,6 +320,7 @@ def test_processes_share_cores_and_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert seen(2) == [None, None]
     assert [own["OMP_NUM_THREADS"] for own in sweep.shares(3)] == ["2"] * 3
+    assert {own["LOCAL_WORLD_SIZE"] for own in sweep.shares(3)} == {"3"}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert seen(3) == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-8a")

@@ -130,6 +130,7 @@ def shares(jobs: int) -> list[dict[str, str]]:
     share = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
     share["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "1000")
     share["TQDM_DISABLE"] = "1"  # no bars of their own
+    share["LOCAL_WORLD_SIZE"] = str(jobs)  # as torchrun has it: loading workers share the cores
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = named.split(",")[:count] if named else map(str, range(count))

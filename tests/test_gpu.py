@@ -236,11 +236,7 @@ def test_notebooks_run_on_the_gpu(number, config, monkeypatch, gpu):
     for place, cell in enumerate(json.loads(file.read_text(encoding="utf-8"))["cells"]):
         if cell["cell_type"] == "code":
             code = "".join(cell["source"])
-            for slow, quick in (
-                ("steps=150", "steps=3"),
-                ("seeds=[0, 1]", "seeds=[0]"),
-                ("(1, 2)]", "(1,)]"),
-            ):
+            for slow, quick in (("steps=150", "steps=3"), ("seeds=[0, 1]", "seeds=[0]")):
                 code = code.replace(slow, quick)
             name = f"{file.name}, cell {place}"
             # Without what it asserts: so small a model learns nothing.

@@ -215,6 +215,9 @@ def chromium(home: Path) -> Iterator[Any]:
             browser.close()
 
 
+BADGE = '<svg xmlns="http://www.w3.org/2000/svg" width="117" height="20"/>'
+
+
 @dataclass
 class Watch:
     """What went wrong in a page."""
@@ -515,6 +518,11 @@ def classic(
 def page(browser: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
     """A fresh page, 1280 x 900; an error in it fails the test."""
     with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
+        # The badge at the top of every notebook comes from Colab, which tests do without.
+        context.route(
+            "https://colab.research.google.com/assets/*",
+            lambda route: route.fulfill(content_type="image/svg+xml", body=BADGE),
+        )
         page = context.new_page()
         page.set_default_timeout(90_000)
         with watched(page, request.node):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib.experiments import sweep
+from lib.evaluation import tables
 
 
 def row(loss, lam, seed, top1, cc, **changes):
@@ -38,7 +38,7 @@ def table():
 
 
 def test_settings_are_held_against_the_control_of_their_seed(table):
-    found = sweep.by_setting(table)
+    found = tables.by_setting(table)
     assert len(found) == 5 and found["seeds"].tolist() == [2, 2, 2, 1, 1]
     kl = found.iloc[1]
     assert kl["top1"] == pytest.approx(0.75) and kl["cc"] == pytest.approx(0.71)
@@ -47,26 +47,26 @@ def test_settings_are_held_against_the_control_of_their_seed(table):
     assert found.iloc[0][["top1_gain", "cc_gain"]].tolist() == [0, 0]
     half = found.iloc[2]  # a seed that diverged is counted, and is in no mean
     assert half["diverged"] == 1 and half["cc"] == pytest.approx(0.80)
-    assert sweep.by_setting(table, "val")["top1_gain"].isna().all()  # no control there
+    assert tables.by_setting(table, "val")["top1_gain"].isna().all()  # no control there
 
 
 def test_a_comparison_holds_everything_else_and_keeps_the_control(table):
-    settings = sweep.by_setting(table)
-    assert sweep.held_at(settings)["loss"].tolist() == ["control", "kl", "kl"]
-    assert len(sweep.held_at(settings, heads=None)) == 4
-    assert len(sweep.held_at(settings, lam=0.1)) == 2
-    shuffled = sweep.held_at(settings, maps="shuffled")
+    settings = tables.by_setting(table)
+    assert tables.held_at(settings)["loss"].tolist() == ["control", "kl", "kl"]
+    assert len(tables.held_at(settings, heads=None)) == 4
+    assert len(tables.held_at(settings, lam=0.1)) == 2
+    shuffled = tables.held_at(settings, maps="shuffled")
     assert shuffled["maps"].tolist() == ["", "shuffled"]
 
 
 def test_the_best_without_a_loss_of_accuracy(table):
-    settings = sweep.by_setting(table)
-    best = sweep.best_at_no_cost(settings)
+    settings = tables.by_setting(table)
+    best = tables.best_at_no_cost(settings)
     assert (best["lam"], best["heads"], best["cc"]) == (0.1, "all", pytest.approx(0.71))
-    assert sweep.best_at_no_cost(settings, tolerance=0.2)["lam"] == 0.1  # 1.0 diverged once
+    assert tables.best_at_no_cost(settings, tolerance=0.2)["lam"] == 0.1  # 1.0 diverged once
     sound = settings.assign(diverged=0)
-    assert sweep.best_at_no_cost(sound, tolerance=0.2)["lam"] == 1.0
-    assert sweep.best_at_no_cost(settings, tolerance=-0.2) is None
+    assert tables.best_at_no_cost(sound, tolerance=0.2)["lam"] == 1.0
+    assert tables.best_at_no_cost(settings, tolerance=-0.2) is None
 
 
 @given(
@@ -74,7 +74,7 @@ def test_the_best_without_a_loss_of_accuracy(table):
 )
 def test_the_front_is_what_nothing_beats(points):
     x, y = [p[0] for p in points], [p[1] for p in points]
-    found = sweep.on_front(x, y)
+    found = tables.on_front(x, y)
     for i, here in enumerate(points):
         beaten = any(
             a >= here[0] and b >= here[1] and (a > here[0] or b > here[1]) for a, b in points
@@ -84,10 +84,10 @@ def test_the_front_is_what_nothing_beats(points):
 
 def test_a_table_comes_back_from_its_file(table, tmp_path):
     table.to_csv(tmp_path / "sweep.csv", index=False)
-    found = sweep.read_table(tmp_path / "sweep.csv")
+    found = tables.read_table(tmp_path / "sweep.csv")
     pd.testing.assert_frame_equal(found, table)
     with pytest.raises(FileNotFoundError, match=r"none\.csv is missing; make it with"):
-        sweep.read_table(tmp_path / "none.csv")
+        tables.read_table(tmp_path / "none.csv")
     table.drop(columns="maps").to_csv(tmp_path / "other.csv", index=False)
     with pytest.raises(ValueError, match=r"other\.csv has no column maps"):
-        sweep.read_table(tmp_path / "other.csv")
+        tables.read_table(tmp_path / "other.csv")

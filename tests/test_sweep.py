@@ -21,6 +21,7 @@ from lib.__main__ import main
 from lib.cli import runs as command
 from lib.config import Config, Sweep
 from lib.edit import resolve_blocks
+from lib.evaluation import tables
 from lib.experiments import sweep
 from lib.losses import SEES_OFFSET
 from lib.training import runs
@@ -238,8 +239,8 @@ def test_two_processes_one_is_killed_and_the_next_call_goes_on(swept, copied, mo
     assert dead[MEASURED].isna().all(axis=None)
     alive = done[done["loss"] != "mse"]
     same_rows(found[found["loss"] != "mse"].drop(columns="failure"), alive.drop(columns="failure"))
-    settings = sweep.by_setting(sweep.read_table(out))
-    pd.testing.assert_frame_equal(settings, sweep.by_setting(sweep.read_table(swept[1]))[:2])
+    settings = tables.by_setting(tables.read_table(out))
+    pd.testing.assert_frame_equal(settings, tables.by_setting(tables.read_table(swept[1]))[:2])
     assert (copied.runs / "sweep" / NAMES[2] / STATE).is_file()
     stamps = [(copied.runs / "sweep" / name / "result.json").stat() for name in NAMES[:2]]
     torch.set_num_threads(1)

@@ -25,17 +25,7 @@ from tqdm.auto import tqdm
 from lib import config as cfg
 from lib.config import Config, HumanConfig, RunConfig, Sweep
 from lib.edit import resolve_blocks, resolve_heads
-from lib.evaluation.tables import (  # noqa: F401  what reads the table is found here as well
-    NUMBERS,
-    SETTINGS,
-    USUAL,
-    best_at_no_cost,
-    by_setting,
-    held_at,
-    on_front,
-    read_table,
-    summarise,
-)
+from lib.evaluation.tables import SETTINGS, USUAL, summarise
 from lib.experiments.cluster import Slurm, on_cluster
 from lib.experiments.evaluate import measure
 from lib.experiments.jobs import Ended, in_processes, in_turn, shares

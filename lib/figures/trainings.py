@@ -132,7 +132,7 @@ def pareto(
     """Accuracy against alignment: a point a setting, a colour a loss, the front drawn through.
 
     Args:
-        settings: `lib.experiments.sweep.by_setting`: means over seeds, and their standard
+        settings: `lib.evaluation.tables.by_setting`: means over seeds, and their standard
             deviations.
         front: which of them no other beats.
         lines: alignments to mark, e.g. that of people with each other (the ceiling).

@@ -179,7 +179,8 @@ def baselines_by_image(dataset: BirdDataset) -> pd.DataFrame:
     chosen = np.flatnonzero(dataset.has_map)
     if len(chosen) < 2:
         return pd.DataFrame(columns=["image_id", "map", *ALIGNMENT])
-    human = whole["human"][chosen]  # [n, P]
+    # In double precision a sum less one of its parts is exact, so that cells which tie still do.
+    human = whole["human"][chosen].double()  # [n, P]
     candidates = {
         "mean map": human.sum(0) - human,
         "another image": human.roll(-(len(chosen) // 2), 0),
@@ -192,7 +193,7 @@ def baselines_by_image(dataset: BirdDataset) -> pd.DataFrame:
         places = np.repeat(list(read), [len(maps) for maps, _ in read.values()])
         maps = torch.cat([maps for maps, _ in read.values()])
         others = {
-            "human": torch.cat([maps.sum(0) - maps for maps, _ in read.values()]),
+            "human": torch.cat([m.double().sum(0) - m for m, _ in read.values()]),
             "fixations": torch.cat([counts.sum(0) - counts for _, counts in read.values()]),
         }
         found["one reader"] = _aligned(maps, whole, places, others)

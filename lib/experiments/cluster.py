@@ -97,8 +97,7 @@ def on_cluster(
     if not tasks:
         return
     _refuse_missing("distributed")
-    from distributed import KilledWorker, wait
-    from distributed.client import FuturesCancelledError
+    from distributed import CancelledError, KilledWorker, wait
     from tqdm.auto import tqdm
 
     waiting = Waiting(len(tasks), needs)
@@ -133,6 +132,8 @@ def on_cluster(
                             later.append((time.monotonic() + LATER, index))
                             continue
                         failure = ended.failure
+                    elif isinstance(error, CancelledError):  # the scheduler went, nobody cancels
+                        raise error
                     elif isinstance(error, KilledWorker):
                         failure = f"{error.allowed_failures + 1} workers died at it"
                     else:
@@ -142,7 +143,7 @@ def on_cluster(
                             continue
                         failure = f"{type(error).__name__}: {error}"
                     yield from waiting.ended(index, failure)
-        except (FuturesCancelledError, OSError) as error:
+        except (CancelledError, OSError) as error:
             if isinstance(error, ClusterError):
                 raise
             raise ClusterError(

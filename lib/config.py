@@ -190,7 +190,8 @@ class Evaluation:
 
     # the model that the others are compared with; the control where there is one, else the first
     against: str | None = None
-    split: Literal["test", "val", "train"] = "test"  # images to measure on
+    # images to measure on; "all" is each split by itself, and all together
+    split: Literal["test", "val", "train", "all"] = "test"
     # weights of the last epoch, or of the one that was best on the validation images
     which: Literal["last", "best"] = "last"
     # folder of the result; result/result%Y%m%d_%H%M below the project by default
@@ -199,6 +200,7 @@ class Evaluation:
     # gallery page; 0 makes no page
     gallery: int = 12
     gallery_rule: Literal["order", "change"] = "order"  # first of the data set, or largest changes
+    samples: int = 2  # pictures shown with predictions, rollout, and sigmoid maps of every head
     # is the attention used? Erase what a model looks at, on so many images, about 12 forward
     # passes each; 0 does not ask
     erase: int = 0
@@ -206,11 +208,7 @@ class Evaluation:
     tokens: int = 0  # outlying tokens, and attention on background, on so many images
 
     def __post_init__(self) -> None:
-        if self.gallery < 0:
-            raise ValueError(
-                f"gallery is {self.gallery}; use 0 for no gallery, or a number of pictures"
-            )
-        for name in ("erase", "curves", "tokens"):
+        for name in ("gallery", "samples", "erase", "curves", "tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}; use a number of images, or 0 to leave it out"

@@ -263,7 +263,7 @@ def test_evaluate_measures_runs_side_by_side(tmp_path, run_main, two_runs, monke
     ("more", "says"),
     [
         (["--against", "nobody"], '--against is "nobody", but the models are ft, control'),
-        (["--gallery", "-1"], "gallery is -1; use 0 for no gallery"),
+        (["--gallery", "-1"], "gallery is -1; use a number of images"),
         (["--out", "{folder}/taken/one"], "taken/one cannot be made"),
     ],
 )

@@ -15,6 +15,7 @@ from lib.figures.fonts import label
 PALETTE = ["#0072B2", "#999999", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]
 MAP_COLOURS = "viridis"
 IMAGES_OF = {"train": "training images", "val": "validation images", "test": "test images"}
+IMAGES_OF["all"] = "training, validation and test images"
 
 
 def axes_grid(
@@ -126,6 +127,64 @@ def maps_in_a_row(
         overlay(axis, image, map_)
         axis.set_title(label(name), fontsize=9)
     figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def transparent(grid_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A map to be laid over a picture of `size` (height, width): uint8 `[H, W, 4]`.
+
+    Args:
+        grid_map: `[gh, gw]` in [0, 1]: how opaque a patch is, and its colour. Alpha is the value.
+    """
+    colours = plt.get_cmap(MAP_COLOURS)(grid_map)
+    colours[..., 3] = grid_map
+    cells = Image.fromarray(np.uint8(np.rint(255 * colours)), "RGBA")
+    return np.asarray(cells.resize(size[::-1], Image.Resampling.NEAREST))
+
+
+def sample_sheet(
+    image: np.ndarray,
+    true: int,
+    classes: Sequence[str],
+    models: Mapping[str, tuple[np.ndarray, Mapping[str, np.ndarray]]],
+) -> Figure:
+    """One picture, a row a model: its most probable classes, and its maps.
+
+    Args:
+        image: uint8 `[H, W, 3]`. true: its label among `classes`.
+        models: of each the probabilities `[classes]`, and maps `[gh, gw]` in [0, 1] by name, the
+            same names for all; each is scaled to its own maximum, and "rollout" has no numbers.
+    """
+    names = list(next(iter(models.values()))[1])
+    rows, wide = len(models), 2 + len(names)
+    widths = [1, 1.3, *[1] * len(names)]
+    figure, axes = axes_grid(
+        rows, wide, 1.5 * sum(widths) + 1, 1.75 * rows + 0.5, width_ratios=widths
+    )
+    for row, (model, (probabilities, maps)) in zip(axes, models.items(), strict=True):
+        top = np.argsort(-probabilities, kind="stable")[:5]
+        row[0].imshow(image)
+        row[0].set(xticks=[], yticks=[])
+        row[0].set_ylabel(label(model), fontsize=9)
+        row[0].set_title("right" if top[0] == true else "wrong", fontsize=8)
+        colours = [PALETTE[0] if k == true else PALETTE[1] for k in top]
+        row[1].barh(range(len(top)), probabilities[top], color=colours, height=0.9)
+        row[1].set(xlim=(0, 1), ylim=(len(top) - 0.4, -0.6), xticks=[], yticks=[])
+        for place, k in enumerate(top):
+            words = (
+                f"{probabilities[k]:.3f} {label(classes[k], 60)}{' (true)' if k == true else ''}"
+            )
+            row[1].text(0.02, place, words, fontsize=7, va="center")
+        if true not in top:
+            row[1].set_title(f"true class {probabilities[true]:.3f}", fontsize=8)
+        for axis, (name, values) in zip(row[2:], maps.items(), strict=True):
+            overlay(axis, image, values)
+            span = f"{values.min():.2f} to {values.max():.2f}" if name != "rollout" else ""
+            axis.set_title(span, fontsize=8)
+    for axis, name in zip(axes[0], ["", "", *names], strict=True):
+        axis.set_title("\n".join(filter(None, [name, axis.get_title()])), fontsize=8)
+    what = "rollout of all blocks; the class row's sigmoid attention in the last block"
+    figure.suptitle(f"{label(classes[true], 60)}: probabilities, {what}", fontsize=10)
     return figure
 
 

@@ -248,8 +248,8 @@ def perfect_cc(*datasets: BirdDataset) -> float:
     with r the mean correlation of two readers of an image. NaN where no image has two.
     """
     found = []
-    for images, i in ((images, i) for images in datasets for i in range(len(images))):
-        maps = images.readers(i)[0]
+    for one, i in [(each, i) for each in datasets for i in range(len(each))]:
+        maps = one.readers(i)[0]
         if len(maps) > 1:
             each = metrics.cc(maps[:, None], maps)  # [R, R]
             pairs = each[~torch.eye(len(maps), dtype=torch.bool)]

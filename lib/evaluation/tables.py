@@ -24,8 +24,11 @@ COLUMNS: dict[str, str] = {
 }
 # Behind the two accuracies in what `in_words` shows of a result.
 TOP = {f"top{k}": f"top-{k} accuracy" for k in range(2, 6)}
-TOP |= {"p_true": "true class's probability, mean", "p_true_max": "  its maximum"}
-TOP |= {"p_true_min": "  its minimum"}
+TOP |= {
+    "p_true": "true class's probability, mean",
+    "p_true_max": "true class's probability, maximum",
+}
+TOP |= {"p_true_min": "true class's probability, minimum"}
 # What tells one training from another, but for its seed: the first columns of a sweep's table.
 SETTINGS = ("loss", "lam", "blocks", "heads", "offset", "maps", "annotated", "noise", "trainable")
 # A sweep's usual; what an ablation does not speak of is held at these.

@@ -155,36 +155,44 @@ def sample_sheet(
         models: of each the probabilities `[classes]`, and maps `[gh, gw]` in [0, 1] by name, the
             same names for all; each is scaled to its own maximum, and "rollout" has no numbers.
     """
-    names = list(next(iter(models.values()))[1])
-    rows, wide = len(models), 2 + len(names)
-    widths = [1, 1.3, *[1] * len(names)]
-    figure, axes = axes_grid(
-        rows, wide, 1.5 * sum(widths) + 1, 1.75 * rows + 0.5, width_ratios=widths
-    )
-    for row, (model, (probabilities, maps)) in zip(axes, models.items(), strict=True):
+    side, gap, wide = 150, 24, 220  # pixels: of a picture, above a picture, of the probabilities
+    names = [*next(iter(models.values()))[1]]
+    size = (wide + (1 + len(names)) * (side + 6) + 24, 30 + len(models) * (side + gap))
+    # One axis in pixels: a grid of axes takes ten times as long to draw.
+    figure = plt.figure(figsize=(size[0] / 100, size[1] / 100), dpi=100)
+    axis = figure.add_axes((0, 0, 1, 1), xlim=(0, size[0]), ylim=(size[1], 0))
+    axis.set_axis_off()
+    first = 24 + side + 6 + wide  # where the maps begin
+    for row, (model, (probabilities, maps)) in enumerate(models.items()):
+        y = 30 + row * (side + gap) + gap
+        shown = {24: picture(image, pixels=side)}
         top = np.argsort(-probabilities, kind="stable")[:5]
-        row[0].imshow(image)
-        row[0].set(xticks=[], yticks=[])
-        row[0].set_ylabel(label(model), fontsize=9)
-        row[0].set_title("right" if top[0] == true else "wrong", fontsize=8)
-        colours = [PALETTE[0] if k == true else PALETTE[1] for k in top]
-        row[1].barh(range(len(top)), probabilities[top], color=colours, height=0.9)
-        row[1].set(xlim=(0, 1), ylim=(len(top) - 0.4, -0.6), xticks=[], yticks=[])
-        for place, k in enumerate(top):
-            words = (
-                f"{probabilities[k]:.3f} {label(classes[k], 60)}{' (true)' if k == true else ''}"
-            )
-            row[1].text(0.02, place, words, fontsize=7, va="center")
+        told = {24 + side / 2: "right" if top[0] == true else "wrong"}
         if true not in top:
-            row[1].set_title(f"true class {probabilities[true]:.3f}", fontsize=8)
-        for axis, (name, values) in zip(row[2:], maps.items(), strict=True):
-            overlay(axis, image, values)
-            span = f"{values.min():.2f} to {values.max():.2f}" if name != "rollout" else ""
-            axis.set_title(span, fontsize=8)
-    for axis, name in zip(axes[0], ["", "", *names], strict=True):
-        axis.set_title("\n".join(filter(None, [name, axis.get_title()])), fontsize=8)
-    what = "rollout of all blocks; the class row's sigmoid attention in the last block"
-    figure.suptitle(f"{label(classes[true], 60)}: probabilities, {what}", fontsize=10)
+            told[first - wide / 2] = f"true class {probabilities[true]:.3f}"
+        for column, (name, values) in enumerate(maps.items()):
+            x = first + column * (side + 6)
+            shown[x] = picture(image, values, side)
+            told[x + side / 2] = (
+                name if name == "rollout" else f"{name}, at most {values.max():.2f}"
+            )
+        for x, pixels in shown.items():
+            high = pixels.shape[0] * min(1, side / pixels.shape[0])
+            axis.imshow(pixels, extent=(x, x + side, y + high, y), interpolation="bilinear")
+        for x, words in told.items():
+            axis.text(x, y - 4, words, fontsize=8, ha="center")
+        axis.text(12, y + side / 2, label(model), fontsize=8, rotation=90, ha="center", va="center")
+        for place, k in enumerate(top):
+            middle, right = y + (place + 0.5) * side / 5, k == true
+            length = probabilities[k] * (wide - 12)
+            axis.barh(
+                middle, length, 24, left=first - wide, color=PALETTE[0 if right else 1], alpha=0.4
+            )
+            words = f"{probabilities[k]:.3f} {label(classes[k])}{' (true)' if right else ''}"
+            axis.text(first - wide + 3, middle, words, fontsize=7, va="center")
+    axis.set(xlim=(0, size[0]), ylim=(size[1], 0), aspect="auto")
+    what = "rollout of all blocks, and the class row's sigmoid attention in the last block"
+    axis.text(6, 20, f"{label(classes[true], 60)}: probabilities, {what}", fontsize=10)
     return figure
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
-from lib.files import ROOT, asked, has_corrections, maps_beside, resolved, there
+from lib.files import ROOT, asked, bubbles_in, has_corrections, maps_beside, resolved, there
 
 T = TypeVar("T")
 
@@ -376,7 +376,7 @@ def _maps_from_environment(name: str, root: Path) -> dict[str, Any]:
     maps = asked("MAPS")
     if not maps:
         # CUB-200-2010 has a folder of its own: beside that, nothing is a class called maps.
-        beside = maps_beside(root) if name == "folder" else root / "maps"
+        beside = maps_beside(root) if name == "folder" else bubbles_in(root)
         beside = str(beside) if beside and beside.is_dir() else "none"
         maps = "gaze" if name in ("toy", "cub2011") else beside
     if maps in ("gaze", "boxes", "parts", "none"):

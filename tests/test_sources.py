@@ -31,6 +31,7 @@ from lib.data.sources import (
     list_by_folders,
     map_files,
 )
+from lib.data.unread import left_out
 from lib.edit import AttentionEdit
 from lib.files import is_hidden, maps_beside
 
@@ -372,6 +373,35 @@ def test_cub2010_sorted_into_folders(tmp_path):
     class_folders(tmp_path / "cub200" / "val", CUB_CLASSES, count=2)
     config = DataConfig(name="cub2010", root=tmp_path, maps="none", val_share=0.2)
     assert len(read_records(config, "train")[0]) == 8 and len(read_records(config, "test")[0]) == 4
+
+
+@pytest.mark.parametrize("home", ["CUB_200_2010", "cub200", ""])
+@pytest.mark.parametrize("apart", [False, True], ids=["of train", "apart"])
+def test_cub2010_with_bubbles_under_the_names_of_the_original(tmp_path, monkeypatch, home, apart):
+    """Its HITL pictures may be among those of train, or be others; those of val stay out."""
+    home = class_folders(tmp_path / home / "train", CUB_CLASSES).parent
+    class_folders(home / "val", CUB_CLASSES, count=2)
+    for path in sorted((home / "val").glob("*/*")):
+        path.rename(path.with_stem(f"v{path.stem}"))
+    for name in ("v0.jpg", "b0.jpg" if apart else "0.jpg"):
+        picture(home / "train_bubbles" / CUB_CLASSES[0] / name)
+        map_file = home / "bubbles_att" / CUB_CLASSES[0] / name
+        picture(map_file, seed=5).rename(map_file.with_suffix(".png"))
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    config = replace(preset("cub2010").data, image_size=(48, 64))
+    assert config.maps == "files" and config.maps_dir == home / "bubbles_att"
+    train, test = (
+        read_records(replace(config, val_share=0), part)[0] for part in ("train", "test")
+    )
+    mapped = [r.image.relative_to(home).as_posix() for r in train if r.human]
+    own = "train_bubbles" if apart else "train"
+    assert mapped == [f"{own}/{CUB_CLASSES[0]}/{'b' * apart}0.jpg"]
+    assert len(train) == 10 + apart and len(test) == 4 and sum(bool(r.human) for r in test) == 1
+    told = left_out(config, CUB2010.pictures(tmp_path))  # of a folder that is read in part
+    assert [one.path.name for one in told] == ["v0.jpg"] * apart
+    picture(home / "train_bubbles" / "other" / "0.jpg")
+    with pytest.raises(ValueError, match="other is a class that train does not have"):
+        CUB2010.pictures(tmp_path)
 
 
 def test_cub2010_that_is_not_there_names_both_layouts(tmp_path):

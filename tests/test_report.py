@@ -221,7 +221,7 @@ def test_the_report_holds_everything_and_never_overwrites(comparison, written):
 def test_the_text_has_top_1_to_5_and_the_true_class_of_every_model(written):
     text, table = (written[0] / "result.txt").read_text(), pd.read_csv(written[0] / "table.csv")
     images = pd.read_csv(written[0] / "images.csv").query("variant == 'control'")
-    lines = {line[:31].strip(): line[31:] for line in text.splitlines()}
+    lines = dict(re.findall(r"^(\S.*?)  +(.*)$", text, flags=re.MULTILINE))
     for k in range(1, 6):
         name = f"top-{k} accuracy" if k > 1 else "accuracy"
         assert f"{images[f'top{k}'].mean():.3f} ± " in lines[name]
@@ -234,7 +234,7 @@ def test_the_text_has_top_1_to_5_and_the_true_class_of_every_model(written):
 
 
 def test_all_images_are_the_splits_together_and_each_by_itself(comparison, tmp_path):
-    config, trials, images = comparison
+    _, trials, images = comparison
     chosen = [t for t in trials if t.variant in ("control", "fine-tuned") and t.seed == 0]
     evaluate(chosen, Evaluation(split="all", out=tmp_path, gallery=2, samples=1))
     found = pd.read_csv(tmp_path / "images.csv")
@@ -243,12 +243,12 @@ def test_all_images_are_the_splits_together_and_each_by_itself(comparison, tmp_p
     }  # fmt: skip
     whole = pd.read_csv(tmp_path / "table.csv").set_index("model")
     mine = found[found["variant"] == "control"]
-    for name in ("top1", "cc", "shuffled_auc", "p_true"):
+    for name in ("top1", "cc", "sauc", "p_true"):
         assert whole.loc["control", name] == pytest.approx(mine[name].mean())
     # A split's numbers are those of an evaluation of that split: whose gaze is "elsewhere", too.
     apart = images.query("variant == 'control' and seed == 0").set_index("image_id")
     test = mine[mine["split"] == "test"].set_index("image_id")
-    pd.testing.assert_series_equal(test["shuffled_auc"], apart["shuffled_auc"], check_dtype=False)
+    pd.testing.assert_series_equal(test["sauc"], apart["sauc"], check_dtype=False)
     splits = pd.read_csv(tmp_path / "splits.csv").set_index(["split", "model"])
     assert splits.loc[("test", "control"), "cc"] == pytest.approx(apart["cc"].mean())
     mean_map = [splits.loc[(part, "mean map"), "cc"] for part in ("train", "val", "test")]
@@ -266,7 +266,7 @@ def test_all_images_are_the_splits_together_and_each_by_itself(comparison, tmp_p
 
 def test_samples_are_seen_through_their_maps(comparison, written):
     """Alpha is the value: a picture that somebody lays over the sample loses nothing."""
-    config, trials, _ = comparison
+    _, trials, _ = comparison
     folder = written[0] / "samples"
     dataset = trials[0].run.dataset("test")
     model, chosen = trials[1].run.model(), gallery.evenly_spaced(dataset, 2)

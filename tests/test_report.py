@@ -298,7 +298,7 @@ def test_a_probability_that_is_not_among_the_first_five_is_told():
     models = {"a$b": (np.arange(9) / 36, {"rollout": np.ones((2, 3)), "mean": np.eye(2, 3)})}
     sheet = figures.sample_sheet(image, 1, names, models)
     told = [text.get_text() for text in sheet.axes[0].texts]
-    assert {"wrong", "true class 0.028", "mean, at most 1.00"} <= set(told)
+    assert {"wrong", "true class 0.028", "mean, 0.00 to 1.00"} <= set(told)
     assert sum("class" in words for words in told) == 5 + 2
     figures.plt.close(sheet)
 

@@ -153,7 +153,7 @@ def sample_sheet(
     Args:
         image: uint8 `[H, W, 3]`. true: its label among `classes`.
         models: of each the probabilities `[classes]`, and maps `[gh, gw]` in [0, 1] by name, the
-            same names for all; each is scaled to its own maximum, and "rollout" has no numbers.
+            same names for all; each is drawn from its least to its most, as sigmoids may all be near 1.
     """
     side, gap, wide = 150, 24, 220  # pixels: of a picture, above a picture, of the probabilities
     names = [*next(iter(models.values()))[1]]
@@ -172,9 +172,9 @@ def sample_sheet(
             told[first - wide / 2] = f"true class {probabilities[true]:.3f}"
         for column, (name, values) in enumerate(maps.items()):
             x = first + column * (side + 6)
-            shown[x] = picture(image, values, side)
+            shown[x] = picture(image, values - values.min(), side)
             told[x + side / 2] = (
-                name if name == "rollout" else f"{name}, at most {values.max():.2f}"
+                name if name == "rollout" else f"{name}, {values.min():.2f} to {values.max():.2f}"
             )
         for x, pixels in shown.items():
             high = pixels.shape[0] * min(1, side / pixels.shape[0])

@@ -153,7 +153,8 @@ def sample_sheet(
     Args:
         image: uint8 `[H, W, 3]`. true: its label among `classes`.
         models: of each the probabilities `[classes]`, and maps `[gh, gw]` in [0, 1] by name, the
-            same names for all; each is drawn from its least to its most, as sigmoids may all be near 1.
+            same names for all; each is drawn from its least to its most, as sigmoids may all be
+            near 1.
     """
     side, gap, wide = 150, 24, 220  # pixels: of a picture, above a picture, of the probabilities
     names = [*next(iter(models.values()))[1]]

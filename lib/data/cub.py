@@ -194,8 +194,16 @@ class IdTable(dict):
 # -------------------------------------------------------------------------------- boxes and parts
 
 
+BOXES = "bounding_boxes.txt"  # of CUB-200-2011, in its home
+
+
+def known_boxes(listing: Listing) -> Callable[[Row], Corners] | None:
+    """`box_corners`; None where the list is not there: they are measured on, if known."""
+    return box_corners(listing) if (listing.home / BOXES).is_file() else None
+
+
 def box_corners(listing: Listing) -> Callable[[Row], Corners]:
-    boxes = IdTable(listing.home / "bounding_boxes.txt", float, columns=4)
+    boxes = IdTable(listing.home / BOXES, float, columns=4)
 
     def corners(row: Row) -> Corners:
         x, y, w, h = boxes[listing.ids[row.path]]
@@ -413,7 +421,7 @@ CUB2011 = DataSet(
         "boxes": lambda _, listing: as_boxes(listing, box_corners(listing)),
         "parts": parts_as_looks,
     },
-    boxes=box_corners,
+    boxes=known_boxes,
     parts=visible_parts,
 )
 CUB2010 = DataSet(

@@ -89,8 +89,11 @@ def test_runs_are_found_by_name_or_path_and_seeds_are_one_variant(comparison):
 
 
 def test_runs_that_are_not_there_are_named(runs):
-    with pytest.raises(FileNotFoundError, match=r"no run nope in .*there: control-s0, control-s1"):
-        load_trials(["nope"], runs)
+    cell = runs / "sweep" / "kl-l1-s0"
+    cell.mkdir(parents=True)
+    (cell / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"no run kl-l1-s0 in .*there: sweep/kl-l1-s0, "):
+        load_trials(["kl-l1-s0"], runs)
     with pytest.raises(ValueError, match="no run is named"):
         load_trials([], runs)
     (runs / "ft-s0" / "last.safetensors").unlink()

@@ -19,7 +19,7 @@ from scipy.io import savemat
 
 from lib.config import DataConfig, preset
 from lib.data import splits
-from lib.data.classes import shown_names
+from lib.data.classes import chosen_classes, shown_names
 from lib.data.corrections import Correction, save_correction
 from lib.data.cub import CUB2010, CUB2011, gaze_files
 from lib.data.dataset import make_dataset, read_records
@@ -800,6 +800,31 @@ def test_a_damaged_list_is_one_sentence(cub, name, text, message):
     (cub.root / "CUB_200_2011" / f"{name}.txt").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_records(cub, "test")
+
+
+@pytest.mark.parametrize("names", [["021.A", "022.B", "040.C", "041.D"], ["A", "B", "C", "D"]])
+def test_classes_are_chosen_by_the_number_of_their_folder_or_by_place(names):
+    asked = ["22-22, 41", "21"] if "0" in names[0] else ["2,4", "1"]
+    assert [chosen_classes(names, words) for words in asked] == [[1, 3], [0]]
+    for words in ("", "3-1", "1-", "all", "-2", "1;2"):
+        with pytest.raises(ValueError, match="give numbers and ranges, such as 21-40"):
+            chosen_classes(names, words)
+    with pytest.raises(ValueError, match=r"there is no class 23; the data has 4 of the numbers"):
+        chosen_classes(names, "22-23" if "0" in names[0] else "23")
+
+
+def test_a_part_of_the_classes_is_the_same_pictures_with_labels_of_their_own(cub):
+    for part in ("train", "val", "test"):
+        everything, names = read_records(cub, part)
+        some, chosen = read_records(replace(cub, classes="4"), part)
+        assert chosen == names[1:]
+        of_it = [record for record in everything if record.label == 1]
+        assert [one.image for one in some] == [one.image for one in of_it]
+        assert {one.label for one in some} == {0}
+    with pytest.raises(ValueError, match="there is no class 2; the data has 2 of the numbers 1 to"):
+        read_records(replace(cub, classes="1-4"), "train")
+    with pytest.raises(ValueError, match="drawn birds come as a whole; set PRESET"):
+        read_records(DataConfig(classes="1-2"), "train")
 
 
 def test_maps_dir_goes_with_files_only():

@@ -89,22 +89,19 @@ def _with_bubbles(listing: Listing) -> Listing:
     """Training takes pictures of train_bubbles/<class>/ too that neither train nor val has."""
     known = {one_form(row.path.partition("/")[2]) for row in listing.rows}
     more = listing.home / BUBBLES
-    paths = (
-        [path for folder in visible(more) for path in pictures_in(folder)] if more.is_dir() else ()
-    )
     labels = {one_form(name): label for label, name in enumerate(listing.label_list)}
     rows = []
-    for path in paths:
-        name = one_form(path.parent.name)
-        if name not in labels:
-            raise ValueError(f"{path.parent} is a class that train does not have; move it away.")
-        if f"{name}/{one_form(path.name)}" not in known:
-            rows.append(Row(path.relative_to(listing.home).as_posix(), labels[name], path.stem))
+    for folder in visible(more) if more.is_dir() else ():
+        name, paths = one_form(folder.name), pictures_in(folder)
+        if paths and name not in labels:
+            raise ValueError(f"{folder} is a class that train does not have; move it away.")
+        for path in paths:
+            if f"{name}/{one_form(path.name)}" not in known:
+                rows.append(Row(path.relative_to(listing.home).as_posix(), labels[name], path.stem))
     split = listing.published
     split = split and replace(split, train=(*split.train, *rows))
-    return as_listing(
-        listing.home, listing.images, (*listing.rows, *rows), listing.label_list, split
-    )
+    rows = (*listing.rows, *rows)
+    return as_listing(listing.home, listing.images, rows, listing.label_list, split)
 
 
 def _list_by_lists(home: Path) -> Listing:
@@ -218,8 +215,16 @@ class IdTable(dict):
 # -------------------------------------------------------------------------------- boxes and parts
 
 
+BOXES = "bounding_boxes.txt"  # of CUB-200-2011, in its home
+
+
+def known_boxes(listing: Listing) -> Callable[[Row], Corners] | None:
+    """`box_corners`; None where the list is not there: they are measured on, if known."""
+    return box_corners(listing) if (listing.home / BOXES).is_file() else None
+
+
 def box_corners(listing: Listing) -> Callable[[Row], Corners]:
-    boxes = IdTable(listing.home / "bounding_boxes.txt", float, columns=4)
+    boxes = IdTable(listing.home / BOXES, float, columns=4)
 
     def corners(row: Row) -> Corners:
         x, y, w, h = boxes[listing.ids[row.path]]
@@ -437,7 +442,7 @@ CUB2011 = DataSet(
         "boxes": lambda _, listing: as_boxes(listing, box_corners(listing)),
         "parts": parts_as_looks,
     },
-    boxes=box_corners,
+    boxes=known_boxes,
     parts=visible_parts,
 )
 CUB2010 = DataSet(

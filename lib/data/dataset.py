@@ -80,6 +80,8 @@ class BirdDataset(Dataset):
     the image id when its size is not the one that the gaze was measured in.
     """
 
+    part: Part | None = None  # that it is of a data set on disk or drawn, if it is one
+
     def __init__(
         self,
         records: Sequence[Record],
@@ -293,6 +295,11 @@ def read_records(config: DataConfig, part: Part) -> tuple[list[Record], list[str
     remedy each. Broken and missing pictures are not noticed here: reading them is.
     """
     if config.name == "toy":
+        if config.classes:
+            raise ValueError(
+                f"classes is {config.classes}, but drawn birds come as a whole; set PRESET to "
+                "another, or unset CLASSES"
+            )
         return toy_records(config, part)
     if config.name not in DATA_SETS:
         known = ", ".join(("toy", *DATA_SETS))
@@ -328,7 +335,9 @@ def make_dataset(
         found = classes
     if split == "train" and config.name != "toy":
         _tell_left_out(config)
-    return BirdDataset(records, found, config, grid, mean, std, augment)
+    dataset = BirdDataset(records, found, config, grid, mean, std, augment)
+    dataset.part = split
+    return dataset
 
 
 def _is_new(root: Path, words: str) -> bool:

@@ -11,7 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from lib.config import DataConfig
@@ -101,7 +101,7 @@ def left_out(config: DataConfig, listing: Listing | None = None) -> list[LeftOut
     rows = {row.path for row in listing.rows} if listing else set()
     named, mapped, ours = rows, None, ()
     with suppress(OSError, ValueError):  # a split that cannot be used is told elsewhere
-        split = listing and choose_split(config, listing)
+        split = listing and choose_split(replace(config, classes=None), listing)
         ours = (*split.train, *split.val, *split.test) if split else ()
         named = {row.path for row in ours} if config.split_file else rows
     with suppress(OSError, ValueError):  # and so are maps

@@ -1,4 +1,5 @@
 """The gallery page: pictures whose prediction another training fixed or broke, as plain HTML.
+
 And sample pictures with all that a model's attention shows of them.
 
 Which pictures are shown is decided by a rule that the page states, and it says how many there are

@@ -19,6 +19,7 @@ from PIL import Image
 from lib import config as cfg
 from lib import figures
 from lib.config import Evaluation
+from lib.data.dataset import evenly_spaced
 from lib.edit import rollout
 from lib.evaluation.tables import (
     calibration,
@@ -272,7 +273,7 @@ def test_samples_are_seen_through_their_maps(comparison, written):
     _, trials, _ = comparison
     folder = written[0] / "samples"
     dataset = trials[0].run.dataset("test")
-    model, chosen = trials[1].run.model(), gallery.evenly_spaced(dataset, 2)
+    model, chosen = trials[1].run.model(), evenly_spaced(dataset, 2)
     ids = [str(dataset.records[position].image_id) for position in chosen]
     assert {path.name for path in folder.iterdir()} == {*ids, *(f"{one}.png" for one in ids)}
     name = f"{trials[1].variant}-s0"

@@ -378,6 +378,11 @@ def subset(dataset: BirdDataset, images: Sequence[int] | None) -> Subset:
     return Subset(dataset, chosen)
 
 
+def evenly_spaced(dataset: BirdDataset, count: int) -> list[int]:
+    """`count` images at even distances; all where there are no more."""
+    return np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int).tolist()
+
+
 def _pixels(record: Record) -> Tensor:
     """The picture as uint8 [3, h, w], RGB, checked against the frame of its gaze.
 

@@ -221,6 +221,14 @@ def seeds_by_variant(trials: Sequence[Trial]) -> dict[str, set[int]]:
     return found
 
 
+def first_trials(trials: Sequence[Trial]) -> dict[str, Trial]:
+    """Of every variant its first trial, in the order of the trials."""
+    found: dict[str, Trial] = {}
+    for trial in trials:
+        found.setdefault(trial.variant, trial)
+    return found
+
+
 def yardstick_variant(trials: Sequence[Trial], against: str | None = None) -> str:
     """The variant that the others are held against.
 

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from lib import config as cfg
 from lib import figures
 from lib.config import Evaluation, RunConfig
-from lib.data.dataset import BirdDataset, read_records
+from lib.data.dataset import BirdDataset, evenly_spaced, read_records
 from lib.data.splits import PARTS
 from lib.evaluation import erasing, outliers
 from lib.evaluation.per_image import per_image
@@ -30,13 +30,20 @@ from lib.evaluation.tables import (
     in_words,
     markdown,
     report_tables,
+    summary_tables,
     tests_in_words,
 )
-from lib.experiments.compare import Trial, Which, load_trials, run_name, yardstick_variant
+from lib.experiments.compare import (
+    Trial,
+    Which,
+    first_trials,
+    load_trials,
+    run_name,
+    yardstick_variant,
+)
 from lib.experiments.gallery import (
     attention_rows,
     changed_predictions,
-    evenly_spaced,
     write_gallery,
     write_samples,
 )
@@ -118,7 +125,7 @@ def _evaluate(
     )
     tables = report_tables(images, list(datasets.values()), options.against)
     by_split = {
-        part: report_tables(images[images["split"] == part], [datasets[part]], options.against)
+        part: summary_tables(images[images["split"] == part], [datasets[part]])
         for part in (datasets if options.split == "all" else ())
     }
 
@@ -365,9 +372,7 @@ def _draw(
     options: Evaluation,
 ) -> dict[str, figures.Figure]:
     images, seeds, split = tables["images"], tables["seeds"], options.split
-    runs: dict = {}  # of every variant its first run
-    for trial in trials:
-        runs.setdefault(trial.variant, trial.run)
+    runs = {name: trial.run for name, trial in first_trials(trials).items()}
     pooled = calibration(images.assign(seed="all"))  # a line a model, not a line a run
     errors = seeds.groupby("variant", sort=False)["ece"].mean().to_dict()
     shown = range(min(5, len(dataset)))

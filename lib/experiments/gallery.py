@@ -21,10 +21,10 @@ from tqdm.auto import tqdm
 
 from lib import figures
 from lib.config import Evaluation
-from lib.data.dataset import BirdDataset, subset
+from lib.data.dataset import BirdDataset, evenly_spaced, subset
 from lib.edit import rollout
 from lib.evaluation import metrics
-from lib.experiments.compare import Trial, Which, run_name, seeds_by_variant
+from lib.experiments.compare import Trial, Which, first_trials, run_name, seeds_by_variant
 from lib.files import make_folder, write_bytes, write_text
 from lib.model.predict import predict
 from lib.model.vit import SigmoidViT
@@ -36,11 +36,6 @@ RULES = {
     "order": "in the order of the data set, then of the seeds",
     "change": "those whose probability of the true class changed most",
 }
-
-
-def evenly_spaced(dataset: BirdDataset, count: int) -> list[int]:
-    """`count` images at even distances; all where there are no more."""
-    return np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int).tolist()
 
 
 def attention_maps(
@@ -190,8 +185,7 @@ def write_samples(
     """
     chosen = evenly_spaced(dataset, options.samples)
     rows: dict[int, dict] = {position: {} for position in chosen}
-    firsts = {trial.variant: trial for trial in reversed(trials)}
-    for trial in tqdm([t for t in trials if firsts[t.variant] is t], desc="samples", leave=False):
+    for trial in tqdm(first_trials(trials).values(), desc="samples", leave=False):
         model = trial.run.model(options.which)
         batches = predict(model, subset(dataset, chosen), batch_size=1)  # N x N once a block
         for position, (batch, scores, found) in zip(chosen, batches, strict=True):

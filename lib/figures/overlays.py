@@ -14,8 +14,12 @@ from lib.figures.fonts import label
 # Colours that readers with any colour vision can tell apart (Okabe and Ito, 2008).
 PALETTE = ["#0072B2", "#999999", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]
 MAP_COLOURS = "viridis"
-IMAGES_OF = {"train": "training images", "val": "validation images", "test": "test images"}
-IMAGES_OF["all"] = "training, validation and test images"
+IMAGES_OF = {
+    "train": "training images",
+    "val": "validation images",
+    "test": "test images",
+    "all": "training, validation and test images",
+}
 
 
 def axes_grid(

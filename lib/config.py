@@ -8,7 +8,7 @@ MAPS      gaze, boxes, parts, none, or    WEIGHTS   a file
           a folder of map files or of     RUNS_DIR  where trained models go
           corrections (the editor's)      CLASSES   such as 21-40; all when unset
 SPLIT     a file of `python -m lib split` CACHE     1, or a folder: keep decoded pictures
-TRAINABLE all, last_block, head or a      RECIPE    tuned, or original (see `RECIPES`)
+TRAINABLE all, last_block, head or a      RECIPE    tuned, or original (see RECIPES)
           number of blocks
 
 An empty variable is one that is not set. What a relative path means: `resolved`.
@@ -16,17 +16,13 @@ An empty variable is one that is not set. What a relative path means: `resolved`
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from lib.files import ROOT, asked, bubbles_in, has_corrections, maps_beside, resolved, there
-
-T = TypeVar("T")
 
 PRESETS = ("toy", "cub2011", "cub2010", "folder")
 
@@ -52,9 +48,12 @@ class DataConfig:
     sigma_unit: Literal["patch", "pixel"] = "patch"  # patch of the model, pixel of the picture
     weight: Literal["duration", "count"] = "duration"  # what one fixation weighs
     crop_scale: tuple[float, float] = (0.6, 1.0)  # share of the area a random training crop keeps
-    # width to height of a training crop; None keeps that of the picture
-    crop_ratio: tuple[float, float] | None = (3 / 4, 4 / 3)
+    # width to height of a training crop. None is that of the picture, which is squeezed; "input" is
+    # that of image_size, so that nothing is, and crop_scale a share of the largest such crop
+    crop_ratio: tuple[float, float] | Literal["input"] | None = (3 / 4, 4 / 3)
     flip: float = 0.5  # probability of a horizontal flip in training
+    # mean, then standard deviation, of red, green and blue (0 to 1); None is those of the weights
+    normalisation: tuple[float, float, float, float, float, float] | None = None
     split_file: Path | None = None  # made by `python -m lib split`; None is the published split
     split_md5: str | None = None  # of that file: another split is another experiment
     classes: str | None = None  # such as 1-20,35: only these, by number (lib/data/classes.py)
@@ -85,6 +84,7 @@ class ModelConfig:
     name: str = "vit_small_patch16_224"  # timm name
     weights: Path | None = None  # .safetensors or .pt state dict; None starts from random weights
     overrides: dict[str, int | float] = field(default_factory=dict)  # passed to timm.create_model
+    norm_eps: float | None = None  # epsilon of every LayerNorm; None is timm's, 1e-6
 
     def __post_init__(self) -> None:
         self.weights = self.weights and resolved(self.weights)
@@ -122,13 +122,16 @@ class TrainConfig:
 
     epochs: int = 6  # passes over the training images
     batch_size: int = 32  # images a step, over all processes together
-    optimizer: Literal["adamw", "adam"] = "adamw"  # with decoupled weight decay, or without
+    # with decoupled weight decay, or without; or stochastic gradient descent
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    momentum: float = 0.9  # of sgd
     lr: float = 3e-4  # peak learning rate
     head_lr_factor: float = 1.0  # learning rate of the classifier head, as a multiple of lr
     layer_decay: float = 1.0  # learning rate of a block, as a multiple of that of the next block
     weight_decay: float = 0.05  # on matrices only: norms, biases, tokens are left alone
     warmup: float = 0.1  # share of all steps with a rising rate
-    schedule: Literal["cosine", "constant"] = "cosine"  # of the learning rate after the warm-up
+    # of the learning rate after the warm-up; "epoch_cosine" changes it between epochs only
+    schedule: Literal["cosine", "epoch_cosine", "constant"] = "cosine"
     clip: float = 1.0  # gradients are scaled down to this norm at most; 0 leaves them alone
     label_smoothing: float = 0.0  # of the cross entropy
     drop_path: float = 0.0  # stochastic depth: rate of the last block, rising from 0 at the first
@@ -144,15 +147,17 @@ class TrainConfig:
     seed: int = 0  # of the head's weights, the order of the images, and the crops
     log_every: int = 10  # steps between two rows of steps.csv
     checkpoint_minutes: float = 1.0  # between two checkpoints
+    save_every: int = 0  # epochs between weights that are kept, as epoch<number>; 0 keeps none
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # beside history.csv
     human: HumanConfig = field(default_factory=lambda: HumanConfig(lam=0.0))
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("workers", 0), ("log_every", 1)):
+        least_of = {"epochs": 1, "batch_size": 1, "workers": 0, "log_every": 1, "save_every": 0}
+        for name, least in least_of.items():
             value = getattr(self, name)
             if value != "auto" and value < least:
                 raise ValueError(f"{name} is {value}; it must be {least} or more")
-        for name in ("warmup", "label_smoothing", "drop_path", "ema"):
+        for name in ("momentum", "warmup", "label_smoothing", "drop_path", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name):g}; it must be in [0, 1)")
         if self.cache_tokens and self.trainable == "all":
@@ -195,8 +200,9 @@ class Evaluation:
     against: str | None = None
     # images to measure on; "all" is each split by itself, and all together
     split: Literal["test", "val", "train", "all"] = "test"
-    # weights of the last epoch, or of the one that was best on the validation images
-    which: Literal["last", "best"] = "last"
+    # weights of the last epoch, of the one that was best on the validation images, or of epoch10
+    # where save_every kept them
+    which: str = "last"
     # folder of the result; result/result%Y%m%d_%H%M below the project by default
     out: Path | None = None
     # pictures whose prediction was fixed, and as many that were broken, for each model on the
@@ -218,23 +224,6 @@ class Evaluation:
                 )
 
 
-# Fields of a RunConfig that say how a run is made, and nothing about what comes out.
-HOW = ("train.workers", "train.log_every", "train.checkpoint_minutes", "train.trackers")
-HOW += ("train.checkpoint_blocks", "data.cache")
-
-# Fields of a RunConfig that say where files lie, which decides nothing: what is in them does, which
-# a run keeps beside its configuration. Only that there is one, or none, is part of a run.
-PLACES = ("data.root", "data.maps_dir", "data.split_file", "model.weights")
-
-# Fields that say where human maps come from: of no weight for a model that learns without them.
-MAPS = ("maps", "maps_dir", "gaze_runs", "sigma", "sigma_unit", "weight")
-MAPS = tuple(f"data.{name}" for name in MAPS)
-
-# Fields of DataConfig that say nothing about whole pictures, whose tokens may so be shared, and
-# which runs of one evaluation may differ in: the maps, and what is done in training alone.
-MAPS_AND_CROPS = (*MAPS, "data.crop_scale", "data.crop_ratio", "data.flip", "data.cache")
-
-
 @dataclass
 class RunConfig:
     """All that decides one trained model: what `Run` keeps in its folder as config.json."""
@@ -243,6 +232,7 @@ class RunConfig:
     model: ModelConfig
     train: TrainConfig
     init: str | None = None  # folder name of the run whose weights it starts from
+    init_which: str = "last"  # which of its weights: last, best, or epoch10, see save_every
 
 
 @dataclass
@@ -256,31 +246,51 @@ class Config:
     hitl: TrainConfig
     variants: dict[str, dict[str, Any]]  # models of the comparison: changes to hitl.human
     runs: Path = ROOT / "runs"  # one folder a trained model
+    hitl_data: dict[str, Any] = field(default_factory=dict)  # changes to data in the second stage
+    init_which: str = "last"  # which weights of the first stage the second starts from
 
 
-# Recipes: what changes in a preset's `TrainConfig`s and in its `DataConfig`. "tuned" is the preset
-# as it is written below; "original" trains as Matsumoto et al. (PRMU2024-9, 2024) did: Adam at a
-# small constant rate, and a crop of 179 of 224 pixels, which is 0.64 of the area.
-RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "tuned": ({}, {}),
-    "original": (
-        {
+# Recipes: what changes in the parts of a preset's `Config`; "train" is both stages. "tuned" is the
+# preset as it is written below; "original" trains as the code of Matsumoto et al. (PRMU2024-9, 2024)
+# does. docs/original.md has it line by line.
+RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    "tuned": {},
+    "original": {
+        "data": {
+            "crop_scale": ((179 / 224) ** 2, (179 / 224) ** 2),  # a crop of so many pixels
+            "crop_ratio": "input",
+            "flip": 0.5,
+        },
+        "hitl_data": {"crop_ratio": None},
+        "model": {"norm_eps": 1e-5},
+        "train": {
             "optimizer": "adam",
+            "momentum": 0.0,
             "lr": 1e-5,
             "batch_size": 128,
             "head_lr_factor": 1.0,
             "layer_decay": 1.0,
             "weight_decay": 0.0,
             "warmup": 0.0,
-            "schedule": "constant",
-            "clip": 0.0,
+            "schedule": "epoch_cosine",
+            "clip": 1.0,
             "label_smoothing": 0.0,
             "drop_path": 0.0,
             "ema": 0.0,
+            "trainable": "all",
             "cache_tokens": False,
+            "mixed_precision": "no",
         },
-        {"crop_scale": (0.64, 0.64), "crop_ratio": None, "flip": 0.0},
-    ),
+        "ft": {"epochs": 100},
+        "hitl": {"epochs": 50, "human": HumanConfig(loss="mse")},
+    },
+}
+
+# `DataConfig.normalisation` of the recipe "original": the numbers that its code has for each data
+# set. Other data have those of the weights.
+ORIGINAL_NORMALISATION = {
+    "cub2010": (0.4817, 0.4974, 0.4319, 0.2297, 0.2256, 0.2655),
+    "cub2011": (0.4859, 0.4996, 0.4318, 0.1750, 0.1738, 0.1859),
 }
 
 
@@ -301,10 +311,27 @@ def preset(name: str | None = None, recipe: str | None = None) -> Config:
         raise ValueError(f'the recipe is "{recipe}"; use one of {", ".join(RECIPES)}')
     config = _toy() if name == "toy" else _pictures(name)
     config.runs = resolved(asked("RUNS_DIR") or config.runs) / name
-    train, data = RECIPES[recipe]
-    config.ft, config.hitl = replace(config.ft, **train), replace(config.hitl, **train)
-    config.data = replace(config.data, classes=asked("CLASSES") or None, **data)
+    config.data = replace(config.data, classes=asked("CLASSES") or None)
+    if recipe == "original":
+        config = _with_recipe(config, RECIPES[recipe])
+        numbers = ORIGINAL_NORMALISATION.get(name)
+        config.data, config.init_which = replace(config.data, normalisation=numbers), "best"
     return config
+
+
+def _with_recipe(config: Config, recipe: dict[str, dict[str, Any]]) -> Config:
+    """A preset, changed as a recipe says; TRAINABLE, where it is set, wins."""
+    train = dict(recipe["train"])
+    if asked("TRAINABLE"):
+        del train["trainable"]
+    return replace(
+        config,
+        data=replace(config.data, **recipe["data"]),
+        model=replace(config.model, **recipe["model"]),
+        ft=replace(config.ft, **train | recipe["ft"]),
+        hitl=replace(config.hitl, **train | recipe["hitl"]),
+        hitl_data=recipe["hitl_data"],
+    )
 
 
 def _toy() -> Config:
@@ -396,55 +423,3 @@ def file_md5(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; make it with `python -m lib split`")
     return hashlib.md5(path.read_bytes()).hexdigest()
-
-
-# ------------------------------------------------------------------------------- to JSON and back
-
-
-def to_json(config: Any) -> str:
-    """A dataclass as JSON, paths as text: what stands beside a trained model."""
-    return json.dumps(dataclasses.asdict(config), indent=2, default=str)
-
-
-def from_json(kind: type[T], text: str) -> T:
-    """The dataclass `kind` from JSON made by `to_json`."""
-    return _from_plain(kind, json.loads(text))
-
-
-def _from_plain(kind: Any, value: Any) -> Any:
-    if dataclasses.is_dataclass(kind):
-        hints = get_type_hints(kind)
-        return kind(**{name: _from_plain(hints[name], part) for name, part in value.items()})
-    if Path in (kind, *get_args(kind)) and value is not None:
-        return Path(value)
-    return tuple(value) if isinstance(value, list) else value
-
-
-def difference(config: RunConfig, text: str, but: tuple[str, ...] = HOW) -> str | None:
-    """The first field not in `but` that differs from JSON made by `to_json`, in words."""
-    # A field that is younger than the text had the value that it now has by default.
-    young = flat(RunConfig(DataConfig(), ModelConfig(), TrainConfig()))
-    ours, theirs = flat(config), young | _flatten(json.loads(text))
-    for key in sorted(ours.keys() | theirs.keys()):
-        here, there = ours.get(key), theirs.get(key)
-        if key in PLACES:
-            here, there = here is None, there is None
-        if key == "train.mixed_precision" and "auto" in (here, there):
-            continue  # whatever the device chose, or will choose
-        if here != there and key not in but:
-            return f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
-    return None
-
-
-def flat(config: Any) -> dict[str, Any]:
-    """A dataclass as one level of plain values, "train.human.lam": 1.0, as trackers want it."""
-    return _flatten(json.loads(to_json(config)))
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
-    return flat

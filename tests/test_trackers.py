@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from lib.training.loop import PROJECT
-from lib.training.runs import TrackerMissing, fine_tuning, train_run
+from lib.training.loop import PROJECT, TrackerMissing
+from lib.training.runs import fine_tuning, train_run
 
 KEY = "0123456789abcdef0123456789abcdef01234567"  # the form of a real one, and nobody's
 

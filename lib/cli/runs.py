@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 
@@ -21,7 +21,6 @@ from lib.config import (
     ModelConfig,
     RunConfig,
     Sweep,
-    T,
     TrainConfig,
     file_md5,
     preset,
@@ -30,6 +29,7 @@ from lib.experiments.cluster import Slurm
 
 # Each command imports what it needs itself: help and downloads do not wait for PyTorch.
 
+T = TypeVar("T")
 Flat = Annotated[T, tyro.conf.arg(name="")]  # the fields of a dataclass as options without a prefix
 
 
@@ -111,21 +111,26 @@ def train(arguments: list[str]) -> None:
     recipe = first.parse_known_args(arguments)[0].recipe
     config = preset(recipe=recipe)
     given = RunOptions(config.data, config.model, recipe=recipe)
+    second = replace(given, data=replace(config.data, **config.hitl_data))
 
     def fine_tune(run: Flat[RunOptions] = given, train: Flat[TrainConfig] = config.ft) -> None:
         """Step 1: cross entropy only, from pretrained weights and a new head."""
         _train_one(config, run.name or f"ft-s{train.seed}", run, train)
 
     def hitl(
-        init: str, run: Flat[RunOptions] = given, train: Flat[TrainConfig] = config.hitl
+        init: str,
+        run: Flat[RunOptions] = second,
+        train: Flat[TrainConfig] = config.hitl,
+        init_which: str = config.init_which,
     ) -> None:
         """Step 2: with human attention as one more term of the loss, from a trained run.
 
         Args:
             init: name of the run to start from.
+            init_which: which of its weights: last, best, or e.g. epoch10.
         """
         name = run.name or f"hitl-{train.human.loss}-s{train.seed}"
-        _train_one(config, name, run, train, init)
+        _train_one(config, name, run, train, init, init_which)
 
     tyro.extras.subcommand_cli_from_dict(
         {"ft": fine_tune, "hitl": hitl},
@@ -136,7 +141,12 @@ def train(arguments: list[str]) -> None:
 
 
 def _train_one(
-    config: Config, name: str, given: RunOptions, train: TrainConfig, init: str | None = None
+    config: Config,
+    name: str,
+    given: RunOptions,
+    train: TrainConfig,
+    init: str | None = None,
+    init_which: str = "last",
 ) -> None:
     """`train_run`, for a person who may not know that the run is there."""
     from lib.model.predict import processes
@@ -158,7 +168,7 @@ def _train_one(
     data = given.data
     if data.split_file is not None:
         data = replace(data, split_md5=file_md5(data.split_file))
-    run = RunConfig(data, given.model, train, init)
+    run = RunConfig(data, given.model, train, init, init_which)
     found = train_run(name, run, config.runs, overwrite)
     if processes().is_main_process:
         last = found.history.iloc[-1]

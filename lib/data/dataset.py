@@ -210,9 +210,14 @@ class BirdDataset(Dataset):
         """
         pixels = _pixels(self.records[index]) if self._decoded is None else self._decoded[index]
         height, width = pixels.shape[1:]
-        # Without a range of its own, the one aspect ratio allowed is that of the picture.
-        ratio = self.config.crop_ratio or (width / height, width / height)
-        crop = v2.RandomResizedCrop.get_params(pixels, list(self.config.crop_scale), list(ratio))
+        ratio, scale = self.config.crop_ratio, list(self.config.crop_scale)
+        if ratio is None:  # the one aspect ratio allowed is that of the picture
+            ratio = (width / height, width / height)
+        elif ratio == "input":  # that of what the model sees; the share is of the largest such crop
+            form = self.config.image_size[1] / self.config.image_size[0]
+            across, down = min(width, height * form), min(height, width / form)
+            ratio, scale = (form, form), [s * across * down / (width * height) for s in scale]
+        crop = v2.RandomResizedCrop.get_params(pixels, scale, list(ratio))
         is_flipped = torch.rand(1) < self.config.flip
         size, known = list(self.config.image_size), self._valid[index]
         picture = v2.functional.resized_crop_image(pixels, *crop, size)

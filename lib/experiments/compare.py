@@ -12,13 +12,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from lib import config as cfg
 from lib.config import Config, RunConfig
 from lib.data.dataset import conflicting_decoys, subset
 from lib.files import file_name
@@ -31,9 +29,16 @@ from lib.training.runs import (
     human_in_the_loop,
     train_run,
 )
-from lib.training.state import Progress
-
-Which = Literal["last", "best"]
+from lib.training.state import (
+    HOW,
+    MAPS_AND_CROPS,
+    PLACES,
+    Progress,
+    difference,
+    flat,
+    from_json,
+    to_json,
+)
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ def run_name(variant: str, seed: int) -> str:
     return f"{file_name(variant.lower().replace(' ', '-'))}-s{seed}"
 
 
-def load_trials(names: Sequence[str | Trial], runs: Path, which: Which = "last") -> list[Trial]:
+def load_trials(names: Sequence[str | Trial], runs: Path, which: str = "last") -> list[Trial]:
     """Finished runs that can be compared, found before anything is computed.
 
     Args:
@@ -159,8 +164,8 @@ def _refuse_mixture(trials: Sequence[Trial]) -> None:
             )
         other = alike.setdefault(trial.variant, run)
         # Seeds may be trained on several devices: seeds.csv says in which precision.
-        asked = (_without_seed(other.config), cfg.to_json(_without_seed(run.config)))
-        found = cfg.difference(*asked, (*cfg.HOW, "train.mixed_precision"))
+        asked = (_without_seed(other.config), to_json(_without_seed(run.config)))
+        found = difference(*asked, (*HOW, "train.mixed_precision"))
         if found:
             raise ValueError(
                 f'{other.folder} and {run.folder} would be one variant, "{trial.variant}", but '
@@ -173,7 +178,7 @@ def _measured_on(run: Run) -> dict[str, object]:
 
     One data set, its maps from one run, measures all: they may differ in maps and crops.
     """
-    told, left_out = cfg.flat(run.config), cfg.PLACES + cfg.MAPS_AND_CROPS
+    told, left_out = flat(run.config), PLACES + MAPS_AND_CROPS
     data = [k for k in told if k.startswith("data.") and k not in left_out]
     model = bare_model(run.config, num_classes=0)
     return {
@@ -207,7 +212,7 @@ def _difference(ours: object, theirs: object) -> str:
 
 def _without_seed(config: RunConfig) -> RunConfig:
     """The configuration as it is in all runs of its variant."""
-    plain = cfg.from_json(RunConfig, cfg.to_json(config))
+    plain = from_json(RunConfig, to_json(config))
     plain.train.seed = 0
     plain.init = plain.init and re.sub(r"-s\d+$", "", plain.init)
     return plain

@@ -35,7 +35,6 @@ from lib.evaluation.tables import (
 )
 from lib.experiments.compare import (
     Trial,
-    Which,
     first_trials,
     load_trials,
     run_name,
@@ -50,7 +49,7 @@ from lib.experiments.gallery import (
 from lib.files import make_folder, write_bytes, write_text
 from lib.model.predict import in_main_process
 from lib.model.vit import SigmoidViT
-from lib.training.state import picture_checksums
+from lib.training.state import picture_checksums, to_json
 from lib.training.tokens import with_cached_tokens
 
 
@@ -170,7 +169,7 @@ def _evaluate(
         write_text(folder / "tests.md", markdown(tests_in_words(tables["tests"])))
     for trial in trials:
         file = folder / "config" / f"{run_name(trial.variant, trial.seed)}.json"
-        write_text(file, cfg.to_json(trial.run.config))
+        write_text(file, to_json(trial.run.config))
     _save_figures(folder, drawn)
     if options.gallery and "tests" in tables:
         changes = changed_predictions(images[images["split"] == part], options.against)
@@ -240,7 +239,7 @@ def measure_runs(
     trials: Sequence[Trial],
     dataset: BirdDataset | None = None,
     tokens: Path | None = None,
-    which: Which = "last",
+    which: str = "last",
 ) -> pd.DataFrame:
     """`per_image` of every run, with columns variant and seed.
 

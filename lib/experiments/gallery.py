@@ -24,7 +24,7 @@ from lib.config import Evaluation
 from lib.data.dataset import BirdDataset, evenly_spaced, subset
 from lib.edit import rollout
 from lib.evaluation import metrics
-from lib.experiments.compare import Trial, Which, first_trials, run_name, seeds_by_variant
+from lib.experiments.compare import Trial, first_trials, run_name, seeds_by_variant
 from lib.files import make_folder, write_bytes, write_text
 from lib.model.predict import predict
 from lib.model.vit import SigmoidViT
@@ -62,7 +62,7 @@ def attention_rows(
     runs: Mapping[str, Run],
     dataset: BirdDataset,
     chosen: Sequence[int] = range(5),
-    which: Which = "last",
+    which: str = "last",
 ) -> figures.Figure:
     """Rows of images: the picture with people's gaze, then each model's class row on it."""
     columns = {

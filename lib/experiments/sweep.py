@@ -22,7 +22,6 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from lib import config as cfg
 from lib.config import Config, HumanConfig, RunConfig, Sweep
 from lib.edit import resolve_blocks, resolve_heads
 from lib.evaluation.tables import SETTINGS, USUAL, summarise
@@ -47,7 +46,7 @@ from lib.training.runs import (
     refuse_vain_supervision,
     train_run,
 )
-from lib.training.state import STATE, made_of, read_made_of
+from lib.training.state import STATE, difference, made_of, read_made_of, to_json
 
 FOLDER = "sweep"  # below the runs folder: one folder a cell
 RESULT, FAILED = "result.json", "failed.json"  # in a cell's folder
@@ -369,7 +368,7 @@ def read_result(runs: Path, cell: Cell) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     result = json.loads(file.read_text(encoding="utf-8"))
-    return None if cfg.difference(cell.config, json.dumps(result["config"])) else result
+    return None if difference(cell.config, json.dumps(result["config"])) else result
 
 
 def appears(file: Path, seconds: float = 90.0) -> bool:
@@ -416,14 +415,14 @@ def _rows_of_result(config: Config, file: Path) -> list[dict[str, Any]]:
     then, now = map(read_made_of, (file.parent, config.runs / result["config"]["init"]))
     if then and now and then.get("pictures") != now.get("pictures"):
         return []
-    preset = RunConfig(config.data, config.model, config.hitl)
-    ours = json.loads(cfg.to_json(preset))
+    preset = replace(human_in_the_loop(config, "", config.hitl.seed), init=None)
+    ours = json.loads(to_json(preset))
     made = result["config"] | {"init": None}
     free = ["seed", "trainable", "human"]
     if made["train"]["trainable"] == "all":
         free.append("cache_tokens")  # see `cells`
     made["train"] |= {name: ours["train"][name] for name in free}
-    if cfg.difference(preset, json.dumps(made)) is not None:
+    if difference(preset, json.dumps(made)) is not None:
         return []
     # Sweeps of an older version had fewer settings to tell: theirs were the usual.
     is_control = result["rows"][0]["loss"] == "control"  # all rows are of one training

@@ -225,15 +225,25 @@ class SigmoidViT(nn.Module):
 
 
 def create_model(
-    name: str, num_classes: int, image_size: tuple[int, int], **overrides: object
+    name: str,
+    num_classes: int,
+    image_size: tuple[int, int],
+    norm_eps: float | None = None,
+    normalisation: Sequence[float] | None = None,
+    **overrides: object,
 ) -> SigmoidViT:
     """A SigmoidViT around `timm.create_model(name)` with random weights.
 
     Args:
         name: timm model name. num_classes: size of the head.
         image_size: height and width in pixels; a multiple of the patch size.
+        norm_eps: epsilon of every LayerNorm. normalisation: mean, then standard deviation, of the
+            three channels. None is timm's, of either.
         overrides: passed to timm, e.g. `embed_dim`, `depth`, `drop_path_rate`.
     """
+    if normalisation is not None:
+        numbers = {"mean": tuple(normalisation[:3]), "std": tuple(normalisation[3:])}
+        overrides["pretrained_cfg_overlay"] = numbers
     try:
         vit = timm.create_model(name, num_classes=num_classes, img_size=image_size, **overrides)
     except TypeError as error:  # not a ViT: its constructor knows no img_size
@@ -243,4 +253,7 @@ def create_model(
             f"timm has no model {name!r} ({error}); set MODEL to one of its ViTs, such as "
             "vit_small_patch16_224"
         ) from error
+    for module in vit.modules():
+        if norm_eps is not None and isinstance(module, nn.LayerNorm):
+            module.eps = norm_eps
     return SigmoidViT(vit)

@@ -79,6 +79,25 @@ def restoring(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+def summary(model: SigmoidViT, trainable: str | int) -> str:
+    """The parts of a model, a line each: how many parameters, and whether they learn."""
+    learning = {id(p) for part in trained_modules(model, trainable) for p in part.parameters()}
+    own = [("tokens, positions", list(model.vit.parameters(recurse=False)))]
+    blocks = [(f"block {i}", list(block.parameters())) for i, block in enumerate(model.vit.blocks)]
+    rest = [
+        (name, list(part.parameters()))
+        for name, part in model.vit.named_children()
+        if name != "blocks"
+    ]
+    lines = []
+    for name, parameters in [*own, *rest[:1], *blocks, *rest[1:]]:
+        count = sum(p.numel() for p in parameters)
+        learned = sum(p.numel() for p in parameters if id(p) in learning)
+        if count:
+            lines.append(f"{name:20} {count:>12,} parameters, {learned:>12,} learn")
+    return "\n".join(lines)
+
+
 def parameter_groups(model: SigmoidViT, config: TrainConfig) -> list[dict]:
     """AdamW's groups, each with its peak learning rate as `lr` and `peak`.
 
@@ -104,13 +123,21 @@ def parameter_groups(model: SigmoidViT, config: TrainConfig) -> list[dict]:
 def make_optimizer(
     model: SigmoidViT, config: TrainConfig, device: torch.device
 ) -> torch.optim.Optimizer:
-    """Adam or AdamW over `parameter_groups`; one fused kernel a step on a GPU."""
+    """The optimiser of a name over `parameter_groups`; one fused kernel a step on a GPU."""
+    groups, fused = parameter_groups(model, config), device.type == "cuda"
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, config.lr, config.momentum, fused=fused)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-    return kind(parameter_groups(model, config), fused=device.type == "cuda")
+    return kind(groups, fused=fused)
 
 
-def learning_rate_factor(step: int, steps: int, warmup: float, schedule: str = "cosine") -> float:
+def learning_rate_factor(
+    step: int, steps: int, warmup: float, schedule: str = "cosine", an_epoch: int = 1
+) -> float:
     """Linear warm-up over the first share `warmup` of the steps; then a cosine to 0, or constant.
+
+    "epoch_cosine" keeps the rate for `an_epoch` steps: without warm-up it is PyTorch's
+    `CosineAnnealingLR` over all epochs, stepped after each.
 
     A function of the step alone, so that a resumed run needs no state of a scheduler.
     """
@@ -119,6 +146,8 @@ def learning_rate_factor(step: int, steps: int, warmup: float, schedule: str = "
         return (step + 1) / rising
     if schedule == "constant":
         return 1.0
+    if schedule == "epoch_cosine":
+        step = max(rising, step - step % an_epoch)
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from lib import config as cfg
 from lib.config import TrainConfig
 from lib.data.splits import validation_in_words
 from lib.evaluation import metrics
@@ -36,6 +35,7 @@ from lib.files import write_text
 from lib.losses import attention_loss
 from lib.model.predict import inputs, loader, predict, processes, tf32_products, to_device
 from lib.model.vit import SigmoidViT
+from lib.model.weights import save_weights
 from lib.training.learning import (
     freeze,
     learning_rate_factor,
@@ -44,11 +44,12 @@ from lib.training.learning import (
     set_learning_rate,
     set_train_mode,
 )
-from lib.training.state import Batches, Progress, Training, noise
+from lib.training.state import Batches, Progress, Training, add_to_log, flat, noise
 
 PROJECT = "sigmoid-attention-vit"  # what trackers call it
 MEANS = ("cross_entropy", "human_loss", "train_top1")  # what is averaged over training images
-VALIDATED = ("val_top1", "val_nss", "val_cc", "val_class_token", "val_sigmoid")  # see `validate`
+# See `validate`; val_loss is the cross entropy, without label smoothing.
+VALIDATED = ("val_top1", "val_nss", "val_cc", "val_class_token", "val_sigmoid", "val_loss")
 
 
 class TrainingDiverged(FloatingPointError):
@@ -112,7 +113,8 @@ def train_one_epoch(
         batch = to_device(batch, accelerator.device)
         # Drop path and dropout draw from the step, so that a resumed run draws the same.
         torch.manual_seed(noise(config.seed, step, batches.process))
-        factor = learning_rate_factor(step, steps, config.warmup, config.schedule)
+        when = (step, steps, config.warmup)
+        factor = learning_rate_factor(*when, config.schedule, an_epoch=len(batches))
         set_learning_rate(optimizer, factor)
         with accelerator.autocast():
             cross_entropy, human_loss, scores = loss_terms(model, batch, config)
@@ -168,7 +170,8 @@ def fit(
             validation set without augmentation. The best epoch is chosen on `val_set`, never on
             test images; where it is empty, the last is the best.
         folder: gets history.csv (a row an epoch), steps.csv, last.safetensors and best.safetensors
-            (highest validation top-1, the earliest of equals); state.pt while it is under way.
+            (highest validation top-1, the earliest of equals), epoch<number>.safetensors every
+            `save_every` epochs, a line an epoch in train.log; state.pt while it is under way.
         watch: called in the main process with every new row of steps or history.
 
     Raises:
@@ -226,6 +229,7 @@ def fit(
     try:
         while progress.epoch < config.epochs:
             batches.go_to(progress.epoch, progress.step)
+            started = time.monotonic()
             with tf32_products(config.mixed_precision == "tf32"):
                 train_one_epoch(wrapped, loaded, batches, training, config, after_step)
             row = {"epoch": progress.epoch + 1, "lr": progress.steps[-1]["lr"]}
@@ -239,6 +243,12 @@ def fit(
             done = progress.epoch * len(batches)
             accelerator.log({f"epoch/{k}": v for k, v in row.items()}, step=done - 1)
             if is_main:
+                seconds = f"{time.monotonic() - started:.1f} s"
+                add_to_log(
+                    folder, f"{', '.join(f'{k} {v:.6g}' for k, v in row.items())}, {seconds}"
+                )
+                if config.save_every and progress.epoch % config.save_every == 0:
+                    save_weights(training.result, folder / f"epoch{progress.epoch}.safetensors")
                 for name, rows in (("history", progress.history), ("steps", progress.steps)):
                     write_text(folder / f"{name}.csv", pd.DataFrame(rows).to_csv(index=False))
                 if watch:
@@ -291,9 +301,7 @@ def start_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
         project_dir=folder,
     )
     if config.trackers:
-        values = {
-            k: v if isinstance(v, int | float) else str(v) for k, v in cfg.flat(config).items()
-        }
+        values = {k: v if isinstance(v, int | float) else str(v) for k, v in flat(config).items()}
         mode = os.environ.get("WANDB_MODE", "offline")  # and its key, if any, from WANDB_API_KEY
         wandb = {"name": folder.name, "dir": str(folder), "mode": mode}
         accelerator.init_trackers(PROJECT, values, init_kwargs={"wandb": wandb})
@@ -317,6 +325,7 @@ def validate(model: SigmoidViT, own: DataLoader) -> dict[str, float]:
             metrics.cc(attention, batch["human"]),
             metrics.class_token_mass(row),
             torch.sigmoid(row[..., model.num_prefix :].float()).mean((1, 2)),
+            F.cross_entropy(scores.float(), batch["label"], reduction="none"),
         )
         named = {"index": batch["index"], **dict(zip(VALIDATED, found, strict=True))}
         parts.append(named)

@@ -6,7 +6,6 @@ it and the main one writes.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections import Counter
@@ -14,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import torch
@@ -33,8 +32,19 @@ from lib.model.vit import SigmoidViT, create_model
 from lib.model.weights import load_weights
 from lib.training.controls import supervised
 from lib.training.learning import learning_blocks
-from lib.training.loop import fit
-from lib.training.state import MADE_OF, STATE, Progress, made_of, read_made_of, settled
+from lib.training.loop import fit, refuse_missing
+from lib.training.state import (
+    MADE_OF,
+    STATE,
+    Progress,
+    difference,
+    from_json,
+    made_of,
+    read_made_of,
+    settled,
+    start_log,
+    to_json,
+)
 from lib.training.tokens import with_cached_tokens
 
 ANEW = "train again with --overwrite, delete the folder, or choose another runs folder (RUNS_DIR)"
@@ -52,10 +62,6 @@ class NoHumanMaps(ValueError):
     """Human attention is to be learned, but no training image has a map."""
 
 
-class TrackerMissing(ImportError, ValueError):
-    """A tracker is asked for that is not installed."""
-
-
 class RunBusy(OSError):
     """Another process is training the run at this moment."""
 
@@ -71,8 +77,10 @@ class Run:
     config: RunConfig
 
     @classmethod
-    def load(cls, folder: Path, which: Literal["last", "best"] = "last") -> Run:
-        """A finished run; `which` weights must be there. Its data are looked for, see `located`.
+    def load(cls, folder: Path, which: str = "last") -> Run:
+        """A finished run; `which` weights must be there: last, best, or epoch10 where it kept them.
+
+        Its data are looked for, see `located`.
 
         Raises:
             Unfinished: a FileNotFoundError, names the folder and what is missing.
@@ -82,7 +90,7 @@ class Run:
             if not (folder / name).is_file():
                 raise Unfinished(f"{folder} is no finished run: it has no {name}; train it")
         text = (folder / "config.json").read_text(encoding="utf-8")
-        config = cfg.from_json(RunConfig, text)
+        config = from_json(RunConfig, text)
         run = cls(folder, replace(config, data=located(config.data)))
         made, wanted = len(run.history), run.config.train.epochs
         if made < wanted:
@@ -90,11 +98,12 @@ class Run:
                 f"{folder} is no finished run: it stopped after {made} of {wanted} epochs; resume "
                 "it (`python -m lib train ... --resume`, or the same call again)"
             )
-        if not (folder / f"{which}.safetensors").is_file():
-            raise Unfinished(
-                f"{folder} has no weights: a sweep keeps none without --keep-weights; train it "
-                f"again ({which}.safetensors is missing)"
-            )
+        kept = sorted(file.stem for file in folder.glob("*.safetensors"))
+        if which not in kept:
+            why = f"there are {', '.join(kept)}; name one of these"
+            if not kept:
+                why = "a sweep keeps none without --keep-weights; train it again"
+            raise Unfinished(f"{folder} has no weights {which}.safetensors: {why}")
         return run
 
     @property
@@ -123,9 +132,7 @@ class Run:
         steps = pd.read_csv(self.folder / "steps.csv").to_dict("records")
         return Progress(len(self.history), history=self.history.to_dict("records"), steps=steps)
 
-    def model(
-        self, which: Literal["last", "best"] = "last", device: torch.device | str | None = None
-    ) -> SigmoidViT:
+    def model(self, which: str = "last", device: torch.device | str | None = None) -> SigmoidViT:
         """The trained model, in evaluation mode: on the GPU that is there, or on `device`."""
         model = self._bare()
         load_weights(model, self.folder / f"{which}.safetensors")
@@ -188,7 +195,7 @@ def train_run(
     model, train_set = starting_point(config, runs, known)
     refuse_vain_supervision(model, train_set, config.train)
     val_set = dataset_for(model, config, "val", augment=False)
-    told = {"config.json": cfg.to_json(config), "classes.json": json.dumps(train_set.classes)}
+    told = {"config.json": to_json(config), "classes.json": json.dumps(train_set.classes)}
     told[MADE_OF] = json.dumps(made)
     if config.train.cache_tokens:
         with processes().main_process_first():  # the others find its tokens on disk
@@ -197,6 +204,8 @@ def train_run(
             val_set = with_cached_tokens(model, val_set, *place)
     processes().wait_for_everyone()  # all have looked at the folder before it is written to
     with _prepared(folder, told, overwrite):
+        if processes().is_main_process:
+            start_log(folder, config, model)
         fit(model, config.train, train_set, val_set, folder, watch)
     processes().wait_for_everyone()
     return Run.load(folder)
@@ -211,9 +220,10 @@ def _prepared(folder: Path, told: dict[str, str], overwrite: bool) -> Iterator[N
         return
     make_folder(folder)
     with held(folder):
-        made = ("history.csv", "steps.csv", "last.safetensors", "best.safetensors", STATE)
+        made = ("history.csv", "steps.csv", STATE)
         for path in folder.iterdir():  # a process that was killed leaves what it was writing
-            if path.suffix == ".tmp" or (overwrite and path.name in made):
+            is_made = path.name in made or path.suffix == ".safetensors"
+            if path.suffix == ".tmp" or (overwrite and is_made):
                 path.unlink()
         for file, text in told.items():
             write_text(folder / file, text)
@@ -254,14 +264,13 @@ def refuse_conflict(folder: Path, config: RunConfig, made: dict[str, Any] | None
     if not (folder / "config.json").is_file():
         return
     text = (folder / "config.json").read_text(encoding="utf-8")
-    unseen = cfg.MAPS if config.train.human.lam == 0 else ()
-    found = cfg.difference(config, text, cfg.HOW + unseen)
+    found = difference(config, text)
     if found:
         raise RunConflict(
             f"{folder} was made with another configuration ({found}); choose another name or "
             "runs folder (RUNS_DIR), or delete the folder"
         )
-    found = made and changes(Run(folder, cfg.from_json(RunConfig, text)), config, made)
+    found = made and changes(Run(folder, from_json(RunConfig, text)), config, made)
     if found:
         raise RunConflict(f"{folder} {found}; {ANEW}")
 
@@ -346,12 +355,13 @@ def starting_point(
 ) -> tuple[SigmoidViT, BirdDataset]:
     """The model before its first step, on the GPU that is there, and its training images.
 
-    With `config.init` the model is that run's last; else the trunk is read from
-    `config.model.weights` and the head is new, drawn by `config.train.seed`, for `classes` in
-    their order, or for those of the data.
+    With `config.init` the weights are those of that run, `config.init_which` of them; else the
+    trunk is read from `config.model.weights` and the head is new, drawn by `config.train.seed`, for
+    `classes` in their order, or for those of the data.
     """
     if config.init is not None:
-        model = Run.load(runs / config.init).model()
+        first = Run.load(runs / config.init, config.init_which)
+        model = replace(first, config=config).model(config.init_which)  # drop path is its own
         return model, training_set(model, config)
     set_seed(config.train.seed)
     model = bare_model(config, num_classes=0)
@@ -375,6 +385,7 @@ def starting_point(
 def bare_model(config: RunConfig, num_classes: int) -> SigmoidViT:
     """The architecture of a run, its weights not loaded yet."""
     overrides = {"drop_path_rate": config.train.drop_path, **config.model.overrides}
+    overrides |= {"norm_eps": config.model.norm_eps, "normalisation": config.data.normalisation}
     return create_model(config.model.name, num_classes, config.data.image_size, **overrides)
 
 
@@ -395,17 +406,6 @@ def training_set(model: SigmoidViT, config: RunConfig) -> BirdDataset:
         config = replace(config, data=replace(config.data, maps="none", maps_dir=None))
     dataset = dataset_for(model, config, "train", augment=not config.train.cache_tokens)
     return dataset if human.lam == 0 else supervised(dataset, human, config.train.seed)
-
-
-def refuse_missing(config: TrainConfig) -> None:
-    """TrackerMissing where a tracker is not installed; ValueError for fp16 without a GPU."""
-    for name in config.trackers:
-        if importlib.util.find_spec(name) is None:
-            raise TrackerMissing(
-                f"{name} is not installed; pip install {name}, or drop the tracker"
-            )
-    if config.mixed_precision == "fp16" and processes().device.type == "cpu":
-        raise ValueError('mixed_precision is "fp16", which needs a GPU; use "bf16" or "no"')
 
 
 def refuse_vain_supervision(model: SigmoidViT, train_set: BirdDataset, config: TrainConfig) -> None:
@@ -445,4 +445,5 @@ def human_in_the_loop(config: Config, init: str, seed: int, **human: object) -> 
     `lam=0` is the control: the same extra epochs without human maps.
     """
     stage = replace(config.hitl, seed=seed, human=replace(config.hitl.human, **human))
-    return RunConfig(config.data, config.model, stage, init)
+    data = replace(config.data, **config.hitl_data)
+    return RunConfig(data, config.model, stage, init, config.init_which)

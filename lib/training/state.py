@@ -14,10 +14,11 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -26,17 +27,36 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from lib.config import RunConfig
+from lib.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from lib.data.dataset import read_records
 from lib.data.maps import HumanSource
 from lib.data.sources import Record
-from lib.files import one_form, write_bytes
+from lib.files import one_form, write_bytes, write_text
 from lib.model.vit import SigmoidViT
 from lib.model.weights import save_weights, write_state
-from lib.training.learning import precision, trained_state
+from lib.training.learning import precision, summary, trained_state
 
 STATE = "state.pt"  # in a run's folder while it is being trained
 MADE_OF = "made_of.json"  # in a run's folder, see `made_of`
+LOG = "train.log"  # in a run's folder, see `start_log`
+
+T = TypeVar("T")
+
+# Fields of a RunConfig that say how a run is made, and nothing about what comes out.
+HOW = ("train.workers", "train.log_every", "train.checkpoint_minutes", "train.trackers")
+HOW += ("train.checkpoint_blocks", "train.save_every", "data.cache")
+
+# Fields of a RunConfig that say where files lie, which decides nothing: what is in them does, which
+# a run keeps beside its configuration. Only that there is one, or none, is part of a run.
+PLACES = ("data.root", "data.maps_dir", "data.split_file", "model.weights")
+
+# Fields that say where human maps come from: of no weight for a model that learns without them.
+MAPS = ("maps", "maps_dir", "gaze_runs", "sigma", "sigma_unit", "weight")
+MAPS = tuple(f"data.{name}" for name in MAPS)
+
+# Fields of DataConfig that say nothing about whole pictures, whose tokens may so be shared, and
+# which runs of one evaluation may differ in: the maps, and what is done in training alone.
+MAPS_AND_CROPS = (*MAPS, "data.crop_scale", "data.crop_ratio", "data.flip", "data.cache")
 
 
 def noise(*key: int) -> int:
@@ -199,6 +219,23 @@ class Training:
             self.progress.sums, self.progress.seen = torch.zeros(3), 0
 
 
+def start_log(folder: Path, config: RunConfig, model: SigmoidViT) -> None:
+    """train.log of a run: what was asked for and what learns. One that goes on adds to its own."""
+    if (folder / STATE).is_file() and (folder / LOG).is_file():
+        add_to_log(folder, "goes on")
+        return
+    asked = (f"{name}: {value}" for name, value in flat(config).items())
+    text = "\n".join([*asked, "", summary(model, config.train.trainable), ""])
+    write_text(folder / LOG, text)
+
+
+def add_to_log(folder: Path, line: str) -> None:
+    """A line more, with the time of day."""
+    file = folder / LOG
+    before = file.read_text(encoding="utf-8") if file.is_file() else ""
+    write_text(file, f"{before}{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
+
+
 def settled(config: RunConfig, device: torch.device, folder: Path | None = None) -> RunConfig:
     """A configuration whose precision is named: what "auto" is on the device.
 
@@ -222,14 +259,16 @@ def made_of(config: RunConfig, runs: Path) -> dict[str, Any]:
         also classes: names by label; pictures: a checksum of class, name and byte size of each
         training picture; maps: a checksum of what people gave for each, if it is to be learned.
     """
-    start = runs / config.init / "last.safetensors" if config.init else config.model.weights
+    start = config.model.weights
+    if config.init:
+        start = runs / config.init / f"{config.init_which}.safetensors"
     found: dict[str, Any] = {"start": None}
     if start is not None and start.is_file():
         found["start"] = _md5_of(start)
     if config.data.name == "toy" and config.data.maps != "corrections":
         return found  # all of it is drawn from the configuration
     data = config.data
-    if config.train.human.lam == 0 and data.maps_dir:
+    if config.train.human.lam == 0:
         data = replace(data, maps="none", maps_dir=None)
     records, found["classes"] = read_records(data, "train")
     found["pictures"] = picture_checksums(records, found["classes"])
@@ -280,3 +319,54 @@ def _said(human: HumanSource) -> str:
         return _md5_of(human)
     looks = human if isinstance(human, tuple) else (human,)
     return json.dumps([asdict(look) for look in looks], default=lambda array: array.tolist())
+
+
+def to_json(config: Any) -> str:
+    """A dataclass as JSON, paths as text: what stands beside a trained model."""
+    return json.dumps(asdict(config), indent=2, default=str)
+
+
+def from_json(kind: type[T], text: str) -> T:
+    """The dataclass `kind` from JSON made by `to_json`."""
+    return _from_plain(kind, json.loads(text))
+
+
+def _from_plain(kind: Any, value: Any) -> Any:
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(**{name: _from_plain(hints[name], part) for name, part in value.items()})
+    if Path in (kind, *get_args(kind)) and value is not None:
+        return Path(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def difference(config: RunConfig, text: str, but: tuple[str, ...] = HOW) -> str | None:
+    """The first field not in `but` that differs from JSON made by `to_json`, in words."""
+    # A field that is younger than the text had the value that it now has by default.
+    young = flat(RunConfig(DataConfig(), ModelConfig(), TrainConfig()))
+    ours, theirs = flat(config), young | _flatten(json.loads(text))
+    if ours["train.human.lam"] == theirs["train.human.lam"] == 0:
+        but += MAPS
+    for key in sorted(ours.keys() | theirs.keys()):
+        here, there = ours.get(key), theirs.get(key)
+        if key in PLACES:
+            here, there = here is None, there is None
+        if key == "train.mixed_precision" and "auto" in (here, there):
+            continue  # whatever the device chose, or will choose
+        if here != there and key not in but:
+            return f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
+    return None
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """A dataclass as one level of plain values, "train.human.lam": 1.0, as trackers want it."""
+    return _flatten(json.loads(to_json(config)))
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
+    return flat

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset, default_collate
 from tqdm.auto import tqdm
 
-from lib import config as cfg
 from lib.config import RunConfig
 from lib.data.classes import refuse_other_labels
 from lib.data.dataset import BirdDataset
@@ -29,6 +28,7 @@ from lib.files import make_folder, write_bytes
 from lib.model.predict import loader, tf32_products, to_device
 from lib.model.vit import SigmoidViT
 from lib.training.learning import learning_blocks, precision, restoring
+from lib.training.state import MAPS_AND_CROPS, PLACES, flat
 
 TRUNK_BATCH = 32  # pictures that pass the trunk together
 FETCHED = 8  # batches of tokens that are copied from a GPU at once: each copy waits for it
@@ -203,9 +203,13 @@ def _digest(
     model: SigmoidViT, dataset: BirdDataset, config: RunConfig, blocks: int, asked: str
 ) -> str:
     """Of all that decides the tokens that enter the last `blocks` blocks."""
-    left_out = (*cfg.PLACES, *cfg.MAPS_AND_CROPS, "data.classes")  # the table has those
-    told = {k: v for k, v in cfg.flat(config).items() if k.startswith(("data.", "model."))}
+    left_out = (*PLACES, *MAPS_AND_CROPS, "data.classes")  # the table has those
+    told = {k: v for k, v in flat(config).items() if k.startswith(("data.", "model."))}
     told = {k: v for k, v in told.items() if k not in left_out}
+    # Fields that are younger than the first files; what is normalised how, the model says.
+    told.pop("data.normalisation")
+    if told["model.norm_eps"] is None:
+        del told["model.norm_eps"]
     table = dataset.table.drop(columns=["has_map", "path"]).to_csv()
     paths = [record.image for record in dataset.records if isinstance(record.image, Path)]
     pictures = pictures_key(paths, list(config.data.image_size)) if paths else ""

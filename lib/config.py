@@ -251,8 +251,8 @@ class Config:
 
 
 # Recipes: what changes in the parts of a preset's `Config`; "train" is both stages. "tuned" is the
-# preset as it is written below; "original" trains as the code of Matsumoto et al. (PRMU2024-9, 2024)
-# does. docs/original.md has it line by line.
+# preset as it is written below; "original" trains as the code of Matsumoto et al. (PRMU2024-9,
+# 2024) does, see docs/original.md.
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "tuned": {},
     "original": {

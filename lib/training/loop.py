@@ -9,6 +9,7 @@ kept.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import time
 import warnings
@@ -54,6 +55,10 @@ VALIDATED = ("val_top1", "val_nss", "val_cc", "val_class_token", "val_sigmoid", 
 
 class TrainingDiverged(FloatingPointError):
     """The loss became infinite or NaN; the best epoch before is in best.safetensors."""
+
+
+class TrackerMissing(ImportError, ValueError):
+    """A tracker is asked for that is not installed."""
 
 
 def loss_terms(model: nn.Module, batch: dict, config: TrainConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -243,10 +248,8 @@ def fit(
             done = progress.epoch * len(batches)
             accelerator.log({f"epoch/{k}": v for k, v in row.items()}, step=done - 1)
             if is_main:
-                seconds = f"{time.monotonic() - started:.1f} s"
-                add_to_log(
-                    folder, f"{', '.join(f'{k} {v:.6g}' for k, v in row.items())}, {seconds}"
-                )
+                told = ", ".join(f"{name} {value:.6g}" for name, value in row.items())
+                add_to_log(folder, f"{told}, {time.monotonic() - started:.1f} s")
                 if config.save_every and progress.epoch % config.save_every == 0:
                     save_weights(training.result, folder / f"epoch{progress.epoch}.safetensors")
                 for name, rows in (("history", progress.history), ("steps", progress.steps)):
@@ -286,6 +289,17 @@ def tell_few(count: int) -> None:
     words = validation_in_words(count)
     if words:
         warnings.warn(words, stacklevel=3)
+
+
+def refuse_missing(config: TrainConfig) -> None:
+    """TrackerMissing where a tracker is not installed; ValueError for fp16 without a GPU."""
+    for name in config.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise TrackerMissing(
+                f"{name} is not installed; pip install {name}, or drop the tracker"
+            )
+    if config.mixed_precision == "fp16" and processes().device.type == "cpu":
+        raise ValueError('mixed_precision is "fp16", which needs a GPU; use "bf16" or "no"')
 
 
 def start_accelerator(config: TrainConfig, folder: Path) -> Accelerator:

@@ -100,10 +100,10 @@ class Run:
             )
         kept = sorted(file.stem for file in folder.glob("*.safetensors"))
         if which not in kept:
-            why = f"there are {', '.join(kept)}; name one of these"
+            why = f"{which}: there are {', '.join(kept)}"
             if not kept:
-                why = "a sweep keeps none without --keep-weights; train it again"
-            raise Unfinished(f"{folder} has no weights {which}.safetensors: {why}")
+                why = "weights: a sweep keeps none without --keep-weights; train it again"
+            raise Unfinished(f"{folder} has no {why}")
         return run
 
     @property

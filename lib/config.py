@@ -20,9 +20,11 @@ import hashlib
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from lib.files import ROOT, asked, bubbles_in, has_corrections, maps_beside, resolved, there
+
+T = TypeVar("T")
 
 PRESETS = ("toy", "cub2011", "cub2010", "folder")
 

@@ -13,6 +13,7 @@ from lib import config as cfg
 from lib import files
 from lib.config import HumanConfig, RunConfig, TrainConfig, preset
 from lib.training.runs import fine_tuning, human_in_the_loop
+from lib.training.state import difference, from_json, to_json
 
 
 def test_one_variable_flips_the_preset(monkeypatch, tmp_path):
@@ -77,11 +78,11 @@ def test_the_environment_says_where_maps_split_and_cache_are(monkeypatch, tmp_pa
 def test_json_there_and_back(name):
     config = preset(name)
     for run in (fine_tuning(config, 1), human_in_the_loop(config, "ft-s1", 1, blocks=(1, 2))):
-        text = cfg.to_json(run)
-        assert cfg.from_json(RunConfig, text) == run
-        assert cfg.difference(run, text) is None
+        text = to_json(run)
+        assert from_json(RunConfig, text) == run
+        assert difference(run, text) is None
         other = replace(run, train=replace(run.train, lr=0.5))
-        assert "train.lr" in cfg.difference(other, text)
+        assert "train.lr" in difference(other, text)
 
 
 def test_what_the_device_chose_is_no_other_configuration():
@@ -92,7 +93,7 @@ def test_what_the_device_chose_is_no_other_configuration():
         for word in ("auto", "no", "bf16")
     }
     for one, other in itertools.product(said, said):
-        found = cfg.difference(said[one], cfg.to_json(said[other]))
+        found = difference(said[one], to_json(said[other]))
         assert (found is None) == (one == other or "auto" in (one, other)), (one, other)
 
 
@@ -111,17 +112,28 @@ def test_impossible_training_is_refused_in_words(changes, says):
         TrainConfig(**changes)
 
 
-def test_recipes_change_the_training_and_nothing_else():
-    first, tuned = preset("toy", recipe="original"), preset("toy")
-    assert (first.ft.optimizer, first.ft.lr, first.ft.batch_size) == ("adam", 1e-5, 128)
-    assert first.ft.warmup == 0 and first.ft.schedule == "constant"
-    assert (first.data.crop_scale[0] ** 0.5) == pytest.approx(179 / 224, abs=1e-3)
-    assert first.data.crop_ratio is None and first.hitl.human == tuned.hitl.human
-    assert (first.ft.epochs, first.model, first.variants) == (
-        tuned.ft.epochs,
-        tuned.model,
-        tuned.variants,
-    )
+def test_the_original_recipe_line_by_line():
+    """As docs/original.md tells it; what each line does is tested where it is done."""
+    first, tuned = preset("cub2011", recipe="original"), preset("cub2011")
+    for stage, epochs in ((first.ft, 100), (first.hitl, 50)):
+        assert (stage.optimizer, stage.lr, stage.batch_size) == ("adam", 1e-5, 128)
+        assert (stage.schedule, stage.warmup, stage.clip) == ("epoch_cosine", 0.0, 1.0)
+        assert (stage.epochs, stage.trainable, stage.weight_decay) == (epochs, "all", 0.0)
+        assert (stage.ema, stage.drop_path, stage.label_smoothing) == (0.0, 0.0, 0.0)
+        assert (stage.head_lr_factor, stage.layer_decay) == (1.0, 1.0)
+        assert (stage.momentum, stage.mixed_precision) == (0.0, "no")
+    assert first.model == replace(tuned.model, norm_eps=1e-5)
+    ft, hitl = fine_tuning(first, 0), human_in_the_loop(first, "ft-s0", 0)
+    assert ft.data.crop_scale == hitl.data.crop_scale == pytest.approx([(179 / 224) ** 2] * 2)
+    assert (ft.data.crop_ratio, hitl.data.crop_ratio) == ("input", None)
+    assert ft.data.flip == hitl.data.flip == 0.5
+    assert ft.data.normalisation == (0.4859, 0.4996, 0.4318, 0.1750, 0.1738, 0.1859)
+    assert preset("cub2010", "original").data.normalisation[0] == 0.4817
+    assert preset("folder", "original").data.normalisation is None
+    assert (ft.init_which, hitl.init_which) == ("last", "best")
+    human = hitl.train.human
+    assert (human.loss, human.lam, human.blocks, human.heads) == ("mse", 1.0, "last", "all")
+    assert (first.variants, first.runs) == (tuned.variants, tuned.runs)
     with pytest.raises(ValueError, match='recipe is "best"; use one of tuned, original'):
         preset("toy", recipe="best")
 
@@ -131,7 +143,8 @@ def test_what_learns_comes_from_the_environment(monkeypatch):
         monkeypatch.setenv("TRAINABLE", word)
         stage = preset("cub2011").ft
         assert str(stage.trainable) == word and stage.cache_tokens == cached
-        assert not preset("cub2011", "original").ft.cache_tokens  # its crops need pictures
+        original = preset("cub2011", "original").ft
+        assert str(original.trainable) == word and not original.cache_tokens  # its crops are drawn
 
 
 @pytest.mark.parametrize(
@@ -143,13 +156,22 @@ def test_values_outside_their_range_are_named(field, value):
         TrainConfig(**{field: value})
 
 
+def test_a_model_that_saw_no_maps_is_the_same_under_any():
+    """So that fine-tuning is made once, whatever MAPS says; with human attention it is another."""
+    config = preset("toy")
+    for lam, found in ((0.0, False), (1.0, True)):
+        run = human_in_the_loop(config, "ft-s0", 0, lam=lam)
+        other = replace(run, data=replace(run.data, maps="boxes"))
+        assert bool(difference(other, to_json(run))) == found
+
+
 def test_a_field_that_an_older_run_did_not_have_was_the_default():
     config = human_in_the_loop(preset("toy"), "ft-s0", 0)
-    older = json.loads(cfg.to_json(config))
+    older = json.loads(to_json(config))
     del older["train"]["human"]["noise"]
-    assert cfg.difference(config, json.dumps(older)) is None
+    assert difference(config, json.dumps(older)) is None
     config.train.human = replace(config.train.human, noise="blurred")
-    found = cfg.difference(config, json.dumps(older))
+    found = difference(config, json.dumps(older))
     assert found == "train.human.noise is 'none' there and 'blurred' here"
 
 
@@ -232,7 +254,7 @@ def test_what_is_not_there_is_looked_for_in_every_place_that_could_be_meant(
 
 
 def test_an_empty_variable_is_not_set(project, monkeypatch):
-    unset = cfg.to_json(preset("folder"))
+    unset = to_json(preset("folder"))
     for name in (*files.INPUTS, "RUNS_DIR", "CACHE", "MODEL", "TRAINABLE", "RECIPE"):
         monkeypatch.setenv(name, " ")
-    assert cfg.to_json(preset("folder")) == unset
+    assert to_json(preset("folder")) == unset

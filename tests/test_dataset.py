@@ -106,6 +106,28 @@ def test_crops_and_flips_are_bit_for_bit_those_of_torchvisions_transforms(image_
     assert flipped == {True, False}
 
 
+@pytest.mark.parametrize("image_size", [(56, 56), (48, 96)])
+@pytest.mark.parametrize("size", [(400, 200), (200, 400)])
+def test_crops_of_the_inputs_form_squeeze_nothing(image_size, size):
+    """One that keeps the picture's form is squeezed by as much as the whole picture is."""
+    width, height = size
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    pixels = (np.stack([x, y, 0 * x], axis=-1) * 255).astype(np.uint8)
+    record = Record(1, 0, pixels, (Recording(1, width, height, np.array([[50, 50, 9]])),))
+    form = image_size[1] / image_size[0]
+    largest = (min(width, height * form), min(height, width / form))
+    for ratio, (across, down) in (("input", largest), (None, size)):
+        config = DataConfig(
+            image_size=image_size, crop_scale=(0.64, 0.64), crop_ratio=ratio, flip=0
+        )
+        dataset = BirdDataset([record], ["x"], config, (2, 2), *PLAIN, augment=True)
+        for seed in range(4):
+            image = dataset[0, seed]["image"]
+            seen = [image[0, 0, -1] - image[0, 0, 0], image[1, -1, 0] - image[1, 0, 0]]
+            expected = [0.8 * across / width, 0.8 * down / height]  # of the picture, on each axis
+            assert np.allclose(seen, expected, atol=0.03), (ratio, seen, expected)
+
+
 def test_augmented_map_of_the_whole_image_is_the_evaluation_map():
     # crop_scale 1 on a square image leaves nothing to crop, flip 1 mirrors it.
     looks = np.array([[30, 20, 100], [90, 80, 300]], np.float32)

@@ -42,6 +42,34 @@ def test_learning_rate_rises_then_falls_to_zero():
     assert all(a >= b for a, b in itertools.pairwise(factors[10:]))
 
 
+def test_a_rate_that_changes_between_epochs_and_sgd_are_those_of_pytorch(config):
+    """As the original code has them: CosineAnnealingLR over the epochs, SGD without momentum."""
+    model, _ = starting_point(fine_tuning(config, 0), config.runs)
+    for momentum in (0.0, 0.9):
+        settings = replace(config.ft, optimizer="sgd", momentum=momentum, weight_decay=0.0)
+        optimizer = learning.make_optimizer(model, settings, torch.device("cpu"))
+        assert type(optimizer) is torch.optim.SGD
+        ours = torch.nn.Parameter(torch.ones(1))
+        theirs = torch.optim.SGD([ours], lr=settings.lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(theirs, 5)
+        weight = model.vit.head.bias
+        for step in range(15):
+            factor = learning.learning_rate_factor(step, 15, 0.0, "epoch_cosine", an_epoch=3)
+            rate = schedule.get_last_lr()[0]
+            assert factor * settings.lr == pytest.approx(rate, rel=1e-9)
+            learning.set_learning_rate(optimizer, factor)
+            weight.grad, before = torch.ones_like(weight), weight.detach().clone()
+            optimizer.step()
+            if step < 3 and momentum == 0:
+                torch.testing.assert_close(before - weight, torch.full_like(weight, rate))
+            if step == 1 and momentum:
+                moved = torch.full_like(weight, 1.9 * rate)
+                torch.testing.assert_close(before - weight, moved)
+            if step % 3 == 2:
+                theirs.step()
+                schedule.step()
+
+
 @pytest.mark.parametrize(
     ("trainable", "moving"),
     [("head", {"head"}), ("last_block", {"head", "norm", "blocks.1"})],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 from dataclasses import replace
 from functools import partial
@@ -11,7 +13,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from lib.experiments.compare import Trial
+from lib.experiments.compare import Trial, load_trials
 from lib.experiments.evaluate import measure_runs
 from lib.model import vit
 from lib.model.predict import count_workers, loader
@@ -25,6 +27,7 @@ from lib.training.runs import (
     starting_point,
     train_run,
 )
+from lib.training.state import made_of
 from lib.training.tokens import CachedTokens
 
 
@@ -36,7 +39,7 @@ def test_both_stages_end_to_end(config):
     ft = train_run("ft", fine_tuning(config, 0), config.runs)
     names = sorted(path.name for path in ft.folder.iterdir())
     assert names == [".lock", "best.safetensors", "classes.json", "config.json", "history.csv",
-                     "last.safetensors", "made_of.json", "steps.csv"]  # fmt: skip
+                     "last.safetensors", "made_of.json", "steps.csv", "train.log"]  # fmt: skip
     assert len(ft.classes) == 8 and len(ft.history) == 2
     assert (ft.history["human_loss"] == 0).all()
     settings = human_in_the_loop(config, "ft", 0, blocks="all")
@@ -48,6 +51,39 @@ def test_both_stages_end_to_end(config):
     assert any(not torch.equal(before[key], value) for key, value in state(hitl).items())
     for which in ("last", "best"):
         assert torch.isfinite(hitl.model(which)(torch.zeros(1, 3, 64, 64))).all()
+
+
+def test_what_the_original_kept_is_kept(config):
+    """Weights of every k-th epoch, and a log of arguments, model and epochs; HITL from the best."""
+    config.ft = replace(config.ft, epochs=4, save_every=2, checkpoint_minutes=0.0)
+    ft = train_run("ft", fine_tuning(config, 0), config.runs)
+    kept = {file.stem for file in ft.folder.glob("*.safetensors")}
+    assert kept == {"last", "best", "epoch2", "epoch4"}
+    last, second = state(ft), ft.model("epoch2").state_dict()
+    assert all(torch.equal(last[k], v) for k, v in ft.model("epoch4").state_dict().items())
+    assert any(not torch.equal(last[k], v) for k, v in second.items())
+    with pytest.raises(FileNotFoundError, match=r"no epoch3: there are best, epoch2, epoch4, last"):
+        load_trials(["ft"], config.runs, "epoch3")
+    measured = measure_runs(load_trials(["ft"], config.runs, "epoch2"), which="epoch2")
+    assert len(measured) == config.data.toy_test
+
+    config.init_which, config.model = "epoch2", replace(config.model, norm_eps=1e-3)
+    settings = human_in_the_loop(config, "ft", 0)
+    model, _ = starting_point(settings, config.runs)
+    assert all(torch.equal(second[k], v) for k, v in model.state_dict().items())
+    assert model.vit.norm.eps == 1e-3  # weights are the other run's, what it does with them its own
+    made = made_of(settings, config.runs)["start"]
+    assert made == hashlib.md5((ft.folder / "epoch2.safetensors").read_bytes()).hexdigest()
+
+    lines = (ft.folder / "train.log").read_text().splitlines()
+    assert "train.save_every: 2" in lines and "model.name: vit_tiny_patch16_224" in lines
+    head = next(line for line in lines if line.startswith("head "))
+    assert f"{8 * model.vit.embed_dim + 8} parameters" in head
+    assert [line.split()[3] for line in lines[-4:]] == ["1,", "2,", "3,", "4,"]
+    assert all(line.endswith(" s") and "val_loss" in line for line in lines[-4:])
+    train_run("ft", fine_tuning(replace(config, model=replace(config.model, norm_eps=None)), 0),
+              config.runs, overwrite=True)  # fmt: skip
+    assert len((ft.folder / "train.log").read_text().splitlines()) == len(lines)
 
 
 def test_same_seed_same_weights_and_another_seed_others(config):
@@ -86,6 +122,8 @@ def test_validation_is_what_evaluation_measures(config, ema):
     last = run.history.iloc[-1]
     for name in ("top1", "nss", "cc", "class_token", "sigmoid"):
         assert last[f"val_{name}"] == pytest.approx(measured[name].mean(), rel=1e-6), name
+    surprise = -measured["p_true"].map(math.log)
+    assert last["val_loss"] == pytest.approx(surprise.mean(), rel=1e-4)
 
 
 def test_blocks_computed_twice_learn_the_same(config, monkeypatch):

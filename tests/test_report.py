@@ -98,7 +98,7 @@ def test_runs_that_are_not_there_are_named(runs):
     with pytest.raises(ValueError, match="no run is named"):
         load_trials([], runs)
     (runs / "ft-s0" / "last.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="ft-s0 has no weights"):
+    with pytest.raises(FileNotFoundError, match="ft-s0 has no last: there are best"):
         load_trials(["ft-s0"], runs)
     (runs / "ft-s0" / "result.json").write_text("{}")  # of a sweep
     with pytest.raises(FileNotFoundError, match="--keep-weights"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from pathlib import Path
 
@@ -297,6 +298,26 @@ def test_create_model_refuses_what_has_no_image_size():
 
 
 # ------------------------------------------------------------------------------------------ weights
+
+
+def test_epsilon_and_normalisation_are_those_that_are_asked_for():
+    """Every LayerNorm's, as in a timm model that was built with it; None leaves timm's own."""
+    sizes = {"depth": 2, "embed_dim": 32, "num_heads": 4}
+    plain = create_model("vit_tiny_patch16_224", 5, (64, 64), **sizes).eval()
+    numbers = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    asked = {"norm_eps": 1e-2, "normalisation": numbers}
+    ours = create_model("vit_tiny_patch16_224", 5, (64, 64), **asked, **sizes).eval()
+    norm = functools.partial(torch.nn.LayerNorm, eps=1e-2)
+    theirs = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=5, img_size=64, norm_layer=norm, **sizes
+    ).eval()
+    for vit in (ours.vit, theirs):
+        vit.load_state_dict(plain.vit.state_dict())
+    images = images_for(plain)
+    assert (ours(images) - theirs(images)).abs().max() < 1e-5
+    assert (ours(images) - plain(images)).abs().max() > 1e-3
+    assert ours.normalisation == (numbers[:3], numbers[3:])
+    assert plain.normalisation == ((0.5,) * 3, (0.5,) * 3)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth"])

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import tyro
 
@@ -21,6 +21,7 @@ from lib.config import (
     ModelConfig,
     RunConfig,
     Sweep,
+    T,
     TrainConfig,
     file_md5,
     preset,
@@ -29,7 +30,6 @@ from lib.experiments.cluster import Slurm
 
 # Each command imports what it needs itself: help and downloads do not wait for PyTorch.
 
-T = TypeVar("T")
 Flat = Annotated[T, tyro.conf.arg(name="")]  # the fields of a dataclass as options without a prefix
 
 

@@ -79,7 +79,7 @@ def restoring(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def summary(model: SigmoidViT, trainable: str | int) -> str:
+def model_summary(model: SigmoidViT, trainable: str | int) -> str:
     """The parts of a model, a line each: how many parameters, and whether they learn."""
     learning = {id(p) for part in trained_modules(model, trainable) for p in part.parameters()}
     own = [("tokens, positions", list(model.vit.parameters(recurse=False)))]

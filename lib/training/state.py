@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -27,20 +27,18 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from lib.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from lib.config import DataConfig, ModelConfig, RunConfig, T, TrainConfig
 from lib.data.dataset import read_records
 from lib.data.maps import HumanSource
 from lib.data.sources import Record
 from lib.files import one_form, write_bytes, write_text
 from lib.model.vit import SigmoidViT
 from lib.model.weights import save_weights, write_state
-from lib.training.learning import precision, summary, trained_state
+from lib.training.learning import model_summary, precision, trained_state
 
 STATE = "state.pt"  # in a run's folder while it is being trained
 MADE_OF = "made_of.json"  # in a run's folder, see `made_of`
 LOG = "train.log"  # in a run's folder, see `start_log`
-
-T = TypeVar("T")
 
 # Fields of a RunConfig that say how a run is made, and nothing about what comes out.
 HOW = ("train.workers", "train.log_every", "train.checkpoint_minutes", "train.trackers")
@@ -225,7 +223,7 @@ def start_log(folder: Path, config: RunConfig, model: SigmoidViT) -> None:
         add_to_log(folder, "goes on")
         return
     asked = (f"{name}: {value}" for name, value in flat(config).items())
-    text = "\n".join([*asked, "", summary(model, config.train.trainable), ""])
+    text = "\n".join([*asked, "", model_summary(model, config.train.trainable), ""])
     write_text(folder / LOG, text)
 
 

@@ -100,7 +100,7 @@ def test_runs_that_are_not_there_are_named(runs):
     (runs / "ft-s0" / "last.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="ft-s0 has no last: there are best"):
         load_trials(["ft-s0"], runs)
-    (runs / "ft-s0" / "result.json").write_text("{}")  # of a sweep
+    (runs / "ft-s0" / "best.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="--keep-weights"):
         load_trials(["ft-s0"], runs)
 

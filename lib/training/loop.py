@@ -237,7 +237,9 @@ def fit(
             started = time.monotonic()
             with tf32_products(config.mixed_precision == "tf32"):
                 train_one_epoch(wrapped, loaded, batches, training, config, after_step)
-            row = {"epoch": progress.epoch + 1, "lr": progress.steps[-1]["lr"]}
+            group = training.optimizer.param_groups[0]  # as the last step left it
+            rate = config.lr * (group["lr"] / group["peak"])
+            row = {"epoch": progress.epoch + 1, "lr": rate}
             training.gather_sums(everywhere=True)
             refuse_divergence(progress.sums, config)
             means = (progress.sums / progress.seen).tolist()

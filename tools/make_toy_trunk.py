@@ -67,8 +67,8 @@ def pretrain(
         config.model.name, sum(sizes), config.data.image_size, **config.model.overrides
     ).to(processes().device)
     height = config.data.image_size[0]
-    train = make("pretrain", images, seed=seed, size=height)
-    fresh = make("pretrain", held_out, seed=seed + 1, size=height)
+    train = make("pretrain", images, seed=seed, size=height, level=config.data.toy_level)
+    fresh = make("pretrain", held_out, seed=seed + 1, size=height, level=config.data.toy_level)
     pixels, targets = (
         whole.to(model.device)
         for whole in (normalise(model, train.images), attribute_targets(train))

@@ -78,7 +78,7 @@ class ToyBirds:
         return len(self.labels)
 
 
-def make(split: str, n: int, seed: int = 0, size: int = 64, agreement: float = 0.95) -> ToyBirds:
+def make(split: str, n: int, seed: int = 0, size: int = 64, agreement: float = 0.95, level: str = "border") -> ToyBirds:
     """Draw `n` birds of a split; the same arguments always give the same birds.
 
     "train" and "val": the decoy's colour agrees with the label with probability `agreement`,
@@ -101,7 +101,7 @@ def make(split: str, n: int, seed: int = 0, size: int = 64, agreement: float = 0
     scenes, gaze, images = [], [], []
     for i in range(n):
         rng = _generator(seed, split, 1, i)
-        scenes.append(sample_scene(rng, *_choose(rng, split, seed, i, agreement)))
+        scenes.append(sample_scene(rng, *_choose(rng, split, seed, i, agreement), level))
         images.append(np.asarray(draw(scenes[-1], size)))
         gaze.append(simulate_gaze(scenes[-1], rng, size=size))
 
@@ -162,7 +162,7 @@ def toy_records(config: DataConfig, part: Part) -> tuple[list[Record], list[str]
             "give both sides the same length."
         )
     count = getattr(config, f"toy_{part}")
-    birds = _drawn(part, count, config.seed, height, config.agreement)
+    birds = _drawn(part, count, config.seed, height, config.agreement, config.toy_level)
     painted = painted_maps(config.maps_dir) if config.maps == "corrections" else {}
     records = []
     for i, image_id in enumerate(range(TOY_FIRST_ID[part], TOY_FIRST_ID[part] + count)):

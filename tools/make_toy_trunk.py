@@ -29,7 +29,9 @@ from lib.model.predict import processes
 from lib.model.vit import SigmoidViT, create_model
 from lib.model.weights import write_state
 
-DECOY_WEIGHT = 4.0
+import os
+DECOY_WEIGHT = float(os.environ.get("DW","4"))
+DENSE = float(os.environ.get("DN","1"))
 
 
 def attribute_targets(birds: ToyBirds) -> Tensor:
@@ -73,7 +75,10 @@ def pretrain(
         whole.to(model.device)
         for whole in (normalise(model, train.images), attribute_targets(train))
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+    place = nn.Linear(model.vit.embed_dim, sum(sizes) + len(sizes)).to(model.device)
+    patches = where(train, model.grid, height).to(model.device)  # [n, A + 1, 2]
+    learning = [*model.parameters(), *place.parameters()]
+    optimizer = torch.optim.AdamW(learning, lr=1e-3, weight_decay=0.05)
     batch = 64
     steps = epochs * (images // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
@@ -86,7 +91,15 @@ def pretrain(
                 chosen = chosen.to(model.device)
                 x = pixels[chosen]
                 x = torch.where(flips, x.flip(-1), x)
-                loss = naming_loss(model(x), targets[chosen], sizes)
+                tokens = model.vit.forward_features(x)
+                scores = model.vit.forward_head(tokens)
+                loss = naming_loss(scores, targets[chosen], sizes)
+                at = patches[chosen]
+                mirrored = model.grid[1] - 1 - at[..., 1]
+                at = torch.stack([at[..., 0], torch.where(flips[:, :, 0, 0], mirrored, at[..., 1])], -1)
+                loss = loss + DENSE * local_loss(
+                    place(tokens[:, 1:]), targets[chosen], at, model.grid, sizes
+                )
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -106,6 +119,35 @@ def naming_loss(scores: Tensor, targets: Tensor, sizes: list[int]) -> Tensor:
     """
     losses = [F.cross_entropy(s, targets[:, i]) for i, s in enumerate(scores.split(sizes, dim=-1))]
     return (sum(losses[:-1]) + DECOY_WEIGHT * losses[-1]) / len(sizes)
+
+
+def where(birds: ToyBirds, grid: tuple[int, int], size: int) -> Tensor:
+    """The patch, row and column, that each part and the middle of the decoy lie in: `[n, A + 1, 2]`."""
+    boxes = birds.decoy_boxes
+    middle = (boxes[:, :2] + boxes[:, 2:]) / 2
+    points = np.concatenate([birds.parts, middle[:, None]], axis=1) / size  # x, y in [0, 1)
+    return torch.from_numpy((points[..., ::-1] * np.array(grid)).astype(np.int64))
+
+
+def local_loss(
+    scores: Tensor, targets: Tensor, at: Tensor, grid: tuple[int, int], sizes: list[int]
+) -> Tensor:
+    """Each patch names what lies in it, and nothing of what lies elsewhere.
+
+    Scores are `[B, P, sum(sizes) + A + 1]`: the last of each column's is "not here". One other patch
+    an image, two or more away, stands for all that must say so.
+    """
+    losses, batch = [], torch.arange(len(scores), device=scores.device)
+    other = torch.stack([torch.randint(side, at.shape[:2]) for side in grid], -1).to(at)
+    far = (other - at).abs().amax(-1) > 1  # [B, A + 1]
+    for i, part in enumerate(scores.split([n + 1 for n in sizes], dim=-1)):
+        here, there = (place[:, i, 0] * grid[1] + place[:, i, 1] for place in (at, other))
+        losses.append(F.cross_entropy(part[batch, here], targets[:, i]))
+        nothing = F.cross_entropy(
+            part[batch, there], torch.full_like(targets[:, i], sizes[i]), reduction="none"
+        )
+        losses.append((nothing * far[:, i]).mean())
+    return sum(losses) / len(sizes)
 
 
 @torch.no_grad()

@@ -1,10 +1,12 @@
 """Command line of Sigmoid Attention ViT: the same functions as the notebooks.
 
-The environment variable PRESET chooses the data set ("toy" when unset), see lib/config.py.
+The environment variable PRESET chooses the data set ("toy" when unset), see lib/config.py; with any
+command, --classes 21-40 is CLASSES=21-40: a part of its classes.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import warnings
@@ -70,6 +72,11 @@ def _run(arguments: list[str]) -> int:
         "bench-data": loading,
         "bench-edit": editing,
     }
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--classes")
+    given, arguments = first.parse_known_args(arguments)
+    if given.classes is not None:
+        os.environ["CLASSES"] = given.classes
     if arguments[:1] == ["train"]:  # has commands of its own
         return train(arguments[1:]) or 0
     code = tyro.extras.subcommand_cli_from_dict(

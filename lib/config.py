@@ -6,7 +6,7 @@ notebook and command. Folder locations and the backbone can come from the enviro
 DATA_DIR  folder with the data            MODEL     timm name of the backbone
 MAPS      gaze, boxes, parts, none, or    WEIGHTS   a file
           a folder of map files or of     RUNS_DIR  where trained models go
-          corrections (the editor's)
+          corrections (the editor's)      CLASSES   such as 21-40; all when unset
 SPLIT     a file of `python -m lib split` CACHE     1, or a folder: keep decoded pictures
 TRAINABLE all, last_block, head or a      RECIPE    tuned, or original (see `RECIPES`)
           number of blocks
@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
-from lib.files import ROOT, asked, has_corrections, maps_beside, resolved, there
+from lib.files import ROOT, asked, bubbles_in, has_corrections, maps_beside, resolved, there
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ PRESETS = ("toy", "cub2011", "cub2010", "folder")
 # Words of `HumanConfig`, of which a `Sweep` compares several.
 LossName = Literal["mse", "mse_zero", "bce", "kl", "cosine", "energy"]
 Offset = Literal["none", "centred"]
-MapControl = Literal["human", "shuffled", "mean", "box"]
+MapControl = Literal["human", "shuffled", "mean", "box", "boxes"]  # "boxes" is kept as "box"
 MapNoise = Literal["none", "shifted", "blurred", "half_readers"]
 
 
@@ -45,7 +45,7 @@ class DataConfig:
     root: Path = ROOT / "datasets"  # folder that holds the data (unused by toy)
     image_size: tuple[int, int] = (64, 64)  # height, width in pixels, as the model sees them
     # where human maps come from; "corrections" are those that were saved in the editor
-    maps: Literal["gaze", "files", "corrections", "boxes", "parts", "none"] = "gaze"
+    maps: Literal["gaze", "files", "corrections", "boxes", "box", "parts", "none"] = "gaze"
     maps_dir: Path | None = None  # "files": folder of .jpg, .png or .npy; "corrections": of .json
     gaze_runs: Literal["all"] | tuple[int, ...] = "all"  # which runs of the gaze collection
     sigma: float = 1.0  # standard deviation of one fixation's Gaussian, in sigma_unit
@@ -57,6 +57,7 @@ class DataConfig:
     flip: float = 0.5  # probability of a horizontal flip in training
     split_file: Path | None = None  # made by `python -m lib split`; None is the published split
     split_md5: str | None = None  # of that file: another split is another experiment
+    classes: str | None = None  # such as 1-20,35: only these, by number (lib/data/classes.py)
     val_share: float = 0.1  # share of each class's training images kept for validation
     cache: Path | None = None  # folder for decoded pictures; None decodes them every time
     toy_train: int = 600  # toy: number of training images
@@ -67,6 +68,7 @@ class DataConfig:
     seed: int = 0  # seed of the drawn data and of the validation split
 
     def __post_init__(self) -> None:
+        self.maps = "boxes" if self.maps == "box" else self.maps
         if (self.maps in ("files", "corrections")) != (self.maps_dir is not None):
             raise ValueError(
                 f'maps is "{self.maps}" and maps_dir {self.maps_dir}; give a folder with '
@@ -105,6 +107,7 @@ class HumanConfig:
     noise: MapNoise = "none"  # added to the maps
 
     def __post_init__(self) -> None:
+        self.maps = "box" if self.maps == "boxes" else self.maps  # as older runs and tables have it
         for name in ("loss", "offset", "maps", "noise"):  # else a misspelt control is no control
             known, value = get_args(get_type_hints(HumanConfig)[name]), getattr(self, name)
             if value not in known:
@@ -191,7 +194,8 @@ class Evaluation:
 
     # the model that the others are compared with; the control where there is one, else the first
     against: str | None = None
-    split: Literal["test", "val", "train"] = "test"  # images to measure on
+    # images to measure on; "all" is each split by itself, and all together
+    split: Literal["test", "val", "train", "all"] = "test"
     # weights of the last epoch, or of the one that was best on the validation images
     which: Literal["last", "best"] = "last"
     # folder of the result; result/result%Y%m%d_%H%M below the project by default
@@ -200,6 +204,7 @@ class Evaluation:
     # gallery page; 0 makes no page
     gallery: int = 12
     gallery_rule: Literal["order", "change"] = "order"  # first of the data set, or largest changes
+    samples: int = 2  # pictures shown with predictions, rollout, and sigmoid maps of every head
     # is the attention used? Erase what a model looks at, on so many images, about 12 forward
     # passes each; 0 does not ask
     erase: int = 0
@@ -207,11 +212,7 @@ class Evaluation:
     tokens: int = 0  # outlying tokens, and attention on background, on so many images
 
     def __post_init__(self) -> None:
-        if self.gallery < 0:
-            raise ValueError(
-                f"gallery is {self.gallery}; use 0 for no gallery, or a number of pictures"
-            )
-        for name in ("erase", "curves", "tokens"):
+        for name in ("gallery", "samples", "erase", "curves", "tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}; use a number of images, or 0 to leave it out"
@@ -303,7 +304,7 @@ def preset(name: str | None = None, recipe: str | None = None) -> Config:
     config.runs = resolved(asked("RUNS_DIR") or config.runs) / name
     train, data = RECIPES[recipe]
     config.ft, config.hitl = replace(config.ft, **train), replace(config.hitl, **train)
-    config.data = replace(config.data, **data)
+    config.data = replace(config.data, classes=asked("CLASSES") or None, **data)
     return config
 
 
@@ -379,10 +380,10 @@ def _maps_from_environment(name: str, root: Path) -> dict[str, Any]:
     maps = asked("MAPS")
     if not maps:
         # CUB-200-2010 has a folder of its own: beside that, nothing is a class called maps.
-        beside = maps_beside(root) if name == "folder" else root / "maps"
+        beside = maps_beside(root) if name == "folder" else bubbles_in(root)
         beside = str(beside) if beside and beside.is_dir() else "none"
         maps = "gaze" if name in ("toy", "cub2011") else beside
-    if maps in ("gaze", "boxes", "parts", "none"):
+    if maps in ("gaze", "boxes", "box", "parts", "none"):
         return {"maps": maps}
     folder = there("MAPS") or Path(maps)
     kind = "corrections" if has_corrections(folder) else "files"

@@ -206,6 +206,7 @@ def there(variable: str, missing: bool = False) -> Path | None:
 
 # ------------------------------------------------------------------------------ folders of data
 
+CUB2010_HOMES = ("CUB_200_2010", "cub200", "")  # of CUB-200-2010, below DATA_DIR
 # What systems leave in any folder, beside names that start with a dot (.DS_Store, ._picture.jpg).
 OF_SYSTEMS = {"__macosx", "thumbs.db", "desktop.ini", "lost+found", "$recycle.bin", "@eadir"}
 OF_SYSTEMS |= {"system volume information"}
@@ -258,6 +259,14 @@ def maps_beside(root: Path) -> Path | None:
     if len(found) > 1:
         raise ValueError(f"{found[0]} and {found[1]} both hold human maps; keep them in one.")
     return found[0] if found else None
+
+
+def bubbles_in(root: Path) -> Path:
+    """Human maps of CUB-200-2010: bubbles_att beside its pictures, as the original experiment has
+    them; `root`/maps where there is none.
+    """
+    found = (root / home / "bubbles_att" for home in CUB2010_HOMES)
+    return next((folder for folder in found if folder.is_dir()), root / "maps")
 
 
 def _holds_maps(folder: Path, beside: list[Path]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,10 @@ def test_split_writes_the_file_of_the_original_experiment(cub, run_main):
     assert code == 0, error
     path = cub.root / "cub200_2011_dataset.json"
     assert f"{path}: 14 train, 0 val, 6 test images of 2 classes" in out
+    told = out.strip().splitlines()[-1]
+    assert told.startswith("to train with it: ") and told.endswith(" make demo")
+    chosen = dict(word.split("=") for word in shlex.split(told)[4:-2])
+    assert chosen == {"SPLIT": str(path), "PRESET": "cub2011", "DATA_DIR": str(cub.root)}
     content = json.loads(path.read_text())
     assert list(content) == ["train", "test", "label_list"]
     assert content["label_list"] == list(CUB_CLASSES)
@@ -263,7 +268,7 @@ def test_evaluate_measures_runs_side_by_side(tmp_path, run_main, two_runs, monke
     ("more", "says"),
     [
         (["--against", "nobody"], '--against is "nobody", but the models are ft, control'),
-        (["--gallery", "-1"], "gallery is -1; use 0 for no gallery"),
+        (["--gallery", "-1"], "gallery is -1; use a number of images"),
         (["--out", "{folder}/taken/one"], "taken/one cannot be made"),
     ],
 )

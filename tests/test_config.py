@@ -59,6 +59,10 @@ def test_the_environment_says_where_maps_split_and_cache_are(monkeypatch, tmp_pa
     monkeypatch.setenv("CACHE", "1")
     data = preset("cub2011").data
     assert (data.maps, data.maps_dir, data.cache) == ("boxes", None, tmp_path / "decoded")
+    monkeypatch.setenv("MAPS", "box")  # one word for the data's own maps and for the control
+    monkeypatch.setenv("CLASSES", "21-40")
+    assert data.classes is None and preset("cub2011").data == replace(data, classes="21-40")
+    assert cfg.HumanConfig(maps="boxes") == cfg.HumanConfig(maps="box")
     monkeypatch.setenv("CACHE", str(tmp_path / "elsewhere"))
     assert preset("cub2011").data.cache == tmp_path / "elsewhere"
     split = tmp_path / "split.json"

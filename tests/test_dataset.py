@@ -13,10 +13,11 @@ from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from lib.config import DataConfig
+from lib.config import DataConfig, HumanConfig
 from lib.data.dataset import BirdDataset, make_dataset
 from lib.data.maps import Recording, fixation_map, to_grid
 from lib.data.sources import Record
+from lib.training.controls import supervised
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -252,9 +253,19 @@ def test_a_broken_jpeg_is_named(cub, content):
         dataset[1]
 
 
-@pytest.mark.parametrize(
-    "missing", ["CUB_200_2011", "CUB_200_2011/bounding_boxes.txt", "CUB_GHA/data_5runs"]
-)
+def test_boxes_are_asked_for_where_they_are_needed_alone(cub):
+    whole = make_dataset(cub, "train", (3, 4), MEAN, STD)
+    (cub.root / "CUB_200_2011" / "bounding_boxes.txt").unlink()
+    gaze = make_dataset(cub, "train", (3, 4), MEAN, STD)
+    assert gaze.cover() is None and whole.cover() is not None
+    assert all(torch.equal(a, b) for a, b in zip(gaze.maps, whole.maps, strict=True))
+    with pytest.raises(FileNotFoundError, match=r"bounding_boxes\.txt is missing; set DATA_DIR"):
+        make_dataset(replace(cub, maps="box"), "train", (3, 4), MEAN, STD)
+    with pytest.raises(ValueError, match=r"no bounding boxes \(of CUB-200-2011: bounding_boxes"):
+        supervised(gaze, HumanConfig(maps="boxes"), seed=0)
+
+
+@pytest.mark.parametrize("missing", ["CUB_200_2011", "CUB_GHA/data_5runs"])
 def test_missing_files_name_path_and_remedy(cub, missing):
     (cub.root / missing).rename(cub.root / "gone")
     with pytest.raises(FileNotFoundError, match=r"is missing; set DATA_DIR") as caught:

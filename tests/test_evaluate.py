@@ -9,7 +9,7 @@ from conftest import tiny_config
 from lib import figures
 from lib.__main__ import main
 from lib.config import Evaluation
-from lib.data.dataset import conflicting_decoys
+from lib.data.dataset import conflicting_decoys, evenly_spaced
 from lib.evaluation.per_image import per_image
 from lib.experiments import evaluate
 from lib.experiments.compare import misled, train_comparison
@@ -34,14 +34,14 @@ def asked(tmp_path_factory):
 def test_every_model_is_asked_on_the_same_images_spread_over_the_split(asked):
     trials, dataset, tables = asked
     for name, count in (("erasing", 6), ("curves", 3), ("tokens", 5)):
-        expected = evaluate.evenly_spaced(dataset, count)
+        expected = evenly_spaced(dataset, count)
         assert len(expected) == count and expected[0] == 0 and expected[-1] == len(dataset) - 1
         groups = tables[name].groupby(["variant", "seed"])
         assert len(groups) == len(trials)
         for _, part in groups:
             assert sorted(part["index"].unique()) == expected
     assert set(tables["areas"]["order"]) == {"attention", "random", "people", "mean map"}
-    assert evaluate.evenly_spaced(dataset, 1000) == list(range(len(dataset)))
+    assert evenly_spaced(dataset, 1000) == list(range(len(dataset)))
 
 
 def test_what_is_not_asked_is_not_there(asked):

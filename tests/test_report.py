@@ -17,7 +17,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lib import config as cfg
+from lib import figures
 from lib.config import Evaluation
+from lib.data.dataset import evenly_spaced
+from lib.edit import rollout
 from lib.evaluation.tables import (
     calibration,
     expected_calibration_error,
@@ -87,8 +90,11 @@ def test_runs_are_found_by_name_or_path_and_seeds_are_one_variant(comparison):
 
 
 def test_runs_that_are_not_there_are_named(runs):
-    with pytest.raises(FileNotFoundError, match=r"no run nope in .*there: control-s0, control-s1"):
-        load_trials(["nope"], runs)
+    cell = runs / "sweep" / "kl-l1-s0"
+    cell.mkdir(parents=True)
+    (cell / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"no run kl-l1-s0 in .*there: sweep/kl-l1-s0, "):
+        load_trials(["kl-l1-s0"], runs)
     with pytest.raises(ValueError, match="no run is named"):
         load_trials([], runs)
     (runs / "ft-s0" / "last.safetensors").unlink()
@@ -196,7 +202,9 @@ def test_the_report_holds_everything_and_never_overwrites(comparison, written):
     }
     tables = {"table", "seeds", "images", "baselines", "misclassified", "calibration", "tests"}
     tables = {f"{name}.csv" for name in tables} | {"table.md", "tests.md"}
-    assert names == figures | tables | {"result.txt", "config", "gallery.html", "gallery"}
+    assert names == figures | tables | {
+        *("result.txt", "config", "gallery.html", "gallery", "samples")
+    }
     of_two = {"gallery.html", "gallery", "tests.csv", "tests.md"}  # one model has no other
     assert {path.name for path in second.iterdir()} == names - of_two
     assert len(list((first / "config").glob("*.json"))) == len(trials)
@@ -212,6 +220,91 @@ def test_the_report_holds_everything_and_never_overwrites(comparison, written):
         'minus "contr',
     ):
         assert words in text
+
+
+def test_the_text_has_top_1_to_5_and_the_true_class_of_every_model(written):
+    text, table = (written[0] / "result.txt").read_text(), pd.read_csv(written[0] / "table.csv")
+    images = pd.read_csv(written[0] / "images.csv").query("variant == 'control'")
+    lines = dict(re.findall(r"^(\S.*?)  +(.*)$", text, flags=re.MULTILINE))
+    for k in range(1, 6):
+        name = f"top-{k} accuracy" if k > 1 else "accuracy"
+        assert f"{images[f'top{k}'].mean():.3f} ± " in lines[name]
+    assert f"{images['p_true'].mean():.3f} ± " in lines["true class's probability, mean"]
+    for name in ("min", "max"):
+        found = images.groupby("seed")["p_true"].agg(name).mean()
+        words = f"true class's probability, {name}imum"
+        assert f"{found:.3f} ± " in lines[words]
+        assert lines[words].count(" ± ") == 4 < len(table)  # models; maps predict nothing
+
+
+def test_all_images_are_the_splits_together_and_each_by_itself(comparison, tmp_path):
+    _, trials, images = comparison
+    chosen = [t for t in trials if t.variant in ("control", "fine-tuned") and t.seed == 0]
+    evaluate(chosen, Evaluation(split="all", out=tmp_path, gallery=2, samples=1))
+    found = pd.read_csv(tmp_path / "images.csv")
+    assert found.groupby(["variant", "split"]).size().unstack().to_dict("list") == {
+        "train": [40, 40], "val": [16, 16], "test": [24, 24],
+    }  # fmt: skip
+    whole = pd.read_csv(tmp_path / "table.csv").set_index("model")
+    mine = found[found["variant"] == "control"]
+    for name in ("top1", "cc", "sauc", "p_true"):
+        assert whole.loc["control", name] == pytest.approx(mine[name].mean())
+    # A split's numbers are those of an evaluation of that split: whose gaze is "elsewhere", too.
+    apart = images.query("variant == 'control' and seed == 0").set_index("image_id")
+    test = mine[mine["split"] == "test"].set_index("image_id")
+    pd.testing.assert_series_equal(test["sauc"], apart["sauc"], check_dtype=False)
+    splits = pd.read_csv(tmp_path / "splits.csv").set_index(["split", "model"])
+    assert splits.loc[("test", "control"), "cc"] == pytest.approx(apart["cc"].mean())
+    mean_map = [splits.loc[(part, "mean map"), "cc"] for part in ("train", "val", "test")]
+    assert whole.loc["mean map", "cc"] == pytest.approx(np.average(mean_map, weights=[40, 16, 24]))
+    seeds = pd.read_csv(tmp_path / "seeds.csv")
+    assert dict(zip(seeds["split"], seeds["images"], strict=True)) == {
+        "all": 80, "train": 40, "val": 16, "test": 24,
+    }  # fmt: skip
+    text = (tmp_path / "result.txt").read_text()
+    assert "all, 80 images (40 train, 16 val, 24 test), 8 classes" in text
+    assert all(f"Of the {n} {part} images" in text for part, n in (("train", 40), ("test", 24)))
+    page = Page((tmp_path / "gallery.html").read_text()).text
+    assert "on 24 test images" in page
+
+
+def test_samples_are_seen_through_their_maps(comparison, written):
+    """Alpha is the value: a picture that somebody lays over the sample loses nothing."""
+    _, trials, _ = comparison
+    folder = written[0] / "samples"
+    dataset = trials[0].run.dataset("test")
+    model, chosen = trials[1].run.model(), evenly_spaced(dataset, 2)
+    ids = [str(dataset.records[position].image_id) for position in chosen]
+    assert {path.name for path in folder.iterdir()} == {*ids, *(f"{one}.png" for one in ids)}
+    name = f"{trials[1].variant}-s0"
+    assert (name, trials[1].seed) == ("control-s0", 0)
+    for one, position in zip(ids, chosen, strict=True):
+        assert len(list((folder / one).iterdir())) == 1 + 4 * (2 + model.num_heads)
+        whole = np.array(Image.open(folder / one / "picture.png"))
+        np.testing.assert_array_equal(whole, dataset.image(position))
+        assert np.array(Image.open(folder / f"{one}.png")).std() > 10
+        image = dataset[position]["image"][None]
+        with torch.no_grad():
+            row = model(image, rows="last")[1][model.depth - 1][0, :, model.num_prefix :]
+            rolled = rollout(model.attention_matrices(image))[0, 0, model.num_prefix :]
+        heads = torch.sigmoid(row)
+        wanted = {"mean": heads.mean(0), "rollout": rolled / rolled.max()}
+        wanted |= {f"head{k}": head for k, head in enumerate(heads, start=1)}
+        for kind, values in wanted.items():
+            found = np.array(Image.open(folder / one / f"{name}-{kind}.png"))
+            assert found.shape == (64, 64, 4)
+            cells = found[8::16, 8::16, 3] / 255  # middles of the patches
+            np.testing.assert_allclose(cells, values.reshape(model.grid), atol=0.51 / 255)
+
+
+def test_a_probability_that_is_not_among_the_first_five_is_told():
+    image, names = np.full((40, 60, 3), 200, np.uint8), [f"class ${k}" for k in range(9)]
+    models = {"a$b": (np.arange(9) / 36, {"rollout": np.ones((2, 3)), "mean": np.eye(2, 3)})}
+    sheet = figures.sample_sheet(image, 1, names, models)
+    told = [text.get_text() for text in sheet.axes[0].texts]
+    assert {"wrong", "true class 0.028", "mean, 0.00 to 1.00"} <= set(told)
+    assert sum("class" in words for words in told) == 5 + 2
+    figures.plt.close(sheet)
 
 
 def test_the_seeds_of_many_results_are_one_table(comparison, written):

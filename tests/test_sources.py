@@ -19,7 +19,7 @@ from scipy.io import savemat
 
 from lib.config import DataConfig, preset
 from lib.data import splits
-from lib.data.classes import shown_names
+from lib.data.classes import chosen_classes, shown_names
 from lib.data.corrections import Correction, save_correction
 from lib.data.cub import CUB2010, CUB2011, gaze_files
 from lib.data.dataset import make_dataset, read_records
@@ -31,6 +31,7 @@ from lib.data.sources import (
     list_by_folders,
     map_files,
 )
+from lib.data.unread import left_out
 from lib.edit import AttentionEdit
 from lib.files import is_hidden, maps_beside
 
@@ -372,6 +373,35 @@ def test_cub2010_sorted_into_folders(tmp_path):
     class_folders(tmp_path / "cub200" / "val", CUB_CLASSES, count=2)
     config = DataConfig(name="cub2010", root=tmp_path, maps="none", val_share=0.2)
     assert len(read_records(config, "train")[0]) == 8 and len(read_records(config, "test")[0]) == 4
+
+
+@pytest.mark.parametrize("home", ["CUB_200_2010", "cub200", ""])
+@pytest.mark.parametrize("apart", [False, True], ids=["of train", "apart"])
+def test_cub2010_with_bubbles_under_the_names_of_the_original(tmp_path, monkeypatch, home, apart):
+    """Its HITL pictures may be among those of train, or be others; those of val stay out."""
+    home = class_folders(tmp_path / home / "train", CUB_CLASSES).parent
+    class_folders(home / "val", CUB_CLASSES, count=2)
+    for path in sorted((home / "val").glob("*/*")):
+        path.rename(path.with_stem(f"v{path.stem}"))
+    for name in ("v0.jpg", "b0.jpg" if apart else "0.jpg"):
+        picture(home / "train_bubbles" / CUB_CLASSES[0] / name)
+        map_file = home / "bubbles_att" / CUB_CLASSES[0] / name
+        picture(map_file, seed=5).rename(map_file.with_suffix(".png"))
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    config = replace(preset("cub2010").data, image_size=(48, 64))
+    assert config.maps == "files" and config.maps_dir == home / "bubbles_att"
+    train, test = (
+        read_records(replace(config, val_share=0), part)[0] for part in ("train", "test")
+    )
+    mapped = [r.image.relative_to(home).as_posix() for r in train if r.human]
+    own = "train_bubbles" if apart else "train"
+    assert mapped == [f"{own}/{CUB_CLASSES[0]}/{'b' * apart}0.jpg"]
+    assert len(train) == 10 + apart and len(test) == 4 and sum(bool(r.human) for r in test) == 1
+    told = left_out(config, CUB2010.pictures(tmp_path))  # of a folder that is read in part
+    assert [one.path.name for one in told] == ["v0.jpg"] * apart
+    picture(home / "train_bubbles" / "other" / "0.jpg")
+    with pytest.raises(ValueError, match="other is a class that train does not have"):
+        CUB2010.pictures(tmp_path)
 
 
 def test_cub2010_that_is_not_there_names_both_layouts(tmp_path):
@@ -770,6 +800,31 @@ def test_a_damaged_list_is_one_sentence(cub, name, text, message):
     (cub.root / "CUB_200_2011" / f"{name}.txt").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_records(cub, "test")
+
+
+@pytest.mark.parametrize("names", [["021.A", "022.B", "040.C", "041.D"], ["A", "B", "C", "D"]])
+def test_classes_are_chosen_by_the_number_of_their_folder_or_by_place(names):
+    asked = ["22-22, 41", "21"] if "0" in names[0] else ["2,4", "1"]
+    assert [chosen_classes(names, words) for words in asked] == [[1, 3], [0]]
+    for words in ("", "3-1", "1-", "all", "-2", "1;2"):
+        with pytest.raises(ValueError, match="give numbers and ranges, such as 21-40"):
+            chosen_classes(names, words)
+    with pytest.raises(ValueError, match=r"there is no class 23; the data has 4 of the numbers"):
+        chosen_classes(names, "22-23" if "0" in names[0] else "23")
+
+
+def test_a_part_of_the_classes_is_the_same_pictures_with_labels_of_their_own(cub):
+    for part in ("train", "val", "test"):
+        everything, names = read_records(cub, part)
+        some, chosen = read_records(replace(cub, classes="4"), part)
+        assert chosen == names[1:]
+        of_it = [record for record in everything if record.label == 1]
+        assert [one.image for one in some] == [one.image for one in of_it]
+        assert {one.label for one in some} == {0}
+    with pytest.raises(ValueError, match="there is no class 2; the data has 2 of the numbers 1 to"):
+        read_records(replace(cub, classes="1-4"), "train")
+    with pytest.raises(ValueError, match="drawn birds come as a whole; set PRESET"):
+        read_records(DataConfig(classes="1-2"), "train")
 
 
 def test_maps_dir_goes_with_files_only():

@@ -25,6 +25,7 @@ PAGES = {
     "docs/training.md": "training",
     "docs/cluster.md": "cluster",
     "docs/evidence.md": "evidence",
+    "docs/original.md": "original",
     "docs/cub2011/README.md": "cub2011",
     "datasets/README.md": "datasets",
     "models/README.md": "models",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -52,7 +53,7 @@ def split(
 ) -> None:
     """Split the data set into train and test, class by class, and write it as JSON.
 
-    PRESET chooses the data set (cub2011 when unset). Set SPLIT to the file to train with it.
+    PRESET chooses the data set (cub2011 when unset). The last line says how to train with it.
 
     Args:
         N: share of each class that is for training; the rest is for testing.
@@ -83,6 +84,11 @@ def split(
     splits.write_split(made, out)
     parts = [f"{len(getattr(made, part))} {part}" for part in ("train", "val", "test")]
     print(f"{out}: {', '.join(parts)} images of {len(made.label_list)} classes")
+    chosen = {"SPLIT": str(resolved(out)), "PRESET": name}
+    if asked("DATA_DIR"):
+        chosen["DATA_DIR"] = str(config.root)
+    words = " ".join(f"{variable}={shlex.quote(value)}" for variable, value in chosen.items())
+    print(f"to train with it: {words} make demo")
 
 
 def fetch(

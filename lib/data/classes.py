@@ -25,6 +25,35 @@ def shown_names(folders: Sequence[str]) -> list[str]:
     return shown
 
 
+def chosen_classes(folders: Sequence[str], asked: str) -> list[int]:
+    """Labels of the classes that `asked` names, such as "21-40" or "1-20,35", in ascending order.
+
+    The number of a class is the one that its folder's name begins with, where all have one of their
+    own, as in CUB ("021.Eastern_Towhee", and so in its classes.txt); else its place, from 1.
+
+    Raises:
+        ValueError: neither numbers nor ranges, or a class that is not there.
+    """
+    found = [re.match(r"(\d+)\.", name) for name in folders]
+    numbers = [int(one[1]) for one in found if one]
+    if len({*numbers}) < len(folders):
+        numbers = list(range(1, len(folders) + 1))
+    wanted: set[int] = set()
+    for part in asked.replace(" ", "").split(","):
+        ends = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
+        if not ends or int(ends[2] or ends[1]) < int(ends[1]):
+            raise ValueError(
+                f"classes is {asked!r}; give numbers and ranges, such as 21-40 or 1-20,35"
+            )
+        wanted.update(range(int(ends[1]), int(ends[2] or ends[1]) + 1))
+    if missing := sorted(wanted - {*numbers}):
+        raise ValueError(
+            f"classes is {asked!r}, but there is no class {missing[0]}; the data has "
+            f"{len(folders)} of the numbers {min(numbers)} to {max(numbers)}"
+        )
+    return [label for label, number in enumerate(numbers) if number in wanted]
+
+
 def labels_among(known: Sequence[str], classes: Sequence[str]) -> list[int]:
     """For every label that counts in `classes` the one that counts in `known`, by name.
 

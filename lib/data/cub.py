@@ -27,10 +27,12 @@ from lib.data.sources import (
     as_listing,
     list_by_folders,
     part_folders,
+    pictures_in,
 )
 from lib.data.splits import Row, Split, SplitError, by_flag
-from lib.files import one_form, visible
+from lib.files import CUB2010_HOMES, one_form, visible
 
+BUBBLES = "train_bubbles"  # the original experiment's training pictures that have a map
 PART_LOCATIONS = Path("parts", "part_locs.txt")  # of CUB-200-2011, below its home
 RESTORE = "restore the file from the published archive"
 
@@ -72,15 +74,34 @@ def list_cub2011(root: Path) -> Listing:
 
 def list_cub2010(root: Path) -> Listing:
     """CUB-200 of 2010 (Welinder et al.): as published (images, lists), or sorted into folders."""
-    for home in (root / "CUB_200_2010", root / "cub200", root):
+    for home in (root / name for name in CUB2010_HOMES):
         if (home / "lists").is_dir():
             return _list_by_lists(home)
         if home.is_dir() and part_folders(home):
-            return list_by_folders(home)
+            return _with_bubbles(list_by_folders(home))
     raise FileNotFoundError(
         f"{root} holds neither lists/ and images/ nor train/ and val/ of CUB-200-2010; "
         f"{DATA_REMEDY}."
     )
+
+
+def _with_bubbles(listing: Listing) -> Listing:
+    """Training takes pictures of train_bubbles/<class>/ too that neither train nor val has."""
+    known = {one_form(row.path.partition("/")[2]) for row in listing.rows}
+    more = listing.home / BUBBLES
+    labels = {one_form(name): label for label, name in enumerate(listing.label_list)}
+    rows = []
+    for folder in visible(more) if more.is_dir() else ():
+        name, paths = one_form(folder.name), pictures_in(folder)
+        if paths and name not in labels:
+            raise ValueError(f"{folder} is a class that train does not have; move it away.")
+        for path in paths:
+            if f"{name}/{one_form(path.name)}" not in known:
+                rows.append(Row(path.relative_to(listing.home).as_posix(), labels[name], path.stem))
+    split = listing.published
+    split = split and replace(split, train=(*split.train, *rows))
+    rows = (*listing.rows, *rows)
+    return as_listing(listing.home, listing.images, rows, listing.label_list, split)
 
 
 def _list_by_lists(home: Path) -> Listing:
@@ -194,8 +215,16 @@ class IdTable(dict):
 # -------------------------------------------------------------------------------- boxes and parts
 
 
+BOXES = "bounding_boxes.txt"  # of CUB-200-2011, in its home
+
+
+def known_boxes(listing: Listing) -> Callable[[Row], Corners] | None:
+    """`box_corners`; None where the list is not there: they are measured on, if known."""
+    return box_corners(listing) if (listing.home / BOXES).is_file() else None
+
+
 def box_corners(listing: Listing) -> Callable[[Row], Corners]:
-    boxes = IdTable(listing.home / "bounding_boxes.txt", float, columns=4)
+    boxes = IdTable(listing.home / BOXES, float, columns=4)
 
     def corners(row: Row) -> Corners:
         x, y, w, h = boxes[listing.ids[row.path]]
@@ -413,7 +442,7 @@ CUB2011 = DataSet(
         "boxes": lambda _, listing: as_boxes(listing, box_corners(listing)),
         "parts": parts_as_looks,
     },
-    boxes=box_corners,
+    boxes=known_boxes,
     parts=visible_parts,
 )
 CUB2010 = DataSet(

@@ -80,6 +80,8 @@ class BirdDataset(Dataset):
     the image id when its size is not the one that the gaze was measured in.
     """
 
+    part: Part | None = None  # that it is of a data set on disk or drawn, if it is one
+
     def __init__(
         self,
         records: Sequence[Record],
@@ -293,6 +295,11 @@ def read_records(config: DataConfig, part: Part) -> tuple[list[Record], list[str
     remedy each. Broken and missing pictures are not noticed here: reading them is.
     """
     if config.name == "toy":
+        if config.classes:
+            raise ValueError(
+                f"classes is {config.classes}, but drawn birds come as a whole; set PRESET to "
+                "another, or unset CLASSES"
+            )
         return toy_records(config, part)
     if config.name not in DATA_SETS:
         known = ", ".join(("toy", *DATA_SETS))
@@ -328,7 +335,9 @@ def make_dataset(
         found = classes
     if split == "train" and config.name != "toy":
         _tell_left_out(config)
-    return BirdDataset(records, found, config, grid, mean, std, augment)
+    dataset = BirdDataset(records, found, config, grid, mean, std, augment)
+    dataset.part = split
+    return dataset
 
 
 def _is_new(root: Path, words: str) -> bool:
@@ -367,6 +376,11 @@ def subset(dataset: BirdDataset, images: Sequence[int] | None) -> Subset:
     if not chosen or len(set(chosen)) < len(chosen):
         raise ValueError(f"images names {len(chosen)}, {len(set(chosen))} apart; name each once")
     return Subset(dataset, chosen)
+
+
+def evenly_spaced(dataset: BirdDataset, count: int) -> list[int]:
+    """`count` images at even distances; all where there are no more."""
+    return np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int).tolist()
 
 
 def _pixels(record: Record) -> Tensor:

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from lib.config import DataConfig, file_md5
-from lib.data.classes import shown_names
+from lib.data.classes import chosen_classes, shown_names
 from lib.data.corrections import found_again, load_corrections
 from lib.data.maps import HumanSource, Painted, Recording
 from lib.data.pictures import DATA_REMEDY, picture_size
@@ -29,6 +29,7 @@ from lib.data.splits import (
     SplitError,
     per_class,
     read_split,
+    with_classes,
     with_validation,
 )
 from lib.files import is_hidden, maps_beside, one_form, visible
@@ -120,7 +121,7 @@ class DataSet:
     pictures: Callable[[Path], Listing]  # what the folder DATA_DIR holds of it
     maps: dict[str, MapsOf] = field(default_factory=dict)  # by the name of DataConfig.maps
     # For every row its box, and its Record.parts; None: the data set has none.
-    boxes: Callable[[Listing], Callable[[Row], Corners]] | None = None
+    boxes: Callable[[Listing], Callable[[Row], Corners] | None] | None = None
     parts: Callable[[Listing], Callable[[Row], np.ndarray | None]] | None = None
 
     def records(self, config: DataConfig, part: Part) -> tuple[list[Record], list[str]]:
@@ -172,7 +173,8 @@ class DataSet:
 
 
 def choose_split(config: DataConfig, listing: Listing) -> Split:
-    """The split file of the configuration, else the published split, else 8 : 2 by class.
+    """The split file of the configuration, else the published split, else 8 : 2 by class; of all
+    classes, or those of `config.classes`.
 
     Validation images are carved from train where the split has none: no checkpoint is ever chosen
     on test images. Of few images there may be none to carve.
@@ -186,6 +188,8 @@ def choose_split(config: DataConfig, listing: Listing) -> Split:
         raise ValueError(f"{path} changed since this configuration was made; start again with it.")
     else:
         split = _as_listed(read_split(path), listing, path)
+    if config.classes:
+        split = with_classes(split, chosen_classes(split.label_list, config.classes))
     return split if split.val else with_validation(split, config.val_share, config.seed)
 
 

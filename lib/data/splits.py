@@ -142,6 +142,23 @@ def with_validation(split: Split, share: float, seed: int) -> Split:
     return replace(split, train=train, val=val)
 
 
+def with_classes(split: Split, labels: Sequence[int]) -> Split:
+    """The same split with the classes at these places of label_list alone; labels count anew.
+
+    Raises SplitError where train or test has no image of them.
+    """
+    new = {label: place for place, label in enumerate(labels)}
+    parts = {
+        part: tuple(replace(r, label=new[r.label]) for r in getattr(split, part) if r.label in new)
+        for part in PARTS
+    }
+    names = tuple(split.label_list[label] for label in labels)
+    for part in ("train", "test"):
+        if not parts[part]:
+            raise SplitError(f"{part} has no image of {', '.join(names[:5])}; take others.")
+    return Split(label_list=names, **parts)
+
+
 def validation_in_words(count: int) -> str:
     """What an accuracy on so many validation images cannot say; "" where there are enough."""
     if count >= VALIDATING:

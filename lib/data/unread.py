@@ -11,11 +11,12 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from lib.config import DataConfig
 from lib.data.corrections import load_corrections
+from lib.data.cub import BUBBLES
 from lib.data.sources import (
     MAP_EXTENSIONS,
     PART_NAMES,
@@ -25,7 +26,7 @@ from lib.data.sources import (
     choose_split,
     map_files,
 )
-from lib.files import is_hidden, maps_beside
+from lib.files import bubbles_in, is_hidden, maps_beside
 
 # Why something is not read, and what to do about it.
 KIND, PACKED = "picture of a kind that is not read", "archive"
@@ -100,7 +101,7 @@ def left_out(config: DataConfig, listing: Listing | None = None) -> list[LeftOut
     rows = {row.path for row in listing.rows} if listing else set()
     named, mapped, ours = rows, None, ()
     with suppress(OSError, ValueError):  # a split that cannot be used is told elsewhere
-        split = listing and choose_split(config, listing)
+        split = listing and choose_split(replace(config, classes=None), listing)
         ours = (*split.train, *split.val, *split.test) if split else ()
         named = {row.path for row in ours} if config.split_file else rows
     with suppress(OSError, ValueError):  # and so are maps
@@ -109,6 +110,8 @@ def left_out(config: DataConfig, listing: Listing | None = None) -> list[LeftOut
             mapped |= {*map_files(config.maps_dir, listing.rows).values()}
     home = listing.images if listing else config.root
     kept = {config.maps_dir, config.cache, config.root / "decoded"}
+    if config.name == "cub2010":  # its pictures are those of train, where they are not listed
+        kept |= {home / BUBBLES, bubbles_in(config.root)}
     with suppress(OSError, ValueError):
         kept.add(maps_beside(home))
     found += _among_pictures(home, rows, named, kept, listing)

@@ -79,15 +79,17 @@ def edit_ladder(
     model.eval()
     start = max(model.depth - 2, 0)  # the first block of the rung "last two"
     found = []
-    batches = loader(subset(dataset, images), batch_size, model.device)
-    for batch in tqdm(batches, desc="edit ladder", leave=False):
+    chosen = subset(dataset, images)
+    bar = tqdm(total=len(chosen), desc="erasing", unit="image", leave=False)
+    for batch in loader(chosen, batch_size, model.device):
+        first_image = bar.n
         pictures = batch["image"].to(model.device, non_blocking=True)
         entering = {0: model.embed(pictures), start: model.tokens(pictures, start)}
         before, rows = model.forward_tokens(entering[start], start, rows="last", grid=dataset.grid)
         before = before.float().cpu()
         attention = metrics.patch_attention(rows[model.depth - 1], model.num_prefix).cpu()
         given = None if callable(masks) else {"given cells": masks[batch["index"]]}
-        cells = given or masks(batch, attention)
+        cells, passes = given or masks(batch, attention), 0
         for what, mask in cells.items():
             erased = {"patches": mask.sum(-1), "mass": (attention * mask).sum(-1)}
             some = mask.any(-1).nonzero()[:, 0]  # places in the batch, known without the GPU
@@ -102,6 +104,10 @@ def edit_ladder(
                     edited = model.forward_tokens(tokens, first, edit, grid=dataset.grid)
                     scores[some] = edited.float().cpu()
                 found.append(_outcomes(batch, scores, before, erased).assign(what=what, rung=rung))
+                passes += 1  # a batch has many, and takes long: an image is done with its share
+                part = len(pictures) * passes // (len(cells) * len(rungs))
+                bar.update(first_image + part - bar.n)
+    bar.close()
     table = pd.concat(found, ignore_index=True)
     return table[["index", "what", "rung", *table.columns.drop(["index", "what", "rung"])]]
 
@@ -319,8 +325,10 @@ def deletion_insertion(
     model.eval()
     counts = [round(step * patches / steps) for step in range(steps + 1)]
     found = []
-    batches = loader(subset(dataset, images), batch_size, model.device)
-    for batch in tqdm(batches, desc="deletion and insertion", leave=False):
+    chosen = subset(dataset, images)
+    bar = tqdm(total=len(chosen), desc="deletion and insertion", unit="image", leave=False)
+    for batch in loader(chosen, batch_size, model.device):
+        first_image = bar.n
         there = to_device(batch, model.device)
         pictures, labels = there["image"], there["label"]
         if not isinstance(order, str):
@@ -332,7 +340,7 @@ def deletion_insertion(
             values = metrics.patch_attention(rows[model.depth - 1], model.num_prefix).cpu()
         rank = _ranks(values, batch["index"], seed).to(model.device)
         blurred = blur(pictures, model.vit.patch_embed.patch_size)
-        for count in counts:
+        for step, count in enumerate(counts, start=1):
             first = patch_pixels(rank < count, dataset.grid, pictures.shape[-2:])
             deleted = pictures.masked_fill(first, 0)
             inserted = torch.where(first, pictures, blurred)
@@ -340,6 +348,8 @@ def deletion_insertion(
                 p_true = model(seen).float().softmax(-1).gather(1, labels[:, None])[:, 0].cpu()
                 part = pd.DataFrame({"index": batch["index"], "curve": curve, "p_true": p_true})
                 found.append(part.assign(fraction=count / patches))
+            bar.update(first_image + len(pictures) * step // len(counts) - bar.n)
+    bar.close()
     return pd.concat(found, ignore_index=True)
 
 

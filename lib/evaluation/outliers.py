@@ -62,8 +62,9 @@ def read_patch_tokens(
     """
     model.eval()
     found: dict[str, list[Tensor]] = {"index": [], "norms": [], "attention": [], "contrast": []}
-    batches = loader(subset(dataset, images), batch_size, model.device)
-    for batch in tqdm(batches, desc="tokens of every block", leave=False):
+    chosen = subset(dataset, images)
+    bar = tqdm(total=len(chosen), desc="tokens of every block", unit="image", leave=False)
+    for batch in loader(chosen, batch_size, model.device):
         pictures, norms, attention = batch["image"].to(model.device, non_blocking=True), [], []
         for tokens, row in model.block_by_block(pictures):
             norms.append(tokens[:, model.num_prefix :].float().norm(dim=-1))
@@ -73,6 +74,8 @@ def read_patch_tokens(
         found["norms"].append(torch.stack(norms, dim=1).cpu())
         found["attention"].append(torch.stack(attention, dim=1).cpu())
         found["contrast"].append(_contrast(pictures, dataset.grid).cpu())
+        bar.update(len(pictures))
+    bar.close()
     arrays = {name: torch.cat(parts).numpy() for name, parts in found.items()}
     has_box = np.isfinite(dataset.corners()[arrays["index"]]).all(axis=1)
     cover = dataset.cover()

@@ -218,10 +218,11 @@ def _aligned(
     return pd.concat(parts).groupby(places).mean().astype(float)
 
 
-def human_baselines(dataset: BirdDataset, by_image: pd.DataFrame | None = None) -> pd.DataFrame:
+def human_baselines(*datasets: BirdDataset, by_image: pd.DataFrame | None = None) -> pd.DataFrame:
     """What a model's metrics are to be held against: means of `baselines_by_image`.
 
     Args:
+        datasets: of several, the mean is over the images of all.
         by_image: that table, where the caller has it already.
 
     Returns:
@@ -230,25 +231,25 @@ def human_baselines(dataset: BirdDataset, by_image: pd.DataFrame | None = None) 
         map, NSS of maps without fixations. KL punishes the map of a single reader for its zeros,
         see `metrics.kl_divergence`.
     """
-    images = baselines_by_image(dataset) if by_image is None else by_image
+    images = pd.concat(map(baselines_by_image, datasets)) if by_image is None else by_image
     images = images.drop(columns="image_id")
     if images.empty:
         return images
     table = images.groupby("map").mean()
     if "one reader" in table.index:
-        table.loc[BASELINES[0], "cc"] = perfect_cc(dataset)
+        table.loc[BASELINES[0], "cc"] = perfect_cc(*datasets)
     return table.reindex([name for name in BASELINES if name in table.index]).reset_index()
 
 
-def perfect_cc(dataset: BirdDataset) -> float:
+def perfect_cc(*datasets: BirdDataset) -> float:
     """An estimate of the CC of a model that knew all that readers share, in [0, 1].
 
     sqrt(R r / (1 + (R - 1) r)), the reliability of a mean of R readers (Spearman and Brown, 1910),
     with r the mean correlation of two readers of an image. NaN where no image has two.
     """
     found = []
-    for i in range(len(dataset)):
-        maps = dataset.readers(i)[0]
+    for one, i in [(each, i) for each in datasets for i in range(len(each))]:
+        maps = one.readers(i)[0]
         if len(maps) > 1:
             each = metrics.cc(maps[:, None], maps)  # [R, R]
             pairs = each[~torch.eye(len(maps), dtype=torch.bool)]

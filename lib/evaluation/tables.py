@@ -22,6 +22,11 @@ COLUMNS: dict[str, str] = {
     "class_token": "class-token mass",
     "sigmoid": "mean sigmoid",
 }
+# Behind the two accuracies in what `in_words` shows of a result.
+TOP = {f"top{k}": f"top-{k} accuracy" for k in range(2, 6)}
+TOP["p_true"] = "true class's probability, mean"
+TOP["p_true_max"] = "true class's probability, maximum"
+TOP["p_true_min"] = "true class's probability, minimum"
 # What tells one training from another, but for its seed: the first columns of a sweep's table.
 SETTINGS = ("loss", "lam", "blocks", "heads", "offset", "maps", "annotated", "noise", "trainable")
 # A sweep's usual; what an ablation does not speak of is held at these.
@@ -39,36 +44,45 @@ BINS = 15  # of confidence, as Guo et al., "On Calibration of Modern Neural Netw
 
 
 def report_tables(
-    images: pd.DataFrame, dataset: BirdDataset, against: str
+    images: pd.DataFrame, datasets: Sequence[BirdDataset], against: str
 ) -> dict[str, pd.DataFrame]:
     """All tables that are made of the images of an evaluation, by name.
 
     Args:
         images: a row an image, variant and seed: `per_image` with these two columns.
-        dataset: what was measured. against: the variant that the others are held against.
+        datasets: what was measured; maps that no model made are of the other images of the same.
+        against: the variant that the others are held against.
 
     Returns:
-        table (`result_table`), seeds (`by_seed`), images, misclassified (of the images), baselines
-        (`human_baselines`), calibration, and of two variants or more tests (`paired_tests`).
+        those of `summary_tables`, images, misclassified (of the images), calibration, and of two
+        variants or more tests (`paired_tests`).
     """
     values, names = values_by_image(images)
-    seeds, spans = by_seed(images), intervals(values, names)
-    by_image = baselines_by_image(dataset)
-    baselines = human_baselines(dataset, by_image)
-    if len(baselines):
-        aligned = [name for name in ALIGNMENT if name in by_image]
-        spans = pd.concat([spans, intervals(by_image.rename(columns={"map": "variant"}), aligned)])
     tested = [n for n in (*COLUMNS, "p_true") if n in names and values[n].notna().any()]
     tests = paired_tests(values, against, tested)
-    tables = {
-        "table": result_table(seeds, spans, baselines),
-        "seeds": seeds,
+    tables = summary_tables(images, datasets) | {
         "images": images,
-        "baselines": baselines,
         "misclassified": images[~images["top1"].astype(bool)],
         "calibration": calibration(images),
     }
     return tables | {"tests": tests} if len(tests) else tables
+
+
+def summary_tables(
+    images: pd.DataFrame, datasets: Sequence[BirdDataset]
+) -> dict[str, pd.DataFrame]:
+    """table (`result_table`), seeds (`by_seed`) and baselines (`human_baselines`).
+
+    Arguments as of `report_tables`.
+    """
+    seeds, spans = by_seed(images), intervals(*values_by_image(images))
+    by_image = pd.concat(map(baselines_by_image, datasets))
+    baselines = human_baselines(*datasets, by_image=by_image)
+    if len(baselines):
+        aligned = [name for name in ALIGNMENT if name in by_image]
+        spans = pd.concat([spans, intervals(by_image.rename(columns={"map": "variant"}), aligned)])
+    table = result_table(seeds, spans, baselines)
+    return {"table": table, "seeds": seeds, "baselines": baselines}
 
 
 def values_by_image(images: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -188,7 +202,8 @@ def result_table(seeds: pd.DataFrame, spans: pd.DataFrame, baselines: pd.DataFra
 
 def in_words(table: pd.DataFrame) -> pd.DataFrame:
     """`result_table` for readers: "mean ± std [low, high]", a row a number, a column a model."""
-    words = COLUMNS | ALIGNMENT | {"ece": "calibration error"}
+    first = {name: COLUMNS[name] for name in ("top1", "conflicting")}
+    words = first | TOP | COLUMNS | ALIGNMENT | {"ece": "calibration error"}
     shown = {k: w for k, w in words.items() if k in table and table[k].notna().any()}
     ends = ("", "_std", "_low", "_high")
     columns = {

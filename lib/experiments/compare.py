@@ -6,6 +6,7 @@ held against, the control where there is one.
 
 from __future__ import annotations
 
+import difflib
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -115,11 +116,13 @@ def load_trials(names: Sequence[str | Trial], runs: Path, which: Which = "last")
             continue
         folder = next((path for path in (runs / name, Path(name)) if path.is_dir()), None)
         if folder is None:
-            there = sorted(file.parent.name for file in runs.glob("*/config.json"))
-            there = ", ".join(there[:8] + ["..."] * (len(there) > 8)) or "none"
+            found = [file for one in ("*", "sweep/*") for file in runs.glob(f"{one}/config.json")]
+            known = [file.parent.relative_to(runs).as_posix() for file in found]
+            close = difflib.get_close_matches(name, known, n=8, cutoff=0)
+            more = f", and {len(known) - 8} more" * (len(known) > 8)
             raise FileNotFoundError(
-                f"no run {name} in {runs} (there: {there}); train it, name another, or set PRESET "
-                "and RUNS_DIR"
+                f"no run {name} in {runs} (there: {', '.join(close) or 'none'}{more}); train it, "
+                "name another, or set PRESET and RUNS_DIR"
             )
         run = Run.load(folder, which)
         trials.append(Trial(re.sub(r"-s\d+$", "", run.name), run.config.train.seed, run))
@@ -215,6 +218,14 @@ def seeds_by_variant(trials: Sequence[Trial]) -> dict[str, set[int]]:
     found: dict[str, set[int]] = {}
     for trial in trials:
         found.setdefault(trial.variant, set()).add(trial.seed)
+    return found
+
+
+def first_trials(trials: Sequence[Trial]) -> dict[str, Trial]:
+    """Of every variant its first trial, in the order of the trials."""
+    found: dict[str, Trial] = {}
+    for trial in trials:
+        found.setdefault(trial.variant, trial)
     return found
 
 

@@ -12,7 +12,6 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import timm
 import torch
@@ -21,7 +20,8 @@ from tqdm.auto import tqdm
 from lib import config as cfg
 from lib import figures
 from lib.config import Evaluation, RunConfig
-from lib.data.dataset import BirdDataset, read_records
+from lib.data.dataset import BirdDataset, evenly_spaced, read_records
+from lib.data.splits import PARTS
 from lib.evaluation import erasing, outliers
 from lib.evaluation.per_image import per_image
 from lib.evaluation.tables import (
@@ -30,10 +30,23 @@ from lib.evaluation.tables import (
     in_words,
     markdown,
     report_tables,
+    summary_tables,
     tests_in_words,
 )
-from lib.experiments.compare import Trial, Which, load_trials, run_name, yardstick_variant
-from lib.experiments.gallery import attention_rows, changed_predictions, write_gallery
+from lib.experiments.compare import (
+    Trial,
+    Which,
+    first_trials,
+    load_trials,
+    run_name,
+    yardstick_variant,
+)
+from lib.experiments.gallery import (
+    attention_rows,
+    changed_predictions,
+    write_gallery,
+    write_samples,
+)
 from lib.files import make_folder, write_bytes, write_text
 from lib.model.predict import in_main_process
 from lib.model.vit import SigmoidViT
@@ -64,14 +77,20 @@ def evaluate(
         table.csv          a row a model, and a map that no model made; see `result_table`
         table.md           the same for readers, a column a model
         seeds.csv          a row a run, with what it was measured on, when, and by which versions
-        images.csv         a row a run and image; misclassified.csv of them
+        images.csv         a row a run and image, and which split that is of; misclassified.csv
+        splits.csv         of split "all": table.csv of each split; seeds.csv has each as well
         tests.csv, .md     `paired_tests` of lib.evaluation.statistics, of two models or more
         calibration.csv    `calibration`; baselines.csv the maps that no model made
         config/*.json      the configuration of every run
         *.png, *.pdf       comparison, p_true, history, calibration, attention, and where there are
                            human maps: accuracy_cc
         gallery.html       `lib.experiments.gallery.write_gallery`, of two models or more
+        samples/           `lib.experiments.gallery.write_samples`
         and the tables and figures of the questions that `options` ask, see `ask`.
+
+        Of split "all" every number is that of its split alone (a shuffled AUC and a mean map too),
+        and all together are the mean over the images. Gallery, samples, attention and questions
+        are of the test images.
 
     Raises:
         FileNotFoundError, ValueError: see `load_trials` and `yardstick_variant`.
@@ -90,35 +109,59 @@ def _evaluate(
     options = replace(options, against=yardstick_variant(trials, options.against))
     make_folder(options.out or cfg.ROOT / "result")
 
-    dataset = common_dataset(trials, options.split, options.against)
-    if not len(dataset):
+    parts = PARTS if options.split == "all" else (options.split,)
+    datasets = {part: common_dataset(trials, part, options.against) for part in parts}
+    datasets = {part: dataset for part, dataset in datasets.items() if len(dataset)}
+    if not datasets:
         raise ValueError(f"there are no {options.split} images to measure on; use another --split")
-    if options.split != "train":
-        tell_of_leaks(trials, dataset)
+    for part, dataset in datasets.items():
+        if part != "train":
+            tell_of_leaks(trials, dataset)
+    part, dataset = list(datasets.items())[-1]  # whose pictures are shown
     answers = ask(trials, dataset, options)
-    images = measure_runs(trials, dataset, below / "tokens", options.which)
-    tables = report_tables(images, dataset, options.against)
+    images = pd.concat(
+        measure_runs(trials, dataset, below / "tokens", options.which).assign(split=part)
+        for part, dataset in datasets.items()
+    )
+    tables = report_tables(images, list(datasets.values()), options.against)
+    by_split = {
+        part: summary_tables(images[images["split"] == part], [datasets[part]])
+        for part in (datasets if options.split == "all" else ())
+    }
 
     folder = options.out or _new_folder(cfg.ROOT / "result")
     make_folder(folder / "config")
+    counts = {part: len(dataset) for part, dataset in datasets.items()}
+    each = ", ".join(f"{count} {part}" for part, count in counts.items())
+    each = f" ({each})" if options.split == "all" else ""
     head = {
         "date": datetime.now().isoformat(timespec="seconds"),
         "command": command,
         "data": dataset.config.name,
-        "split": f"{options.split}, {len(dataset)} images, {len(dataset.classes)} classes",
+        "split": f"{options.split}, {sum(counts.values())} images{each}, "
+        f"{len(dataset.classes)} classes",
         "human maps": dataset.config.maps,
         "weights": options.which,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": timm.__version__,
     }
-    tables["seeds"] = tables["seeds"].assign(
-        run=[trial.run.name for trial in trials],
-        precision=[trial.run.config.train.mixed_precision for trial in trials],
-        **{name: head[name] for name in ("date", "data", "torch", "timm")},
-        **{"result": folder.name, "split": options.split, "which": options.which},
-        images=len(dataset),
+    drawn = _draw(trials, dataset, tables, options) | draw_answers(answers)
+    counts = {options.split: sum(counts.values())} | counts
+    seeds = {options.split: tables["seeds"]} | {k: v["seeds"] for k, v in by_split.items()}
+    tables["seeds"] = pd.concat(
+        seeds[split].assign(
+            run=[trial.run.name for trial in trials],
+            precision=[trial.run.config.train.mixed_precision for trial in trials],
+            **{name: head[name] for name in ("date", "data", "torch", "timm")},
+            **{"result": folder.name, "split": split, "which": options.which},
+            images=counts[split],
+        )
+        for split in seeds
     )
+    if by_split:
+        found = {split: told["table"] for split, told in by_split.items()}
+        tables["splits"] = pd.concat(found, names=["split"]).reset_index("split")
     for name, table in (tables | answers).items():
         write_text(folder / f"{name}.csv", table.to_csv(index=False))
     words = in_words(tables["table"])
@@ -128,13 +171,19 @@ def _evaluate(
     for trial in trials:
         file = folder / "config" / f"{run_name(trial.variant, trial.seed)}.json"
         write_text(file, cfg.to_json(trial.run.config))
-    _save_figures(folder, _draw(trials, dataset, tables, options) | draw_answers(answers))
+    _save_figures(folder, drawn)
     if options.gallery and "tests" in tables:
-        changes = changed_predictions(images, options.against)
-        write_gallery(folder, trials, dataset, changes, options)
+        changes = changed_predictions(images[images["split"] == part], options.against)
+        write_gallery(folder, trials, dataset, changes, replace(options, split=part))
+    if options.samples:
+        write_samples(folder / "samples", trials, dataset, options)
     parts = [
         "\n".join(f"{name + ':':<12}{value}" for name, value in head.items() if value),
         *_in_words(tables, options.against),
+        *(
+            f"Of the {counts[split]} {split} images\n\n{in_words(told['table']).to_string()}"
+            for split, told in by_split.items()
+        ),
         *answers_in_words(answers),
     ]
     write_text(folder / "result.txt", "\n\n".join(parts) + "\n")
@@ -221,11 +270,6 @@ def measure(
 
 
 # -------------------------------------------------------------------------- the slow questions
-
-
-def evenly_spaced(dataset: BirdDataset, count: int) -> list[int]:
-    """`count` images at even distances; all where there are no more."""
-    return np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int).tolist()
 
 
 def ask(
@@ -328,9 +372,7 @@ def _draw(
     options: Evaluation,
 ) -> dict[str, figures.Figure]:
     images, seeds, split = tables["images"], tables["seeds"], options.split
-    runs: dict = {}  # of every variant its first run
-    for trial in trials:
-        runs.setdefault(trial.variant, trial.run)
+    runs = {name: trial.run for name, trial in first_trials(trials).items()}
     pooled = calibration(images.assign(seed="all"))  # a line a model, not a line a run
     errors = seeds.groupby("variant", sort=False)["ece"].mean().to_dict()
     shown = range(min(5, len(dataset)))

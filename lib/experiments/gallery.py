@@ -1,5 +1,7 @@
 """The gallery page: pictures whose prediction another training fixed or broke, as plain HTML.
 
+And sample pictures with all that a model's attention shows of them.
+
 Which pictures are shown is decided by a rule that the page states, and it says how many there are
 in all: a few chosen by hand would show whatever one likes.
 """
@@ -19,9 +21,10 @@ from tqdm.auto import tqdm
 
 from lib import figures
 from lib.config import Evaluation
-from lib.data.dataset import BirdDataset, subset
+from lib.data.dataset import BirdDataset, evenly_spaced, subset
+from lib.edit import rollout
 from lib.evaluation import metrics
-from lib.experiments.compare import Trial, Which, seeds_by_variant
+from lib.experiments.compare import Trial, Which, first_trials, run_name, seeds_by_variant
 from lib.files import make_folder, write_bytes, write_text
 from lib.model.predict import predict
 from lib.model.vit import SigmoidViT
@@ -167,6 +170,50 @@ def write_gallery(
     return folder / "gallery.html"
 
 
+def write_samples(
+    folder: Path, trials: Sequence[Trial], dataset: BirdDataset, options: Evaluation
+) -> None:
+    """What each model, by its first run, makes of `options.samples` pictures of a data set.
+
+    They are spread evenly. In `folder`, of every image:
+    <image id>.png            the picture, and a row a model: its five most probable classes,
+                              attention rollout, and the class row's sigmoid attention in the last
+                              block, mean and head by head
+    <image id>/picture.png    as the model sees it; and, to be laid over it, see `transparent`:
+    <image id>/<run>-mean.png, -head<k>.png (k from 1): alpha is the sigmoid attention
+    <image id>/<run>-rollout.png: alpha is the rollout of the patches over its maximum
+    """
+    chosen = evenly_spaced(dataset, options.samples)
+    rows: dict[int, dict] = {position: {} for position in chosen}
+    for trial in tqdm(first_trials(trials).values(), desc="samples", leave=False):
+        model = trial.run.model(options.which)
+        batches = predict(model, subset(dataset, chosen), batch_size=1)  # N x N once a block
+        for position, (batch, scores, found) in zip(chosen, batches, strict=True):
+            with torch.no_grad():
+                rolled = rollout(model.attention_matrices(batch["image"]))[0, 0]
+            row = found[model.depth - 1][0, :, model.num_prefix :]
+            heads = torch.sigmoid(row.float()).cpu().reshape(-1, *dataset.grid).numpy()
+            maps = {"rollout": rolled[model.num_prefix :].cpu().reshape(dataset.grid).numpy()}
+            maps |= {"mean": heads.mean(0)}
+            maps |= {f"head{k}": head for k, head in enumerate(heads, start=1)}
+            rows[position][trial.variant] = (scores[0].softmax(-1).cpu().numpy(), maps)
+            below = folder / str(dataset.records[position].image_id)
+            make_folder(below)
+            name = run_name(trial.variant, trial.seed)
+            for kind, values in maps.items():
+                values = values / values.max() if kind == "rollout" else values
+                size = dataset.config.image_size
+                _write_png(below / f"{name}-{kind}.png", figures.transparent(values, size))
+    for position, models in rows.items():
+        record, image = dataset.records[position], dataset.image(position)
+        _write_png(folder / str(record.image_id) / "picture.png", image)
+        sheet = figures.sample_sheet(image, record.label, dataset.classes, models)
+        content = io.BytesIO()
+        sheet.savefig(content, format="png", dpi=100)
+        write_bytes(folder / f"{record.image_id}.png", content.getvalue())
+        figures.plt.close(sheet)
+
+
 def _sections(
     trials: Sequence[Trial], changes: pd.DataFrame, cards: pd.DataFrame, against: str
 ) -> list[dict[str, object]]:
@@ -184,6 +231,10 @@ def _sections(
 
 
 def _save_picture(path: Path, image: np.ndarray, grid_map: np.ndarray | None = None) -> None:
+    _write_png(path, figures.picture(image, grid_map))
+
+
+def _write_png(path: Path, pixels: np.ndarray) -> None:
     content = io.BytesIO()
-    Image.fromarray(figures.picture(image, grid_map)).save(content, format="png", compress_level=4)
+    Image.fromarray(pixels).save(content, format="png", compress_level=4)
     write_bytes(path, content.getvalue())

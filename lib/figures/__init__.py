@@ -11,6 +11,8 @@ from lib.figures.overlays import (
     picture,
     rows_of_maps,
     rows_of_tokens,
+    sample_sheet,
+    transparent,
 )
 from lib.figures.results import (
     accuracy_and_alignment,

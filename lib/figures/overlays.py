@@ -14,7 +14,12 @@ from lib.figures.fonts import label
 # Colours that readers with any colour vision can tell apart (Okabe and Ito, 2008).
 PALETTE = ["#0072B2", "#999999", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]
 MAP_COLOURS = "viridis"
-IMAGES_OF = {"train": "training images", "val": "validation images", "test": "test images"}
+IMAGES_OF = {
+    "train": "training images",
+    "val": "validation images",
+    "test": "test images",
+    "all": "training, validation and test images",
+}
 
 
 def axes_grid(
@@ -126,6 +131,73 @@ def maps_in_a_row(
         overlay(axis, image, map_)
         axis.set_title(label(name), fontsize=9)
     figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def transparent(grid_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A map to be laid over a picture of `size` (height, width): uint8 `[H, W, 4]`.
+
+    Args:
+        grid_map: `[gh, gw]` in [0, 1]: how opaque a patch is, and its colour. Alpha is the value.
+    """
+    colours = plt.get_cmap(MAP_COLOURS)(grid_map)
+    colours[..., 3] = grid_map
+    cells = Image.fromarray(np.uint8(np.rint(255 * colours)), "RGBA")
+    return np.asarray(cells.resize(size[::-1], Image.Resampling.NEAREST))
+
+
+def sample_sheet(
+    image: np.ndarray,
+    true: int,
+    classes: Sequence[str],
+    models: Mapping[str, tuple[np.ndarray, Mapping[str, np.ndarray]]],
+) -> Figure:
+    """One picture, a row a model: its most probable classes, and its maps.
+
+    Args:
+        image: uint8 `[H, W, 3]`. true: its label among `classes`.
+        models: of each the probabilities `[classes]`, and maps `[gh, gw]` in [0, 1] by name, the
+            same names for all; each is drawn from its least to its most, as sigmoids may all be
+            near 1.
+    """
+    side, gap, wide = 150, 24, 220  # pixels: of a picture, above a picture, of the probabilities
+    names = [*next(iter(models.values()))[1]]
+    size = (wide + (1 + len(names)) * (side + 6) + 24, 30 + len(models) * (side + gap))
+    # One axis in pixels: a grid of axes takes ten times as long to draw.
+    figure = plt.figure(figsize=(size[0] / 100, size[1] / 100), dpi=100)
+    axis = figure.add_axes((0, 0, 1, 1), xlim=(0, size[0]), ylim=(size[1], 0))
+    axis.set_axis_off()
+    first = 24 + side + 6 + wide  # where the maps begin
+    for row, (model, (probabilities, maps)) in enumerate(models.items()):
+        y = 30 + row * (side + gap) + gap
+        shown = {24: picture(image, pixels=side)}
+        top = np.argsort(-probabilities, kind="stable")[:5]
+        told = {24 + side / 2: "right" if top[0] == true else "wrong"}
+        if true not in top:
+            told[first - wide / 2] = f"true class {probabilities[true]:.3f}"
+        for column, (name, values) in enumerate(maps.items()):
+            x = first + column * (side + 6)
+            shown[x] = picture(image, values - values.min(), side)
+            told[x + side / 2] = (
+                name if name == "rollout" else f"{name}, {values.min():.2f} to {values.max():.2f}"
+            )
+        for x, pixels in shown.items():
+            high = pixels.shape[0] * min(1, side / pixels.shape[0])
+            axis.imshow(pixels, extent=(x, x + side, y + high, y), interpolation="bilinear")
+        for x, words in told.items():
+            axis.text(x, y - 4, words, fontsize=8, ha="center")
+        axis.text(12, y + side / 2, label(model), fontsize=8, rotation=90, ha="center", va="center")
+        for place, k in enumerate(top):
+            middle, right = y + (place + 0.5) * side / 5, k == true
+            length = probabilities[k] * (wide - 12)
+            axis.barh(
+                middle, length, 24, left=first - wide, color=PALETTE[0 if right else 1], alpha=0.4
+            )
+            words = f"{probabilities[k]:.3f} {label(classes[k])}{' (true)' if right else ''}"
+            axis.text(first - wide + 3, middle, words, fontsize=7, va="center")
+    axis.set(xlim=(0, size[0]), ylim=(size[1], 0), aspect="auto")
+    what = "rollout of all blocks, and the class row's sigmoid attention in the last block"
+    axis.text(6, 20, f"{label(classes[true], 60)}: probabilities, {what}", fontsize=10)
     return figure
 
 

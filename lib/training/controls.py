@@ -59,7 +59,10 @@ def supervised(dataset: BirdDataset, human: HumanConfig, seed: int) -> BirdDatas
     elif human.maps == "box":
         boxes = dataset.cover(grid=tuple(maps.shape[1:]))
         if boxes is None:
-            raise ValueError('maps is "box", but this data set has no bounding boxes; use another')
+            raise ValueError(
+                'maps is "box", but this data set has no bounding boxes (of CUB-200-2011: '
+                "bounding_boxes.txt); use another"
+            )
         valid = torch.tensor(dataset.has_map)[:, None, None].expand(maps.shape).clone()
         maps = torch.where(valid, boxes.view(maps.shape), 0.0)
     if human.noise == "shifted":

@@ -115,10 +115,17 @@ class CachedTokens(Dataset):
             return
         device = next(self.model.parameters()).device
         parts = iter(loader(Subset(self.dataset, missing), TRUNK_BATCH, device, workers))
+        of = " ".join(filter(None, (self.dataset.config.name, self.dataset.part)))
+        bar = tqdm(
+            total=len(missing),
+            desc=f"frozen trunk, {of}",
+            unit="image",
+            leave=False,
+            delay=1.0,
+            disable=tick is not None,
+        )
         waiting: list[tuple[Tensor, Tensor]] = []
-        left = range(len(missing), 0, -TRUNK_BATCH)
-        hidden = tick is not None
-        for count in tqdm(left, "frozen trunk", delay=1.0, leave=False, disable=hidden):
+        for count in range(len(missing), 0, -TRUNK_BATCH):
             if tick is not None:
                 tick(count)
             part = to_device(next(parts), device)
@@ -127,6 +134,8 @@ class CachedTokens(Dataset):
             if len(waiting) == FETCHED or count <= TRUNK_BATCH:
                 self._store(*map(torch.cat, zip(*waiting, strict=True)))
                 waiting.clear()
+            bar.update(len(part["index"]))
+        bar.close()
 
     def _store(self, indices: Tensor, tokens: Tensor) -> None:
         if self.tokens is None:  # memory that nothing was written to yet takes no room
@@ -194,7 +203,7 @@ def _digest(
     model: SigmoidViT, dataset: BirdDataset, config: RunConfig, blocks: int, asked: str
 ) -> str:
     """Of all that decides the tokens that enter the last `blocks` blocks."""
-    left_out = cfg.PLACES + cfg.MAPS_AND_CROPS
+    left_out = (*cfg.PLACES, *cfg.MAPS_AND_CROPS, "data.classes")  # the table has those
     told = {k: v for k, v in cfg.flat(config).items() if k.startswith(("data.", "model."))}
     told = {k: v for k, v in told.items() if k not in left_out}
     table = dataset.table.drop(columns=["has_map", "path"]).to_csv()

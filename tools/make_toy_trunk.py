@@ -91,7 +91,7 @@ def pretrain(
                 chosen = chosen.to(model.device)
                 x = pixels[chosen]
                 x = torch.where(flips, x.flip(-1), x)
-                tokens = model.vit.forward_features(x)
+                tokens = features(model.vit, x)
                 scores = model.vit.forward_head(tokens)
                 loss = naming_loss(scores, targets[chosen], sizes)
                 at = patches[chosen]
@@ -110,6 +110,17 @@ def pretrain(
     trunk = {k: v.half() for k, v in model.vit.state_dict().items() if not k.startswith("head.")}
     write_state(trunk, path)
     return naming_accuracy(model, fresh, sizes)
+
+
+def features(vit, images):
+    """Tokens after the final norm, `[B, N, dim]`; the class token is another image's until the last
+    block, so that all it knows of its own is what that block reads.
+    """
+    tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
+    for block in vit.blocks[:-1]:
+        tokens = block(tokens)
+    tokens = torch.cat([tokens[:, :1].roll(1, dims=0), tokens[:, 1:]], dim=1)
+    return vit.norm(vit.blocks[-1](tokens))
 
 
 def naming_loss(scores: Tensor, targets: Tensor, sizes: list[int]) -> Tensor:

@@ -319,9 +319,7 @@ def sample_scene(
     return replace(scene, decoy_centre=_sample_anywhere(rng, scene))
 
 
-def _pose(
-    rng: np.random.Generator, attributes: tuple[int, ...], label: int, decoy: int
-) -> Scene:
+def _pose(rng: np.random.Generator, attributes: tuple[int, ...], label: int, decoy: int) -> Scene:
     return Scene(
         label=label,
         attributes=attributes,

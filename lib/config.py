@@ -65,6 +65,7 @@ class DataConfig:
     toy_val: int = 200  # toy: number of validation images, decoy as in training
     toy_test: int = 400  # toy: number of test images, decoy uninformative
     agreement: float = 0.95  # toy: share of training images whose decoy agrees with the label
+    toy_level: Literal["border", "anywhere", "flock"] = "border"  # toy: where birds and decoys are
     seed: int = 0  # seed of the drawn data and of the validation split
 
     def __post_init__(self) -> None:
@@ -340,7 +341,7 @@ def _toy() -> Config:
     """Drawn birds, a small ViT whose trunk is part of this package: minutes on a CPU."""
     return Config(
         preset="toy",
-        data=DataConfig(**_maps_from_environment("toy", ROOT / "datasets")),
+        data=DataConfig(toy_level="anywhere", **_maps_from_environment("toy", ROOT / "datasets")),
         model=ModelConfig(
             name="vit_tiny_patch16_224",
             weights=Path(__file__).resolve().parent / "model" / "toybirds_vit.safetensors",

@@ -215,6 +215,43 @@ def test_decoy_visits_all_sides(birds: ToyBirds) -> None:
     assert min(side.mean() for side in near) > 0.15
 
 
+@pytest.mark.parametrize("level", ["anywhere", "flock"])
+def test_harder_levels_are_what_they_say(level: str) -> None:
+    """Birds of any size and decoys anywhere, on no mark, to be seen, and looked at by nobody."""
+    birds, easy = (make("train", 160, seed=5, level=name) for name in (level, "border"))
+    for boxes in (birds.boxes, birds.decoy_boxes):
+        assert (boxes[:, :2] > 0).all() and (boxes[:, 2:] < 64).all()
+    assert [s.label for s in birds.scenes] == birds.labels.tolist() == easy.labels.tolist()
+    lengths = np.array([scene.scale for scene in birds.scenes])
+    assert lengths.min() < 0.3 and lengths.max() > 0.38 > lengths.max() - 0.1
+    middles = [(b[:, :2] + b[:, 2:]) / 2 for b in (birds.boxes, easy.boxes, birds.decoy_boxes)]
+    assert (middles[0].std(axis=0) > 1.5 * middles[1].std(axis=0)).all()
+    to_border = np.minimum(middles[2], 64 - middles[2]).min(axis=1)
+    assert (to_border > 12).mean() > 0.4
+    meets = (birds.boxes[:, :2] < birds.decoy_boxes[:, 2:]) & (
+        birds.decoy_boxes[:, :2] < birds.boxes[:, 2:]
+    )
+    assert 0.1 < meets.all(axis=1).mean() < 0.6
+    assert 0.3 < np.mean([scene.decoy_behind for scene in birds.scenes]) < 0.7
+    looked, at_decoy, at_other, others = 0, 0, 0, 0
+    colours = np.array(list(DECOY_COLOURS.values()))
+    for i, scene in enumerate(birds.scenes):
+        x0, y0, x1, y1 = box = birds.decoy_boxes[i]
+        assert not ((birds.parts[i] > box[:2]) & (birds.parts[i] < box[2:])).all(axis=1).any()
+        patch = birds.images[i, int(y0) : int(y1) + 1, int(x0) : int(x1) + 1].astype(int)
+        assert (np.abs(patch - colours[birds.decoys[i]]).max(axis=2) <= 1).sum() >= 16, i
+        looks = np.concatenate(birds.gaze[i])[:, :2]
+        looked += len(looks)
+        at_decoy += ((looks > box[:2]) & (looks < box[2:])).all(axis=1).sum()
+        if scene.other is not None:
+            others += 1
+            theirs = 64 * np.array(scene.other.box)
+            assert scene.other.scale == pytest.approx(0.7 * scene.scale)
+            at_other += ((looks > theirs[:2]) & (looks < theirs[2:])).all(axis=1).sum()
+    assert at_decoy / looked < 0.02 and at_other / looked < 0.01
+    assert others / len(birds) > 0.5 if level == "flock" else others == 0
+
+
 # ------------------------------------------------------------------------------ pixels
 
 
@@ -333,6 +370,7 @@ def test_gaze_scales_with_the_image(birds: ToyBirds) -> None:
         ({"agreement": float("nan")}, "agreement is nan"),
         ({"seed": -1}, "seed is -1"),
         ({"size": 8}, "size is 8.*16"),
+        ({"level": "sky"}, "level is 'sky'; choose one of border, anywhere, flock"),
     ],
 )
 def test_bad_requests_name_the_value_and_the_remedy(change: dict, words: str) -> None:

@@ -18,7 +18,7 @@ from lib.data.maps import Box, Recording
 from lib.data.sources import Record, painted_maps
 from lib.data.splits import Part
 from lib.data.toy.draw import draw
-from lib.data.toy.scene import ATTRIBUTES, DECOY_COLOURS, SPECIES, Scene, sample_scene
+from lib.data.toy.scene import ATTRIBUTES, DECOY_COLOURS, LEVELS, SPECIES, Scene, sample_scene
 
 TOY_SPLITS = ("train", "val", "test", "pretrain")
 
@@ -78,20 +78,29 @@ class ToyBirds:
         return len(self.labels)
 
 
-def make(split: str, n: int, seed: int = 0, size: int = 64, agreement: float = 0.95) -> ToyBirds:
+def make(
+    split: str,
+    n: int,
+    seed: int = 0,
+    size: int = 64,
+    agreement: float = 0.95,
+    level: str = "border",
+) -> ToyBirds:
     """Draw `n` birds of a split; the same arguments always give the same birds.
 
     "train" and "val": the decoy's colour agrees with the label with probability `agreement`,
     otherwise it is one of the seven others. "test": the colour is uniform and tells nothing.
     "pretrain": marks are uniform and independent, the colour too, and the label is -1 unless the
     marks happen to be those of a species. Labels are balanced to within one, in random order; the
-    first images of a longer split are those of a shorter one.
+    first images of a longer split are those of a shorter one. Levels: `lib.data.toy.scene`.
 
-    Raises ValueError for an unknown split, n below 1, a negative seed, a size below 16 or an
-    agreement outside [0, 1].
+    Raises ValueError for an unknown split or level, n below 1, a negative seed, a size below 16 or
+    an agreement outside [0, 1].
     """
     if split not in TOY_SPLITS:
         raise ValueError(f"split is {split!r}; choose one of {', '.join(TOY_SPLITS)}.")
+    if level not in LEVELS:
+        raise ValueError(f"level is {level!r}; choose one of {', '.join(LEVELS)}.")
     if n < 1:
         raise ValueError(f"n is {n}; ask for at least one image.")
     if seed < 0:
@@ -101,7 +110,7 @@ def make(split: str, n: int, seed: int = 0, size: int = 64, agreement: float = 0
     scenes, gaze, images = [], [], []
     for i in range(n):
         rng = _generator(seed, split, 1, i)
-        scenes.append(sample_scene(rng, *_choose(rng, split, seed, i, agreement)))
+        scenes.append(sample_scene(rng, *_choose(rng, split, seed, i, agreement), level))
         images.append(np.asarray(draw(scenes[-1], size)))
         gaze.append(simulate_gaze(scenes[-1], rng, size=size))
 
@@ -162,7 +171,7 @@ def toy_records(config: DataConfig, part: Part) -> tuple[list[Record], list[str]
             "give both sides the same length."
         )
     count = getattr(config, f"toy_{part}")
-    birds = _drawn(part, count, config.seed, height, config.agreement)
+    birds = _drawn(part, count, config.seed, height, config.agreement, config.toy_level)
     painted = painted_maps(config.maps_dir) if config.maps == "corrections" else {}
     records = []
     for i, image_id in enumerate(range(TOY_FIRST_ID[part], TOY_FIRST_ID[part] + count)):

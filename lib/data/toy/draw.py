@@ -294,8 +294,14 @@ def draw(scene: Scene, size: int = 64) -> Image.Image:
 
     canvas = _Canvas(image, scene.light)
     near(canvas, noise)
+    if scene.other is not None:
+        _perch(canvas, scene.other, perch)
+        _draw_bird(canvas, scene.other)
     _perch(canvas, scene, perch)
-    _draw_bird(canvas, scene)
+    steps = [(_draw_bird, canvas)]
     if scene.decoy >= 0:
-        _draw_decoy(_Canvas(image, (100, 100, 100)), scene)  # a tag on the photo: its own light
+        # a tag on the photo: its own light
+        steps.insert(0 if scene.decoy_behind else 1, (_draw_decoy, _Canvas(image, (100, 100, 100))))
+    for step, where in steps:
+        step(where, scene)
     return image.reduce(SUPERSAMPLE)

@@ -49,9 +49,14 @@ DECOY_COLOURS: dict[str, Colour] = {
 }
 HABITATS = ("meadow", "reeds", "snow", "sunset", "forest", "pond")
 
+# Where birds and decoys are, from easy to hard: see `sample_scene`.
+LEVELS = ("border", "anywhere", "flock")
+
 MARGIN = 0.035  # the bird keeps this far from the image border
 DECOY_SIDE = 0.148  # 9.5 pixels of 64, outline included
-DECOY_GAP = 0.03  # the decoy keeps this far from the bird's outline
+DECOY_GAP = 0.03  # the decoy keeps this far from the bird's outline, or from its marks
+SCALES = {"border": (0.45, 0.53), "anywhere": (0.26, 0.44), "flock": (0.26, 0.4)}  # body lengths
+OTHER = 0.7  # length of the second bird, which is further away, as a share of the first's
 
 # Upper side of the bird. All of middle darkness, so that white bars and red caps stand out on each.
 PLUMAGE: tuple[Colour, ...] = (
@@ -199,6 +204,8 @@ class Scene:
     light: Colour  # per cent of red, green, blue
     decoy_centre: tuple[float, float]  # kept even without a decoy
     noise: tuple[float, ...]  # uniform numbers in [0, 1) that the habitat is painted with
+    decoy_behind: bool = False  # the bird is in front of the decoy, where they meet
+    other: Scene | None = None  # a second bird, further away, at which nobody looks
 
     @property
     def _local(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -277,9 +284,17 @@ def _legs(turn: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def sample_scene(
-    rng: np.random.Generator, attributes: tuple[int, ...], label: int, decoy: int
+    rng: np.random.Generator,
+    attributes: tuple[int, ...],
+    label: int,
+    decoy: int,
+    level: str = "border",
 ) -> Scene:
     """Draw pose, plumage, habitat, light and positions at random for a bird with given marks.
+
+    Levels: "border", the bird fills the picture and the decoy keeps to the border; "anywhere", the
+    bird is smaller and both are anywhere, the decoy also partly on the bird or behind it, but off
+    its marks; "flock", and a smaller bird of any marks is further away.
 
     `attributes` holds one value index for each entry of ATTRIBUTES, `label` is in [-1, 8) and
     `decoy` in [-1, 8), -1 for none. Raises ValueError for anything else.
@@ -295,7 +310,17 @@ def sample_scene(
         raise ValueError(f"label is {label}; give -1 (no species) to {len(SPECIES) - 1}.")
     if not -1 <= decoy < len(DECOY_COLOURS):
         raise ValueError(f"decoy is {decoy}; give -1 (no decoy) to {len(DECOY_COLOURS) - 1}.")
-    scene = Scene(
+    scene = _placed(rng, _pose(rng, attributes, label, decoy), SCALES[level])
+    if level == "border":
+        return replace(scene, decoy_centre=_sample_border(rng, scene))
+    if level == "flock":
+        scene = _with_other(rng, scene)
+    scene = replace(scene, decoy_behind=bool(rng.random() < 0.5))
+    return replace(scene, decoy_centre=_sample_anywhere(rng, scene))
+
+
+def _pose(rng: np.random.Generator, attributes: tuple[int, ...], label: int, decoy: int) -> Scene:
+    return Scene(
         label=label,
         attributes=attributes,
         decoy=decoy,
@@ -313,14 +338,31 @@ def sample_scene(
         decoy_centre=(0.0, 0.0),
         noise=tuple(rng.random(96).tolist()),
     )
+
+
+def _placed(rng: np.random.Generator, scene: Scene, scales: tuple[float, float]) -> Scene:
+    """The bird at a size of a range, anywhere inside the picture."""
     x0, y0, x1, y1 = scene.box  # in body lengths, because the scale is still 1
-    scale = min(rng.uniform(0.45, 0.53), (1 - 2 * MARGIN) / max(x1 - x0, y1 - y0))
+    scale = min(rng.uniform(*scales), (1 - 2 * MARGIN) / max(x1 - x0, y1 - y0))
     centre = (
         _place(rng, scale * x0 - MARGIN, scale * x1 + MARGIN),
         _place(rng, scale * y0 - MARGIN, scale * y1 + MARGIN),
     )
-    scene = replace(scene, scale=float(scale), centre=centre)
-    return replace(scene, decoy_centre=_sample_border(rng, scene))
+    return replace(scene, scale=float(scale), centre=centre)
+
+
+def _with_other(rng: np.random.Generator, scene: Scene) -> Scene:
+    """A second bird of any marks, clear of the first one's; none where there is no room."""
+    marks = tuple(int(rng.integers(len(values))) for values in ATTRIBUTES.values())
+    size = OTHER * scene.scale
+    other = _pose(rng, marks, -1, -1)
+    for _ in range(20):
+        other = _placed(rng, replace(other, scale=1.0, centre=(0.0, 0.0)), (size, size))
+        ours, theirs = np.array(scene.box), np.array(other.box)
+        meet = np.minimum(ours[2:], theirs[2:]) - np.maximum(ours[:2], theirs[:2])
+        if (meet < 0).any():
+            return replace(scene, other=replace(other, habitat=scene.habitat, light=scene.light))
+    return scene
 
 
 def _place(rng: np.random.Generator, low: float, high: float) -> float:
@@ -350,3 +392,35 @@ def _sample_border(rng: np.random.Generator, scene: Scene) -> tuple[float, float
     clear = np.flatnonzero(distance > DECOY_SIDE / 2 + DECOY_GAP)
     choice = rng.choice(clear) if len(clear) else distance.argmax()
     return tuple(places[choice].tolist())
+
+
+def _sample_anywhere(rng: np.random.Generator, scene: Scene) -> tuple[float, float]:
+    """A random place for the decoy, off the bird's marks, and to be seen where it is behind."""
+    half, parts = DECOY_SIDE / 2, np.array(list(scene.parts.values()))
+    for _ in range(60):
+        place = rng.uniform(half + 0.015, 1 - half - 0.015, 2)
+        away = np.abs(parts - place).max(axis=1).min()  # the decoy is an upright square
+        if away > half + DECOY_GAP and _seen(scene, place) > 0.6:
+            return tuple(place.tolist())
+    return _sample_border(rng, scene)
+
+
+def _seen(scene: Scene, place: np.ndarray) -> float:
+    """Share of a decoy at a place that the bird does not hide."""
+    steps = (np.arange(5) - 2) * DECOY_SIDE / 5
+    points = place + np.stack(np.meshgrid(steps, steps), axis=-1).reshape(-1, 2)  # [25, 2]
+    hidden = np.zeros(len(points), dtype=bool)
+    for name in OUTLINED:
+        if name in scene.shapes:
+            hidden |= _inside(points, scene.shapes[name])
+    return 1 - hidden.mean()
+
+
+def _inside(points: np.ndarray, polygon: np.ndarray) -> np.ndarray:
+    """Which points lie inside a polygon (even-odd rule): [n, 2], [k, 2] to bool [n]."""
+    x, y = points[:, :1], points[:, 1:]  # [n, 1]
+    (ax, ay), (bx, by) = polygon.T, np.roll(polygon, -1, axis=0).T  # [k]
+    crosses = (ay > y) != (by > y)  # [n, k]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        right = x < (bx - ax) * (y - ay) / (by - ay) + ax
+    return (crosses & right).sum(axis=1) % 2 == 1

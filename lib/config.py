@@ -65,7 +65,9 @@ class DataConfig:
     toy_val: int = 200  # toy: number of validation images, decoy as in training
     toy_test: int = 400  # toy: number of test images, decoy uninformative
     agreement: float = 0.95  # toy: share of training images whose decoy agrees with the label
-    toy_level: Literal["border", "anywhere", "flock"] = "border"  # toy: where birds and decoys are
+    # toy: how hard. "border": the bird fills the picture, the decoy keeps to the border; "anywhere":
+    # both are anywhere; "flock": and so is a second bird, at which nobody looks
+    toy_level: Literal["border", "anywhere", "flock"] = "border"
     seed: int = 0  # seed of the drawn data and of the validation split
 
     def __post_init__(self) -> None:
@@ -341,7 +343,9 @@ def _toy() -> Config:
     """Drawn birds, a small ViT whose trunk is part of this package: minutes on a CPU."""
     return Config(
         preset="toy",
-        data=DataConfig(toy_level="anywhere", **_maps_from_environment("toy", ROOT / "datasets")),
+        data=DataConfig(
+            toy_level="flock", agreement=0.98, **_maps_from_environment("toy", ROOT / "datasets")
+        ),
         model=ModelConfig(
             name="vit_tiny_patch16_224",
             weights=Path(__file__).resolve().parent / "model" / "toybirds_vit.safetensors",

@@ -69,8 +69,9 @@ def pretrain(
         config.model.name, sum(sizes), config.data.image_size, **config.model.overrides
     ).to(processes().device)
     height = config.data.image_size[0]
-    train = make("pretrain", images, seed=seed, size=height, level=config.data.toy_level)
-    fresh = make("pretrain", held_out, seed=seed + 1, size=height, level=config.data.toy_level)
+    # One bird a picture: what lies in a patch is then known.
+    train = make("pretrain", images, seed=seed, size=height, level="anywhere")
+    fresh = make("pretrain", held_out, seed=seed + 1, size=height, level="anywhere")
     pixels, targets = (
         whole.to(model.device)
         for whole in (normalise(model, train.images), attribute_targets(train))

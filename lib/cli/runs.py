@@ -86,7 +86,7 @@ def demo(
             return
         told = accuracy_in_words(trial.run.history.iloc[-1])
         if trial.variant == "fine-tuned" and (found := misled(trial)) is not None:
-            told += f", but {found:.3f} on test images whose tag names another class"
+            told += f", but {found:.3f} on test images whose decoy names another class"
         tqdm.write(f"{trial.variant}, seed {trial.seed}: {told}")
 
     trials = train_comparison(config, range(seeds), overwrite, watch, tell)
@@ -247,16 +247,16 @@ def evaluate_runs(
 
 
 def teaching(
-    seeds: int = 3, counts: tuple[int, ...] = (5, 16, 28), only_tags: bool = False
+    seeds: int = 3, counts: tuple[int, ...] = (5, 16, 28), only_decoys: bool = False
 ) -> None:
     """What SIMULATED corrections of drawn birds teach, beside a control and shuffled corrections.
 
-    Accuracy on test images whose tag names another class; mean and standard deviation over seeds.
+    Accuracy on test images whose decoy names another class; mean and deviation over seeds.
 
     Args:
         seeds: number of fine-tuned models to teach; they are trained where they are not there.
         counts: numbers of corrections.
-        only_tags: paint the tag to 0 and nothing else.
+        only_decoys: paint the decoy to 0 and nothing else.
     """
     from functools import partial
 
@@ -276,7 +276,7 @@ def teaching(
         run = train_run(f"ft-s{seed}", fine_tuning(config, seed), config.runs)
         model, train, test = run.model(), run.dataset("train"), run.dataset("test")
         for name, last_blocks in (("last block", 1), ("all blocks", model.depth)):
-            asked = (model, train, test, counts, last_blocks, only_tags)
+            asked = (model, train, test, counts, last_blocks, only_decoys)
             table = in_main_process(partial(simulated_teaching, *asked))
             found.append(table.assign(variant=table["model"], learns=name, seed=seed))
     if not processes().is_main_process:

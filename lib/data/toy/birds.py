@@ -2,8 +2,8 @@
 
 A species is decided by four small marks at four places (crown, wing, breast, tail). Everything
 else, from plumage and pose to habitat and light, is drawn at random and never tells the species.
-A small coloured tag near the border, the decoy, agrees with the label in most training images:
-a model that looks at the tag is right for the wrong reason, and the test split shows it.
+A small coloured square, the decoy, agrees with the label in most training images:
+a model that looks at it is right for the wrong reason, and the test split shows it.
 """
 
 from __future__ import annotations

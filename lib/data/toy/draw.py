@@ -300,7 +300,7 @@ def draw(scene: Scene, size: int = 64) -> Image.Image:
     _perch(canvas, scene, perch)
     steps = [(_draw_bird, canvas)]
     if scene.decoy >= 0:
-        # a tag on the photo: its own light
+        # as if stuck on the photo: its own light
         steps.insert(0 if scene.decoy_behind else 1, (_draw_decoy, _Canvas(image, (100, 100, 100))))
     for step, where in steps:
         step(where, scene)

@@ -65,7 +65,7 @@ class DataConfig:
     toy_val: int = 200  # toy: number of validation images, decoy as in training
     toy_test: int = 400  # toy: number of test images, decoy uninformative
     agreement: float = 0.95  # toy: share of training images whose decoy agrees with the label
-    # toy: how hard. "border": the bird fills the picture, the decoy keeps to the border; "anywhere":
+    # toy: how hard. "border": the bird fills the picture, the decoy is at its border; "anywhere":
     # both are anywhere; "flock": and so is a second bird, at which nobody looks
     toy_level: Literal["border", "anywhere", "flock"] = "border"
     seed: int = 0  # seed of the drawn data and of the validation split

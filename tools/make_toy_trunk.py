@@ -1,6 +1,6 @@
 """The toy trunk: how lib/model/toybirds_vit.safetensors was made, and how to make it again.
 
-    python tools/make_toy_trunk.py            (MINUTES minutes on two CPU cores; less on a GPU)
+    python tools/make_toy_trunk.py            (8 minutes on one CPU core; less on a GPU)
 
 A real project starts from ImageNet weights; the toy one starts from a small ViT that has learned
 to name every mark of a drawn bird and the colour of the decoy, on images in which nothing goes

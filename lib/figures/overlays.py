@@ -92,8 +92,8 @@ def rows_of_maps(
 
     Args:
         images: uint8 `[H, W, 3]`. human: `[gh, gw]` each.
-        columns: for every model its `(map [gh, gw], right)` of each image; a green or red frame
-            tells a right from a wrong prediction.
+        columns: for every model its `(map [gh, gw], right)` of each image; the frame, green and
+            solid or red and dashed, tells a right from a wrong prediction.
     """
     names = ["image", "people", *columns]
     rows, wide = len(images), len(names)
@@ -108,11 +108,12 @@ def rows_of_maps(
             axis.set_axis_on()
             axis.set(xticks=[], yticks=[])
             for spine in axis.spines.values():
-                spine.set(edgecolor="#009E73" if right else "#D55E00", linewidth=3)
+                look = {"edgecolor": "#009E73" if right else "#D55E00", "linewidth": 3}
+                spine.set(**look, linestyle="-" if right else (0, (2, 1.2)))
     for axis, name in zip(axes[0], names, strict=True):
         axis.set_title(label(name), fontsize=9)
     title = "Where each model looks (class row of the last block)"
-    figure.suptitle(f"{title}\ngreen frame: right, red frame: wrong", fontsize=10)
+    figure.suptitle(f"{title}\ngreen, solid frame: right; red, dashed: wrong", fontsize=10)
     return figure
 
 

@@ -80,7 +80,8 @@ def reliability(bins: pd.DataFrame, errors: Mapping[str, float], split: str = "t
     for colour, (name, error) in zip(cycle(PALETTE), errors.items(), strict=False):
         part = bins[(bins["variant"] == name) & (bins["images"] > 0)].sort_values("confidence")
         words = label(f"{name} (ECE {error:.3f})", LEGEND_LETTERS)
-        axis.plot(part["confidence"], part["accuracy"], "o-", ms=4, color=colour, label=words)
+        look = {"ms": 4, "color": colour, "clip_on": False}
+        axis.plot(part["confidence"], part["accuracy"], "o-", label=words, **look)
         share = part["images"] / part["images"].sum()
         below.plot(part["confidence"], share, "o-", ms=3, color=colour)
     title = f"Confidence against accuracy, {IMAGES_OF[split]} (below the line: too sure)"
@@ -195,7 +196,8 @@ def curves(table: pd.DataFrame, hue: str | None = None) -> Figure:
                 mean = line.groupby("fraction")["p_true"].mean()
                 area = trapezoid(mean, mean.index)
                 told = f"{name}: area {area:.2f}" if hue else f"area {area:.2f}"
-                axis.plot(mean.index, mean, "o-", ms=3, color=colours[name], label=told)
+                look = {"ms": 3, "color": colours[name], "clip_on": False}
+                axis.plot(mean.index, mean, "o-", label=told, **look)
             title = f"{label(model, LEGEND_LETTERS)}\n{words}" if model else words
             name_axis(axis, title, 9, xlim=(0, 1), ylim=(0, 1))
             axis.legend(frameon=False, fontsize=8)

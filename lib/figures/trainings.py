@@ -58,7 +58,8 @@ def histories(runs: Mapping[str, pd.DataFrame]) -> Figure:
         for colour, (name, history) in zip(cycle(PALETTE), runs.items(), strict=False):
             look = {"marker": "o", "ms": 3, "color": colour, "label": label(name, LEGEND_LETTERS)}
             axis.plot(history["epoch"], history[key], **look)
-        name_axis(axis, words, 9, xlabel="epoch")
+        limits = (0, 1.02) if key == "val_top1" else (0, None) if key != "val_cc" else (None, None)
+        name_axis(axis, words, 9, xlabel="epoch", ylim=limits)
     axes[-1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
     figure.suptitle("How the models learned")
     return figure
@@ -134,10 +135,10 @@ def pareto(
     Args:
         settings: `lib.evaluation.tables.by_setting`: means over seeds, and their standard
             deviations.
-        front: which of them no other beats.
+        front: which of them no other beats; lambda stands beside these.
         lines: alignments to mark, e.g. that of people with each other (the ceiling).
     """
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, 5.4), layout="constrained")
     best = settings[np.asarray(front)].sort_values(x)
     axis.step(best[x], best["top1"], where="post", color="0.6", linewidth=6, alpha=0.35, zorder=1)
     for (loss, heads), part in settings.groupby(["loss", "heads"], sort=False):
@@ -152,15 +153,18 @@ def pareto(
         mark = HEAD_MARKS.get(heads, "s")
         size = 140 if loss == "control" else 32
         name = loss if heads in ("", "all") else f"{loss}, {heads} of heads"
-        axis.scatter(part[x], part["top1"], s=size, color=colour, marker=mark, label=name, zorder=3)
-        look = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 6, "color": colour}
-        for _, row in part[part["lam"] > 0].iterrows():
-            axis.annotate(f"{row['lam']:g}", (row[x], row["top1"]), **look)
+        axis.scatter(part[x], part["top1"], s=size, color=colour, marker=mark, zorder=3)
+        far = part.iloc[part[x].argmax()]  # named where the line reaches furthest
+        look = {"xytext": (7, -3), "textcoords": "offset points", "fontsize": 8, "color": colour}
+        axis.annotate(name, (far[x], far["top1"]), **look)
+    look = {"xytext": (-4, 6), "textcoords": "offset points", "fontsize": 8, "ha": "right"}
+    for _, row in best[best["lam"] > 0].iterrows():
+        axis.annotate(f"{row['lam']:g}", (row[x], row["top1"]), **look)
     for control in settings.loc[settings["loss"] == "control", "top1"]:
         axis.axhline(control, color="black", linewidth=0.7, linestyle=":")
     mark_lines(axis, lines)
-    name_axis(axis, title, 10, xlabel=xlabel, ylabel="accuracy")
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
+    axis.margins(x=0.12)  # room for the names
+    name_axis(axis, title, 10, xlabel=xlabel, ylabel="accuracy (does not start at 0)")
     return figure
 
 
@@ -206,6 +210,7 @@ def choices(table: pd.DataFrame, by: str, panels: Mapping[str, str], title: str)
                       alpha=0.6, ax=axis)  # fmt: skip
         axis.grid(axis="y", color="0.9")
         axis.locator_params(axis="x", nbins=4)
+        axis.margins(x=0.12)  # no dot on the frame
         name_axis(axis, words, 9, xlabel="", ylabel="")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(f"{title} One dot a seed; axes do not start at 0", fontsize=10)
     return figure

@@ -400,12 +400,12 @@ def _sample_anywhere(rng: np.random.Generator, scene: Scene) -> tuple[float, flo
     for _ in range(60):
         place = rng.uniform(half + 0.015, 1 - half - 0.015, 2)
         away = np.abs(parts - place).max(axis=1).min()  # the decoy is an upright square
-        if away > half + DECOY_GAP and _seen(scene, place) > 0.6:
+        if away > half + DECOY_GAP and _share_shown(scene, place) > 0.6:
             return tuple(place.tolist())
     return _sample_border(rng, scene)
 
 
-def _seen(scene: Scene, place: np.ndarray) -> float:
+def _share_shown(scene: Scene, place: np.ndarray) -> float:
     """Share of a decoy at a place that the bird does not hide."""
     steps = (np.arange(5) - 2) * DECOY_SIDE / 5
     points = place + np.stack(np.meshgrid(steps, steps), axis=-1).reshape(-1, 2)  # [25, 2]

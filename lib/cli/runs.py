@@ -247,7 +247,7 @@ def evaluate_runs(
 
 
 def teaching(
-    seeds: int = 3, counts: tuple[int, ...] = (5, 16, 28), only_decoys: bool = False
+    seeds: int = 3, counts: tuple[int, ...] = (1, 5, 16), only_decoys: bool = False
 ) -> None:
     """What SIMULATED corrections of drawn birds teach, beside a control and shuffled corrections.
 

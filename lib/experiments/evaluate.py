@@ -335,9 +335,9 @@ def _in_words(tables: dict[str, pd.DataFrame], against: str) -> list[str]:
         tests = tables["tests"]
         parts.append(
             f'Each model minus "{against}" on the same images and seeds ± {spread}\n'
-            "p (Holm): sign-flip permutation test over images, for the models as they were trained, "
-            f"corrected for the {len(tests)} rows;\nwhat another seed would change is the ±, and "
-            "where seeds disagree on the sign no p is told\n\n"
+            "p (Holm): sign-flip permutation test over images, of the models as they were trained, "
+            f"corrected for the {len(tests)} rows;\nwhat another seed would change is the ±; no p "
+            "where the seeds disagree on the sign\n\n"
             f"{tests_in_words(tests).to_string(index=False)}"
         )
     return parts

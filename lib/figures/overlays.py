@@ -109,7 +109,7 @@ def rows_of_maps(
             axis.set(xticks=[], yticks=[])
             for spine in axis.spines.values():
                 look = {"edgecolor": "#009E73" if right else "#D55E00", "linewidth": 3}
-                spine.set(**look, linestyle="-" if right else (0, (2, 1.2)))
+                spine.set(**look, linestyle="-" if right else (0, (3, 2)), capstyle="butt")
     for axis, name in zip(axes[0], names, strict=True):
         axis.set_title(label(name), fontsize=9)
     title = "Where each model looks (class row of the last block)"

@@ -58,7 +58,8 @@ def histories(runs: Mapping[str, pd.DataFrame]) -> Figure:
         for colour, (name, history) in zip(cycle(PALETTE), runs.items(), strict=False):
             look = {"marker": "o", "ms": 3, "color": colour, "label": label(name, LEGEND_LETTERS)}
             axis.plot(history["epoch"], history[key], **look)
-        limits = (0, 1.02) if key == "val_top1" else (0, None) if key != "val_cc" else (None, None)
+        bottom = min(0, axis.get_ylim()[0] if key == "val_cc" else 0)  # a CC can be negative
+        limits = (bottom, 1.02 if key == "val_top1" else None)
         name_axis(axis, words, 9, xlabel="epoch", ylim=limits)
     axes[-1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
     figure.suptitle("How the models learned")

@@ -33,6 +33,7 @@ NAMES = [
     "kl-l1-blocks_last-heads_all-offset_none-train_all-s0",
     "mse-l1-blocks_last-heads_all-offset_none-train_all-s0",
 ]
+ALL = [*NAMES, "fine-tuned-s0"]  # what they start from is measured as well
 MEASURED = ["top1", "p_true", "nss", "cc", "sim", "kl", "class_token", "sigmoid", "conflicting"]
 
 
@@ -45,7 +46,7 @@ def swept(tmp_path_factory) -> tuple[Config, Path]:
     torch.set_num_threads(1)  # as many as each of two processes has
     table, failed = sweep.run_sweep(config, SMALL, out)
     torch.set_num_threads(threads)
-    assert not failed and len(table) == 6
+    assert not failed and len(table) == 8
     return config, out
 
 
@@ -96,6 +97,8 @@ def test_every_combination_once_and_none_that_cannot_differ(axes):
             key += (loss, lam, resolve_blocks(named, 2), heads.get(head, (0, 1)), offset)
         wanted.add(key)
     found = sweep.cells(config, axes)
+    first, found = found[-len(axes.seeds) :], found[: -len(axes.seeds)]
+    assert [cell.run for cell in first] == [f"ft-s{seed}" for seed in axes.seeds]
     assert len({cell.name for cell in found}) == len(found)
     assert len({tuple(cell.words.values()) for cell in found}) == len(found)
     keys = []
@@ -114,13 +117,13 @@ def test_one_training_has_one_name_whatever_the_words():
     config.model.overrides |= {"depth": 4, "num_heads": 4}
     config.hitl = replace(config.hitl, trainable="last_block", cache_tokens=True)
     axes = Sweep(("kl",), (0.1,), ("all", "last4", "0,1,2,3", "-1", "1,3"), ("1,0", "half", "2"))
-    names = [cell.name for cell in sweep.cells(config, replace(axes, trainable=("4",)))]
+    names = [cell.name for cell in sweep.cells(config, replace(axes, trainable=("4",)))[:-1]]
     assert names == [
         f"kl-l0.1-blocks_{blocks}-heads_{heads}-offset_none-train_4-s0"
         for blocks in ("all", "last", "1,3")
         for heads in ("half", "2")
     ]
-    whole, last = sweep.cells(config, Sweep(lam=(0,), trainable=("all", "last_block")))
+    whole, last, _ = sweep.cells(config, Sweep(lam=(0,), trainable=("all", "last_block")))
     assert not whole.config.train.cache_tokens and last.config.train.cache_tokens
     assert sweep.cells(config, Sweep(lam=(0,)))[0] == last  # the part of the preset
 
@@ -164,15 +167,21 @@ def test_maps_are_needed_and_other_runs_are_respected(copied, tmp_path):
 def test_the_table_has_one_row_a_training_and_split(swept):
     config, out = swept
     table = pd.read_csv(out)
-    assert list(table["split"]) == ["test", "val"] * 3
-    assert list(table["loss"]) == ["control"] * 2 + ["kl"] * 2 + ["mse"] * 2
+    assert list(table["split"]) == ["test", "val"] * 4
+    assert list(table["loss"]) == ["control", "control", "fine-tuned", "fine-tuned", "kl", "kl",
+                                   "mse", "mse"]  # fmt: skip
+    run = runs.Run.load(config.runs / "ft-s0")
+    frame = sweep.measure(run.model(), run.dataset("test"), run.config, config.runs / "tokens")
+    assert table["top1"][2] == pytest.approx(frame["top1"].mean())  # the run as it is
+    gains = table["cc"] - table["cc"][[0, 1]].to_numpy().tolist() * 4
+    assert table["cc_gain"].tolist() == pytest.approx(gains.tolist())
     assert not table.duplicated(list(sweep.KEYS)).any()
     assert (table["status"] == "measured").all() and (table["seconds"] > 0).all()
     assert table[MEASURED].notna().all(axis=None)
     assert (
         table.loc[table["loss"] == "control", ["blocks", "heads", "offset"]].isna().all(axis=None)
     )
-    assert sorted(path.name for path in (config.runs / "sweep").iterdir()) == NAMES
+    assert sorted(path.name for path in (config.runs / "sweep").iterdir()) == sorted(ALL)
     assert not list((config.runs / "sweep").glob("*/*.safetensors"))  # measured: weights are gone
 
 
@@ -183,7 +192,7 @@ def test_rows_are_what_the_trained_model_does(swept, copied):
     run = runs.Run.load(copied.runs / "sweep" / NAMES[2])
     assert run.config.init == "ft-s0" and run.config.train.human.loss == "mse"
     frame = sweep.measure(run.model(), run.dataset("test"), run.config, copied.runs / "tokens")
-    row = table[table["split"] == "test"].iloc[0]
+    row = table[(table["split"] == "test") & (table["loss"] == "mse")].iloc[0]
     for name, value in sweep.summarise(frame).items():
         assert row[name] == pytest.approx(value, abs=1e-6), name
     sweep.run_sweep(copied, axes, out)
@@ -206,7 +215,7 @@ def test_what_is_measured_is_not_trained_again(swept, monkeypatch):
     config = replace(config, hitl=replace(config.hitl, epochs=3))
     with pytest.raises(runs.RunConflict, match=r"train\.epochs"):
         sweep.run_sweep(config, SMALL, out)
-    assert sweep.collect(config).empty
+    assert set(sweep.collect(config)["loss"]) == {"fine-tuned"}
 
 
 train_cell = sweep.train_cell
@@ -240,7 +249,7 @@ def test_two_processes_one_is_killed_and_the_next_call_goes_on(swept, copied, mo
     alive = done[done["loss"] != "mse"]
     same_rows(found[found["loss"] != "mse"].drop(columns="failure"), alive.drop(columns="failure"))
     settings = tables.by_setting(tables.read_table(out))
-    pd.testing.assert_frame_equal(settings, tables.by_setting(tables.read_table(swept[1]))[:2])
+    pd.testing.assert_frame_equal(settings, tables.by_setting(tables.read_table(swept[1]))[:3])
     assert (copied.runs / "sweep" / NAMES[2] / STATE).is_file()
     stamps = [(copied.runs / "sweep" / name / "result.json").stat() for name in NAMES[:2]]
     torch.set_num_threads(1)
@@ -267,6 +276,7 @@ def test_a_failure_does_not_stop_the_others(copied, monkeypatch, capsys):
     assert sorted(name.partition("-blocks")[0] for name in failed) == [
         "kl-l1e+39", "mse-l1", "mse-l1e+39",
     ]  # fmt: skip
+    table = table[table["loss"] != "fine-tuned"]
     assert table.groupby(["loss", "lam"])["status"].unique().str[0].to_dict() == {
         ("kl", 1.0): "measured", ("kl", 1e39): "diverged", ("mse", 1.0): "failed",
         ("mse", 1e39): "diverged",
@@ -310,7 +320,7 @@ def test_what_starts_from_a_failed_run_fails_with_its_words(copied, monkeypatch)
     monkeypatch.setattr(sweep, "train_run", broken)
     axes = Sweep(lam=(0.0,), seeds=(0, 1))
     table, failed = sweep.run_sweep(copied, axes, copied.runs / "sweep.csv")
-    assert [*failed.values()] == ["what it starts from failed: the disk is full"]
+    assert [*failed.values()] == ["what it starts from failed: the disk is full"] * 2
     assert table.groupby("seed")["status"].unique().str[0].tolist() == ["measured", "failed"]
 
 
@@ -345,7 +355,7 @@ def test_the_command(swept, copied, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "preset", lambda: swept[0])
     words = "sweep --loss kl mse --lam 0 1 --blocks last --heads all --offset none --seeds 0 --out"
     assert main([*words.split(), str(tmp_path / "table.csv")]) == 0
-    assert f"0 trainings failed; 6 rows: {tmp_path / 'table.csv'}" in capsys.readouterr().out
+    assert f"0 trainings failed; 8 rows: {tmp_path / 'table.csv'}" in capsys.readouterr().out
     assert main(["sweep", "--heads", "third"]) == 2
     assert 'heads is "third"' in capsys.readouterr().err
     assert main(["sweep", "--jobs", "0"]) == 2

@@ -269,6 +269,21 @@ def read_table(path: Path) -> pd.DataFrame:
     return table.fillna(dict.fromkeys(words, ""))
 
 
+def with_gains(
+    table: pd.DataFrame, numbers: Sequence[str] = (*NUMBERS, "conflicting")
+) -> pd.DataFrame:
+    """A sweep's rows, and of numbers the difference to the control: of split, seed, trained part.
+
+    Columns `top1_gain`, ...; NaN where there is no such control.
+    """
+    keys = ["split", "trainable", "seed"]
+    controls = table[table["loss"] == "control"].set_index(keys)
+    partner = pd.MultiIndex.from_frame(table[keys])
+    shown = [name for name in numbers if name in table]
+    gains = {f"{n}_gain": table[n] - controls[n].reindex(partner).to_numpy() for n in shown}
+    return table.assign(**gains)
+
+
 def by_setting(
     table: pd.DataFrame, split: str = "test", numbers: Sequence[str] = NUMBERS
 ) -> pd.DataFrame:
@@ -285,11 +300,8 @@ def by_setting(
         of its difference to the control with the same seed and trained part (`cc_gain`,
         `cc_gain_std`).
     """
-    chosen = table[(table["split"] == split) & (table["status"] != "failed")].copy()
-    controls = chosen[chosen["loss"] == "control"].set_index(["trainable", "seed"])
-    partner = pd.MultiIndex.from_frame(chosen[["trainable", "seed"]])
-    for name in numbers:
-        chosen[f"{name}_gain"] = chosen[name] - controls[name].reindex(partner).to_numpy()
+    chosen = table[(table["split"] == split) & (table["status"] != "failed")]
+    chosen = with_gains(chosen, numbers)
     columns = [column for name in numbers for column in (name, f"{name}_gain")]
     groups = chosen.groupby(list(SETTINGS), sort=False, dropna=False)
     found = groups[columns].mean().join(groups[columns].std().add_suffix("_std"))

@@ -160,6 +160,25 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
+def watching(look: Callable[[], None], seconds: float = 2.0) -> Iterator[None]:
+    """Calls `look` every few seconds, in a thread of its own, as long as the block runs."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(seconds):
+            with suppress(OSError, ValueError):  # a file that is being replaced: the next look
+                look()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
     """Environment variables that hold within, for processes that are started there."""
     before = {name: os.environ[name] for name in values if name in os.environ}

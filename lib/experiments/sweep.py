@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
-import re
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,17 +20,22 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from lib.config import Config, HumanConfig, RunConfig, Sweep
-from lib.edit import resolve_blocks, resolve_heads
-from lib.evaluation.tables import SETTINGS, USUAL, summarise
+from lib.config import Config, RunConfig, Sweep
+from lib.evaluation.tables import SETTINGS, USUAL, summarise, with_gains
 from lib.experiments.cluster import Slurm, on_cluster
 from lib.experiments.evaluate import measure
-from lib.experiments.jobs import Ended, in_processes, in_turn, shares
+from lib.experiments.jobs import Ended, in_processes, in_turn, shares, watching
+from lib.experiments.settings import (
+    as_text,
+    learning_part,
+    refuse_unknown_words,
+    supervised_blocks,
+    supervised_heads,
+)
 from lib.files import make_folder, write_text
 from lib.losses import SEES_OFFSET
 from lib.model.predict import processes
 from lib.training.controls import supervised
-from lib.training.learning import learning_blocks
 from lib.training.loop import TrainingDiverged
 from lib.training.runs import (
     RunBusy,
@@ -61,11 +64,27 @@ Known = dict[tuple[Path, int], list[dict[str, Any]]]  # rows of a file as it was
 
 @dataclass(frozen=True)
 class Cell:
-    """One training of a sweep."""
+    """One training of a sweep; or a fine-tuned run, which is measured as it is."""
 
     name: str  # its folder
     config: RunConfig
     words: dict[str, Any]  # what the table says of it: KEYS but split
+
+    @property
+    def run(self) -> str:
+        """The run that is measured, below the runs folder."""
+        return f"{FOLDER}/{self.name}" if self.config.init else f"ft-s{self.config.train.seed}"
+
+    @property
+    def start(self) -> str:
+        """The run that has to be there first."""
+        return self.config.init or self.run
+
+    @property
+    def in_short(self) -> str:
+        """Loss, lambda and seed, for a bar."""
+        lam = f" {self.words['lam']:g}" if self.words["lam"] else ""
+        return f"{self.words['loss']}{lam} s{self.words['seed']}"
 
 
 # ------------------------------------------------------------------------------- which trainings
@@ -74,6 +93,7 @@ class Cell:
 def cells(config: Config, sweep: Sweep) -> list[Cell]:
     """Every combination of a sweep's settings, each that can differ from the others once.
 
+    And, one a seed, the fine-tuned run that they start from: loss "fine-tuned".
     lam = 0 is one control a seed and trained part: no map enters it, so loss, blocks, heads,
     offset and what is done to the maps are empty. `kl` and `energy` do not see the offset, theirs
     is "none". Settings that mean the same in this model get one name: in four blocks, last4 is all.
@@ -81,27 +101,27 @@ def cells(config: Config, sweep: Sweep) -> list[Cell]:
     Raises:
         ValueError: for an unknown setting, or a block or head that the model does not have.
     """
-    _refuse_unknown_words(sweep)
+    refuse_unknown_words(sweep)
     model = bare_model(fine_tuning(config, seed=0), num_classes=0)
-    blocks = [_supervised_blocks(word, model.depth) for word in sweep.blocks]
-    heads = [_supervised_heads(word, model.num_heads) for word in sweep.heads]
+    blocks = [supervised_blocks(word, model.depth) for word in sweep.blocks]
+    heads = [supervised_heads(word, model.num_heads) for word in sweep.heads]
     trainable = sweep.trainable or (config.hitl.trainable,)
-    parts = [_learning_part(word, model.depth) for word in trainable]
+    parts = [learning_part(word, model.depth) for word in trainable]
     found: dict[str, Cell] = {}
+    nothing = dict.fromkeys(("blocks", "heads", "offset", *USUAL_MAPS), "")
     lams, maps = map(float, sweep.lam), (sweep.maps, sweep.annotated, sweep.noise)
     for seed, part, loss, lam, block, (head, head_word), offset, *changed in itertools.product(
         sweep.seeds, parts, sweep.loss, lams, blocks, heads, sweep.offset, *maps
     ):
         if lam == 0:
             human = {"lam": 0.0}
-            empty = dict.fromkeys(("blocks", "heads", "offset", *USUAL_MAPS), "")
-            words = {"loss": "control", "lam": 0.0} | empty
+            words = {"loss": "control", "lam": 0.0} | nothing
             name = "control"
         else:
             human = {"loss": loss, "lam": lam, "blocks": block, "heads": head}
             human["offset"] = offset if loss in SEES_OFFSET else "none"
             human |= dict(zip(USUAL_MAPS, changed, strict=True))
-            words = human | {"blocks": _text(block), "heads": head_word}
+            words = human | {"blocks": as_text(block), "heads": head_word}
             name = f"{loss}-l{str(lam).removesuffix('.0')}-blocks_{words['blocks']}"
             name += f"-heads_{words['heads']}-offset_{words['offset']}"
             unusual = [key for key, usual in USUAL_MAPS.items() if words[key] != usual]
@@ -113,58 +133,12 @@ def cells(config: Config, sweep: Sweep) -> list[Cell]:
         settings.train = replace(settings.train, trainable=part, cache_tokens=cached)
         words = {"preset": config.preset, **words, "trainable": str(part), "seed": seed}
         found.setdefault(name, Cell(name, settings, words))
+    for seed in sweep.seeds:
+        first = fine_tuning(config, seed)
+        words = {"preset": config.preset, "loss": "fine-tuned", "lam": 0.0, **nothing}
+        words |= {"trainable": str(first.train.trainable), "seed": seed}
+        found[f"fine-tuned-s{seed}"] = Cell(f"fine-tuned-s{seed}", first, words)
     return list(found.values())
-
-
-def _refuse_unknown_words(sweep: Sweep) -> None:
-    """ValueError for a setting without a value, an unknown word, or an endless lam."""
-    for name, values in asdict(sweep).items():
-        if not values and name != "trainable":
-            raise ValueError(f"{name} has no value; name at least one")
-        for value in values:
-            if name in ("loss", "offset", "maps", "noise"):
-                HumanConfig(**{name: value})  # which says what is known
-            if name == "lam" and not math.isfinite(value):
-                raise ValueError(f"lam is {value}; it must be a number, and not below 0")
-
-
-def _supervised_blocks(word: str, depth: int) -> str | tuple[int, ...]:
-    """Supervised blocks as `HumanConfig` has them; a word where one means the same."""
-    wanted = resolve_blocks(_as_indices(word), depth)
-    words = ("all", "last", "last2", "last4")
-    return next((same for same in words if resolve_blocks(same, depth) == wanted), wanted)
-
-
-def _supervised_heads(word: str, count: int) -> tuple[str | tuple[int, ...], str]:
-    """Supervised heads as `HumanConfig` has them ("all" where each is named), and their word."""
-    if word == "mean":
-        return word, word
-    everyone = tuple(range(count))
-    words = {"all": everyone, "half": everyone[: max(1, count // 2)], "one": (0,)}
-    wanted = words.get(word, _as_indices(word))
-    if isinstance(wanted, str):
-        raise ValueError(f'heads is "{word}"; use all, half, one, mean, or indices such as 0,2')
-    wanted = resolve_heads(wanted, count)
-    short = next((w for w, heads in words.items() if heads == wanted), _text(wanted))
-    return "all" if wanted == everyone else wanted, short
-
-
-def _as_indices(word: str) -> str | tuple[int, ...]:
-    """ "8,9" as (8, 9); another word as it is."""
-    is_list = re.fullmatch(r"-?\d+(,-?\d+)*", word)
-    return tuple(int(part) for part in word.split(",")) if is_list else word
-
-
-def _learning_part(word: str | int, depth: int) -> str | int:
-    """The part that learns as `TrainConfig` has it, "last_block" where that is the one block."""
-    part = int(word) if str(word).isdecimal() else word
-    learning_blocks(part, depth)  # ValueError for an unknown word or number
-    return "last_block" if part == 1 else part
-
-
-def _text(value: str | tuple[int, ...]) -> str:
-    """A word as it is, or indices as they are named on the command line."""
-    return value if isinstance(value, str) else ",".join(map(str, value))
 
 
 def refuse_impossible(config: Config, chosen: Sequence[Cell]) -> None:
@@ -181,7 +155,7 @@ def refuse_impossible(config: Config, chosen: Sequence[Cell]) -> None:
     seen, made = set(), {}
     for cell in chosen:
         seed = cell.config.train.seed
-        there = {f"ft-s{seed}": fine_tuning(config, seed), f"{FOLDER}/{cell.name}": cell.config}
+        there = {f"ft-s{seed}": fine_tuning(config, seed), cell.run: cell.config}
         for name, stage in there.items():
             key = (stage.init, stage.train.human.lam > 0)  # the data are read once for each
             made[key] = made.get(key) or made_of(stage, config.runs)
@@ -217,8 +191,8 @@ def train_cell(runs: Path, cell: Cell, keep_weights: bool = False) -> None:
             write_text(folder / RESULT, json.dumps(result, indent=2, default=str))
             (folder / FAILED).unlink(missing_ok=True)
             if not keep_weights:
-                for name in ("last.safetensors", "best.safetensors", STATE):
-                    (folder / name).unlink(missing_ok=True)
+                for file in (folder / STATE, *folder.glob("*.safetensors")):
+                    file.unlink(missing_ok=True)
     if result["failure"]:
         raise TrainingDiverged(result["failure"])
 
@@ -229,7 +203,7 @@ def _result(runs: Path, cell: Cell, started: float) -> dict[str, Any]:
     failure = None
     try:
         # Named from the runs folder, so that cells share the fine-tuned run and cached tokens.
-        run = train_run(f"{FOLDER}/{cell.name}", cell.config, runs)
+        run = train_run(cell.run, cell.config, runs)
     except TrainingDiverged as error:
         failure = str(error)
     else:
@@ -320,20 +294,21 @@ def run_sweep(
     results = {cell.name: read_result(config.runs, cell) for cell in chosen}
     failed = {name: r["failure"] for name, r in results.items() if r and r["failure"]}
     left = [cell for cell in chosen if results[cell.name] is None]
-    starts = dict.fromkeys(cell.config.init for cell in left)
+    starts = dict.fromkeys(cell.start for cell in left)
     starts = [name for name in starts if finished_run(config.runs / name) is None]
     tasks = [(train_run, name, fine_tuning(config, int(name[4:])), config.runs) for name in starts]
     needs = {
-        index: starts.index(cell.config.init)
+        index: starts.index(cell.start)
         for index, cell in enumerate(left, start=len(starts))
-        if cell.config.init in starts
+        if cell.start in starts
     }
     tasks += [(train_cell, config.runs, cell, keep_weights) for cell in left]
     done = len(chosen) - len(left)
     bar = tqdm(total=len(chosen), initial=done, desc="sweep", unit="cell")
-    shown: dict[str, int] = {}
+    shown: dict[str, object] = {}
+    began = time.time()
 
-    def show(**news: int) -> None:
+    def show(**news: object) -> None:
         if news.items() - shown.items():  # else a log would get a line with every look
             shown.update(news)
             bar.set_postfix(shown)
@@ -344,7 +319,10 @@ def run_sweep(
         ended = in_processes(attempt, tasks, needs, shares(jobs))
     else:
         ended = in_turn(attempt, tasks, needs)
-    with closing(ended), bar:
+    told = {name: config.runs / name for name in starts}
+    told |= {cell.in_short: config.runs / cell.run for cell in left if cell.config.init}
+    look = lambda: show(training=under_way(told, began))  # noqa: E731
+    with closing(ended), bar, watching(look) if cluster or jobs > 1 else nullcontext():
         for index, failure in ended:
             if index < len(starts):
                 known.clear()  # what is left out depends on its pictures
@@ -371,6 +349,21 @@ def read_result(runs: Path, cell: Cell) -> dict[str, Any] | None:
     return None if difference(cell.config, json.dumps(result["config"])) else result
 
 
+def under_way(folders: Mapping[str, Path], since: float) -> str:
+    """Trainings of which something was written since a time, and their epochs, by name."""
+    found = []
+    for name, folder in folders.items():
+        told = folder / "config.json"
+        if not told.is_file() or told.stat().st_mtime < since or (folder / RESULT).is_file():
+            continue
+        history = folder / "history.csv"
+        done = len(history.read_text(encoding="utf-8").splitlines()) - 1 if history.is_file() else 0
+        epochs = json.loads(told.read_text(encoding="utf-8"))["train"]["epochs"]
+        if done < epochs or folder.parent.name == FOLDER:  # else it is being measured
+            found.append(f"{name} {done}/{epochs}")
+    return ", ".join(found) or "none"
+
+
 def appears(file: Path, seconds: float = 90.0) -> bool:
     """Whether a file is there: one that another host wrote may be seen late on NFS."""
     end = time.monotonic() + seconds
@@ -390,8 +383,8 @@ def collect(config: Config, known: Known | None = None) -> pd.DataFrame:
 
     Returns:
         columns `KEYS`, status ("measured", or "diverged" or "failed" without numbers), those of
-        `summarise`, seconds (of training and measuring, since it was last resumed) and failure
-        (what went wrong, empty where nothing did).
+        `summarise`, their gains on the control (`with_gains`), seconds (of training and measuring,
+        since it was last resumed) and failure (what went wrong, empty where nothing did).
     """
     folder, known = config.runs / FOLDER, {} if known is None else known
     found = {file.parent: file for name in (FAILED, RESULT) for file in folder.glob(f"*/{name}")}
@@ -404,7 +397,7 @@ def collect(config: Config, known: Known | None = None) -> pd.DataFrame:
     first, last = [*KEYS, "status"], ["seconds", "failure"]
     if not rows:
         return pd.DataFrame(columns=[*first, *last])
-    table = pd.DataFrame(rows).sort_values(list(KEYS), ignore_index=True)
+    table = with_gains(pd.DataFrame(rows).sort_values(list(KEYS), ignore_index=True))
     numbers = table.columns.difference([*first, *last], sort=False)
     return table.reindex(columns=[*first, *numbers, *last])  # what failed has no seconds
 
@@ -412,21 +405,23 @@ def collect(config: Config, known: Known | None = None) -> pd.DataFrame:
 def _rows_of_result(config: Config, file: Path) -> list[dict[str, Any]]:
     """The rows of one result; none where it does not belong to this table, see `collect`."""
     result = json.loads(file.read_text(encoding="utf-8"))
-    then, now = map(read_made_of, (file.parent, config.runs / result["config"]["init"]))
-    if then and now and then.get("pictures") != now.get("pictures"):
-        return []
-    preset = replace(human_in_the_loop(config, "", config.hitl.seed), init=None)
+    made, free = result["config"] | {"init": None}, ["seed", "trainable", "human"]
+    if result["config"]["init"]:
+        then, now = map(read_made_of, (file.parent, config.runs / result["config"]["init"]))
+        if then and now and then.get("pictures") != now.get("pictures"):
+            return []
+        preset = replace(human_in_the_loop(config, "", config.hitl.seed), init=None)
+    else:
+        preset, free = fine_tuning(config, config.ft.seed), ["seed"]
     ours = json.loads(to_json(preset))
-    made = result["config"] | {"init": None}
-    free = ["seed", "trainable", "human"]
     if made["train"]["trainable"] == "all":
         free.append("cache_tokens")  # see `cells`
     made["train"] |= {name: ours["train"][name] for name in free}
     if difference(preset, json.dumps(made)) is not None:
         return []
     # Sweeps of an older version had fewer settings to tell: theirs were the usual.
-    is_control = result["rows"][0]["loss"] == "control"  # all rows are of one training
-    older = dict.fromkeys(USUAL_MAPS, "") if is_control else USUAL_MAPS
+    is_mapless = result["rows"][0]["lam"] == 0  # all rows are of one training
+    older = dict.fromkeys(USUAL_MAPS, "") if is_mapless else USUAL_MAPS
     return [older | row | {"failure": result["failure"] or ""} for row in result["rows"]]
 
 

@@ -205,6 +205,8 @@ class Evaluation:
     against: str | None = None
     # images to measure on; "all" is each split by itself, and all together
     split: Literal["test", "val", "train", "all"] = "test"
+    # names of the models in tables and figures, in the order of the runs; by default those of runs
+    label: tuple[str, ...] = ()
     # weights of the last epoch, of the one that was best on the validation images, or of epoch10
     # where save_every kept them
     which: str = "last"

@@ -253,10 +253,15 @@ def test_evaluate_measures_runs_side_by_side(tmp_path, run_main, two_runs, monke
     out = tmp_path / "results" / "one"
     arguments = ["evaluate", "ft-s0", "control-s0", "--split", "val", "--which", "best"]
     arguments += ["--gallery", "2", "--gallery-rule", "change", "--out", str(out)]
+    arguments += ["--label", "plain", "yardstick"]
     monkeypatch.setattr("sys.argv", ["lib", *arguments])
     code, told, error = run_main(*arguments, **two_runs)
     assert code == 0, error
-    assert 'Each model minus "control"' in told and "val, 8 images, 8 classes" in told
+    assert (
+        'Each model minus "yardstick"' in told
+        and "plain" in told
+        and "val, 8 images, 8 classes" in told
+    )
     assert f"PRESET=toy python -m lib {' '.join(arguments)}" in told
     assert told == (out / "result.txt").read_text() + f"\nfigures and tables: {out}\n"
     assert "whose probability of the true class changed most" in (out / "gallery.html").read_text()
@@ -269,6 +274,7 @@ def test_evaluate_measures_runs_side_by_side(tmp_path, run_main, two_runs, monke
     [
         (["--against", "nobody"], '--against is "nobody", but the models are ft, control'),
         (["--gallery", "-1"], "gallery is -1; use a number of images"),
+        (["--label", "a", "a"], "label names a, a; give 2 names that differ, for ft, control"),
         (["--out", "{folder}/taken/one"], "taken/one cannot be made"),
     ],
 )

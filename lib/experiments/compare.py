@@ -218,6 +218,22 @@ def _without_seed(config: RunConfig) -> RunConfig:
     return plain
 
 
+def labelled_as(trials: Sequence[Trial], labels: Sequence[str]) -> dict[str, str]:
+    """The name of every variant for readers, in the order in which the variants first come.
+
+    Raises:
+        ValueError: not as many labels as variants, or one twice.
+    """
+    names = list(seeds_by_variant(trials))
+    labels = list(labels) or names
+    if len(labels) != len(names) or len(set(labels)) < len(labels):
+        raise ValueError(
+            f"label names {', '.join(labels)}; give {len(names)} names that differ, for "
+            f"{', '.join(names)}"
+        )
+    return dict(zip(names, labels, strict=True))
+
+
 def seeds_by_variant(trials: Sequence[Trial]) -> dict[str, set[int]]:
     """The seeds of every variant, in the order of the trials."""
     found: dict[str, set[int]] = {}

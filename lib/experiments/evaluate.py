@@ -36,6 +36,7 @@ from lib.evaluation.tables import (
 from lib.experiments.compare import (
     Trial,
     first_trials,
+    labelled_as,
     load_trials,
     run_name,
     yardstick_variant,
@@ -105,7 +106,9 @@ def _evaluate(
         is_trial = runs and isinstance(runs[0], Trial)
         below = runs[0].run.folder.parent if is_trial else cfg.preset().runs
     trials = load_trials(runs, below, options.which)
-    options = replace(options, against=yardstick_variant(trials, options.against))
+    against, words = yardstick_variant(trials, options.against), labelled_as(trials, options.label)
+    options = replace(options, against=words[against])
+    trials = [replace(trial, variant=words[trial.variant]) for trial in trials]
     make_folder(options.out or cfg.ROOT / "result")
 
     parts = PARTS if options.split == "all" else (options.split,)

@@ -199,6 +199,28 @@ def test_rows_are_what_the_trained_model_does(swept, copied):
     assert (run.folder / "last.safetensors").is_file()  # once kept, kept
 
 
+def test_weights_that_are_kept_are_what_was_learned(copied, tmp_path):
+    """The frozen trunk is that of the run which they start from: it is kept there alone."""
+    stage = replace(copied.hitl, trainable="last_block")
+    axes = replace(SMALL, loss=("mse",), lam=(1.0,), trainable=("last_block",))
+    whole = runs.train_run("whole", runs.human_in_the_loop(replace(copied, hitl=stage), "ft-s0", 0,
+                           loss="mse", heads="all"), copied.runs)  # fmt: skip
+    _, failed = sweep.run_sweep(copied, axes, copied.runs / "sweep.csv", keep_weights=True)
+    assert not failed
+    (folder,) = (copied.runs / "sweep").glob("mse*")
+    for which in ("last", "best"):
+        file = f"{which}.safetensors"
+        assert (folder / file).stat().st_size < 0.7 * (whole.folder / file).stat().st_size
+        found = runs.Run.load(folder, which).model(which).state_dict()
+        wanted = whole.model(which).state_dict()
+        assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    start = copied.runs / "ft-s0" / "last.safetensors"
+    other = whole.folder / "last.safetensors"
+    shutil.copy(other, start)  # not what they started from
+    with pytest.raises(FileNotFoundError, match=r"differs from the ft-s0/last.safetensors that"):
+        runs.Run.load(folder).model()
+
+
 def test_what_is_measured_is_not_trained_again(swept, monkeypatch):
     config, out = swept
     before = pd.read_csv(out)

@@ -49,7 +49,14 @@ from lib.training.runs import (
     refuse_vain_supervision,
     train_run,
 )
-from lib.training.state import STATE, difference, made_of, read_made_of, to_json
+from lib.training.state import (
+    STATE,
+    difference,
+    keep_what_differs,
+    made_of,
+    read_made_of,
+    to_json,
+)
 
 FOLDER = "sweep"  # below the runs folder: one folder a cell
 RESULT, FAILED = "result.json", "failed.json"  # in a cell's folder
@@ -190,6 +197,9 @@ def train_cell(runs: Path, cell: Cell, keep_weights: bool = False) -> None:
             result = _result(runs, cell, started)
             write_text(folder / RESULT, json.dumps(result, indent=2, default=str))
             (folder / FAILED).unlink(missing_ok=True)
+            if keep_weights and cell.config.init and result["failure"] is None:
+                start = runs / cell.config.init / f"{cell.config.init_which}.safetensors"
+                keep_what_differs(folder, start)
             if not keep_weights:
                 for file in (folder / STATE, *folder.glob("*.safetensors")):
                     file.unlink(missing_ok=True)

@@ -39,6 +39,7 @@ from lib.training.state import (
     Progress,
     difference,
     from_json,
+    load_kept,
     made_of,
     read_made_of,
     settled,
@@ -135,7 +136,7 @@ class Run:
     def model(self, which: str = "last", device: torch.device | str | None = None) -> SigmoidViT:
         """The trained model, in evaluation mode: on the GPU that is there, or on `device`."""
         model = self._bare()
-        load_weights(model, self.folder / f"{which}.safetensors")
+        load_kept(model, self.folder / f"{which}.safetensors", self.config)
         return model.to(device or processes().device).eval()
 
     def dataset(self, split: str) -> BirdDataset:

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import numpy as np
+import safetensors
+import safetensors.torch
 import torch
 from accelerate import Accelerator
 from timm.utils import ModelEmaV3
@@ -33,12 +35,13 @@ from lib.data.maps import HumanSource
 from lib.data.sources import Record
 from lib.files import one_form, write_bytes, write_text
 from lib.model.vit import SigmoidViT
-from lib.model.weights import save_weights, write_state
+from lib.model.weights import load_weights, save_weights, write_state
 from lib.training.learning import model_summary, precision, trained_state
 
 STATE = "state.pt"  # in a run's folder while it is being trained
 MADE_OF = "made_of.json"  # in a run's folder, see `made_of`
 LOG = "train.log"  # in a run's folder, see `start_log`
+RESTS_ON = "rests_on"  # in the metadata of weights, see `keep_what_differs`
 
 # Fields of a RunConfig that say how a run is made, and nothing about what comes out.
 HOW = ("train.workers", "train.log_every", "train.checkpoint_minutes", "train.trackers")
@@ -215,6 +218,46 @@ class Training:
         self.progress = Progress(**state["progress"])
         if not self.accelerator.is_main_process:  # see `gather_sums`
             self.progress.sums, self.progress.seen = torch.zeros(3), 0
+
+
+def keep_what_differs(folder: Path, start: Path) -> None:
+    """Leaves in a run's weights what is not, bit for bit, in those that it started from.
+
+    Where a trunk was frozen that is a small part. `load_kept` puts them together again.
+
+    Raises:
+        StorageError: they cannot be written; the whole ones are still there.
+    """
+    first = safetensors.torch.load_file(start)
+    for file in folder.glob("*.safetensors"):
+        with safetensors.safe_open(file, "pt") as content:
+            told = content.metadata() or {}
+            own = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+        own = {k: v for k, v in own.items() if k not in first or not torch.equal(v, first[k])}
+        write_bytes(file, safetensors.torch.save(own, told | {RESTS_ON: _md5_of(start)}))
+
+
+def load_kept(model: SigmoidViT, file: Path, config: RunConfig) -> None:
+    """Weights of a run, whole or what `keep_what_differs` left of them, into `model`.
+
+    Raises:
+        FileNotFoundError, WeightsError: as `load_weights`; or what they rest on is gone.
+    """
+    with safetensors.safe_open(file, "pt") as content:
+        rests_on = (content.metadata() or {}).get(RESTS_ON)
+    if rests_on is None:
+        load_weights(model, file)
+        return
+    name = f"{config.init}/{config.init_which}.safetensors"
+    starts = [folder / name for folder in file.parents[1:3]]  # a sweep's lie one deeper
+    start = next((one for one in starts if one.is_file() and _md5_of(one) == rests_on), None)
+    if start is None:
+        raise FileNotFoundError(
+            f"{file} has only what differs from the {name} that it was trained from, which is not "
+            f"below {starts[-1].parents[1]} any more; train it again"
+        )
+    load_weights(model, start)
+    model.vit.load_state_dict(safetensors.torch.load_file(file), strict=False)
 
 
 def start_log(folder: Path, config: RunConfig, model: SigmoidViT) -> None:

@@ -206,10 +206,9 @@ def _digest(
     left_out = (*PLACES, *MAPS_AND_CROPS, "data.classes")  # the table has those
     told = {k: v for k, v in flat(config).items() if k.startswith(("data.", "model."))}
     told = {k: v for k, v in told.items() if k not in left_out}
-    # Fields that are younger than the first files; what is normalised how, the model says.
-    told.pop("data.normalisation")
-    if told["model.norm_eps"] is None:
-        del told["model.norm_eps"]
+    # Files of before there were these fields keep their names.
+    young = {"data.normalisation": None, "data.toy_level": "border", "model.norm_eps": None}
+    told = {k: v for k, v in told.items() if k not in young or v != young[k]}
     table = dataset.table.drop(columns=["has_map", "path"]).to_csv()
     paths = [record.image for record in dataset.records if isinstance(record.image, Path)]
     pictures = pictures_key(paths, list(config.data.image_size)) if paths else ""

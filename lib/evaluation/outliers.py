@@ -9,7 +9,7 @@ low-information background, and on sinks, before and after a model was taught wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lib import figures
 from lib.data.dataset import BirdDataset, subset
 from lib.evaluation import metrics
 from lib.model.predict import loader, tf32_products
@@ -179,40 +178,3 @@ def mean_by_block(table: pd.DataFrame) -> pd.DataFrame:
         means[f"{name}_enrichment"] = means[f"{name}_mass"] / means[name].where(means[name] > 0)
     means["outliers_outside"] = means["outside"] / means["boxed"].where(means["boxed"] > 0)
     return means.drop(columns=["boxed", "outside"])
-
-
-def pictures_of_tokens(
-    dataset: BirdDataset,
-    read: Mapping[str, PatchTokens],
-    images: Sequence[int] | None = None,
-    k: float = OUTLIER,
-) -> figures.Figure:
-    """Pictures with last-block norms and attention of each model, e.g. before and after HITL.
-
-    Args:
-        read: `read_patch_tokens` of each model, on the same images.
-        images: index in the data set; by default the 3 where the first model has most attention on
-            low-information background.
-
-    Raises:
-        ValueError: models that were read on other images, or an image that was not read.
-    """
-    first = next(iter(read.values()))
-    if images is None:
-        mass = (first.attention[:, -1] * low_information(first)).sum(-1)
-        images = first.index[np.argsort(-mass)[:3]]
-    for image in images:
-        if image not in first.index:
-            raise ValueError(f"image {image} was not read; give it to read_patch_tokens")
-    places = [int(np.flatnonzero(first.index == image)[0]) for image in images]
-    shape = (-1, *dataset.grid)
-    norms, attention, outliers = {}, {}, {}
-    for name, tokens in read.items():
-        if not np.array_equal(tokens.index, first.index):
-            raise ValueError(f'"{name}" was read on other images than the first model; read again')
-        norms[name] = tokens.norms[places, -1].reshape(shape)
-        attention[name] = tokens.attention[places, -1].reshape(shape)
-        outliers[name] = norms[name] > outlier_cutoffs(tokens.norms, k)[-1]
-    boxes = dataset.corners()[list(images)]
-    pictures = [dataset.image(int(i)) for i in images]
-    return figures.rows_of_tokens(pictures, boxes, norms, attention, outliers)

@@ -10,7 +10,6 @@ from lib.figures.overlays import (
     overlay,
     picture,
     rows_of_maps,
-    rows_of_tokens,
     sample_sheet,
     transparent,
 )

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from lib.figures.fonts import LEGEND_LETTERS, label
 from lib.figures.overlays import PALETTE, axes_grid, name_axis
@@ -153,18 +154,21 @@ def pareto(
         )  # fmt: skip
         mark = HEAD_MARKS.get(heads, "s")
         size = 140 if loss == "control" else 32
-        name = loss if heads in ("", "all") else f"{loss}, {heads} of heads"
         axis.scatter(part[x], part["top1"], s=size, color=colour, marker=mark, zorder=3)
-        far = part.iloc[part[x].argmax()]  # named where the line reaches furthest
-        look = {"xytext": (7, -3), "textcoords": "offset points", "fontsize": 8, "color": colour}
-        axis.annotate(name, (far[x], far["top1"]), **look)
     look = {"xytext": (-4, 6), "textcoords": "offset points", "fontsize": 8, "ha": "right"}
     for _, row in best[best["lam"] > 0].iterrows():
         axis.annotate(f"{row['lam']:g}", (row[x], row["top1"]), **look)
     for control in settings.loc[settings["loss"] == "control", "top1"]:
         axis.axhline(control, color="black", linewidth=0.7, linestyle=":")
     mark_lines(axis, lines)
-    axis.margins(x=0.12)  # room for the names
+    # A colour a loss, a mark for its heads: a name for each pair would be a dozen.
+    key = [Line2D([], [], color=LOSS_COLOURS[loss], label=loss, linewidth=4)
+           for loss in LOSS_COLOURS if loss in set(settings["loss"])]  # fmt: skip
+    look = {"color": "0.4", "linestyle": "none", "markersize": 7}
+    for heads, mark in HEAD_MARKS.items():
+        if heads and heads in set(settings["heads"]):
+            key.append(Line2D([], [], marker=mark, label=f"heads: {heads}", **look))
+    axis.legend(handles=key, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=9)
     name_axis(axis, title, 10, xlabel=xlabel, ylabel="accuracy (does not start at 0)")
     return figure
 

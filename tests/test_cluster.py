@@ -148,7 +148,7 @@ def test_a_sweep_on_a_cluster_is_the_sweep_of_one_process(address, config, tmp_p
     out = tmp_path / "sweep.csv"
     table, failed = sweep.run_sweep(config, axes, out, cluster=address)
     assert [*failed] == ["kl-l1e+39-blocks_last-heads_all-offset_none-train_all-s0"]
-    assert list(table["status"]) == ["measured"] * 2 + ["diverged"] * 2
+    assert list(table["status"]) == ["measured"] * 4 + ["diverged"] * 2
     assert "the loss is not finite" in table["failure"].iloc[-1]
     again = replace(config, runs=tmp_path / "again")
     here, _ = sweep.run_sweep(again, axes, tmp_path / "again.csv")

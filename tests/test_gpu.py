@@ -39,7 +39,7 @@ def config(tmp_path_factory) -> cfg.Config:
     config = tiny_config(tmp_path_factory.mktemp("gpu") / "runs")
     config.data = replace(config.data, toy_train=24, toy_val=8, toy_test=12)
     config.ft, config.hitl = (replace(part, epochs=1) for part in (config.ft, config.hitl))
-    config.variants = dict(list(config.variants.items())[::2][:2])  # the control and one more
+    config.variants = dict(list(config.variants.items())[:2])  # the control and one more
     return config
 
 

@@ -214,6 +214,9 @@ def test_weights_that_are_kept_are_what_was_learned(copied, tmp_path):
         found = runs.Run.load(folder, which).model(which).state_dict()
         wanted = whole.model(which).state_dict()
         assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    assert sweep.under_way([("one", folder), ("ft", copied.runs / "ft-s0")], 0.0) == "none"
+    (folder / "result.json").rename(folder / "before.json")
+    assert sweep.under_way([("one", folder)], 0.0) == "one 2/2"  # which is being measured
     start = copied.runs / "ft-s0" / "last.safetensors"
     other = whole.folder / "last.safetensors"
     shutil.copy(other, start)  # not what they started from

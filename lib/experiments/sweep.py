@@ -11,7 +11,7 @@ import itertools
 import json
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -329,8 +329,8 @@ def run_sweep(
         ended = in_processes(attempt, tasks, needs, shares(jobs))
     else:
         ended = in_turn(attempt, tasks, needs)
-    told = {name: config.runs / name for name in starts}
-    told |= {cell.in_short: config.runs / cell.run for cell in left if cell.config.init}
+    told = [(name, config.runs / name) for name in starts]
+    told += [(cell.in_short, config.runs / cell.run) for cell in left if cell.config.init]
     look = lambda: show(training=under_way(told, began))  # noqa: E731
     with closing(ended), bar, watching(look) if cluster or jobs > 1 else nullcontext():
         for index, failure in ended:
@@ -359,10 +359,10 @@ def read_result(runs: Path, cell: Cell) -> dict[str, Any] | None:
     return None if difference(cell.config, json.dumps(result["config"])) else result
 
 
-def under_way(folders: Mapping[str, Path], since: float) -> str:
+def under_way(folders: Sequence[tuple[str, Path]], since: float) -> str:
     """Trainings of which something was written since a time, and their epochs, by name."""
     found = []
-    for name, folder in folders.items():
+    for name, folder in folders:
         told = folder / "config.json"
         if not told.is_file() or told.stat().st_mtime < since or (folder / RESULT).is_file():
             continue

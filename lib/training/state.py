@@ -233,8 +233,9 @@ def keep_what_differs(folder: Path, start: Path) -> None:
         with safetensors.safe_open(file, "pt") as content:
             told = content.metadata() or {}
             own = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-        own = {k: v for k, v in own.items() if k not in first or not torch.equal(v, first[k])}
-        write_bytes(file, safetensors.torch.save(own, told | {RESTS_ON: _md5_of(start)}))
+        left = {k: v for k, v in own.items() if k not in first or not torch.equal(v, first[k])}
+        if len(left) < len(own):
+            write_bytes(file, safetensors.torch.save(left, told | {RESTS_ON: _md5_of(start)}))
 
 
 def load_kept(model: SigmoidViT, file: Path, config: RunConfig) -> None:
@@ -243,8 +244,10 @@ def load_kept(model: SigmoidViT, file: Path, config: RunConfig) -> None:
     Raises:
         FileNotFoundError, WeightsError: as `load_weights`; or what they rest on is gone.
     """
-    with safetensors.safe_open(file, "pt") as content:
-        rests_on = (content.metadata() or {}).get(RESTS_ON)
+    rests_on = None
+    with suppress(OSError, safetensors.SafetensorError):  # `load_weights` says what is wrong
+        with safetensors.safe_open(file, "pt") as content:
+            rests_on = (content.metadata() or {}).get(RESTS_ON)
     if rests_on is None:
         load_weights(model, file)
         return

@@ -245,9 +245,9 @@ def load_kept(model: SigmoidViT, file: Path, config: RunConfig) -> None:
         FileNotFoundError, WeightsError: as `load_weights`; or what they rest on is gone.
     """
     rests_on = None
-    with suppress(OSError, safetensors.SafetensorError):  # `load_weights` says what is wrong
-        with safetensors.safe_open(file, "pt") as content:
-            rests_on = (content.metadata() or {}).get(RESTS_ON)
+    unreadable = (OSError, safetensors.SafetensorError)  # `load_weights` says what is wrong
+    with suppress(*unreadable), safetensors.safe_open(file, "pt") as content:
+        rests_on = (content.metadata() or {}).get(RESTS_ON)
     if rests_on is None:
         load_weights(model, file)
         return

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -77,6 +79,22 @@ def pytest_configure(config: pytest.Config) -> None:
         runs = tempfile.TemporaryDirectory(prefix="runs-")
         config.add_cleanup(runs.cleanup)
         os.environ["RUNS_DIR"] = runs.name  # for the kernels of the notebooks, too
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Bars of the notebooks' kernels move every two seconds.
+
+    nbval reads what a cell wrote when it is over, and ZeroMQ keeps a thousand messages: the last
+    one of a long training with quick bars, that it is over, would be lost.
+    """
+    for notebook in {item.parent for item in items if type(item).__name__ == "IPyNbCell"}:
+        notebook.setup = partial(_with_slow_bars, notebook.setup)
+
+
+def _with_slow_bars(start_kernel: Callable[[], None]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TQDM_MININTERVAL", "2")
+        start_kernel()
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist

@@ -341,14 +341,22 @@ def _pose(rng: np.random.Generator, attributes: tuple[int, ...], label: int, dec
 
 
 def _placed(rng: np.random.Generator, scene: Scene, scales: tuple[float, float]) -> Scene:
-    """The bird at a size of a range, anywhere inside the picture."""
-    x0, y0, x1, y1 = scene.box  # in body lengths, because the scale is still 1
+    """The bird at a size of a range, anywhere inside the picture; its scale is 1 before."""
+    scale, centre = _size_and_place(rng, scene.box, scales)
+    return replace(scene, scale=scale, centre=centre)
+
+
+def _size_and_place(
+    rng: np.random.Generator, box: tuple[float, ...], scales: tuple[float, float]
+) -> tuple[float, tuple[float, float]]:
+    """Scale and centre for what has such a box at scale 1, in body lengths, around the origin."""
+    x0, y0, x1, y1 = box
     scale = min(rng.uniform(*scales), (1 - 2 * MARGIN) / max(x1 - x0, y1 - y0))
     centre = (
         _place(rng, scale * x0 - MARGIN, scale * x1 + MARGIN),
         _place(rng, scale * y0 - MARGIN, scale * y1 + MARGIN),
     )
-    return replace(scene, scale=float(scale), centre=centre)
+    return float(scale), centre
 
 
 def _with_other(rng: np.random.Generator, scene: Scene) -> Scene:
@@ -356,12 +364,14 @@ def _with_other(rng: np.random.Generator, scene: Scene) -> Scene:
     marks = tuple(int(rng.integers(len(values))) for values in ATTRIBUTES.values())
     size = OTHER * scene.scale
     other = _pose(rng, marks, -1, -1)
+    ours, box = np.array(scene.box), other.box  # its shapes are made once, not for every try
     for _ in range(20):
-        other = _placed(rng, replace(other, scale=1.0, centre=(0.0, 0.0)), (size, size))
-        ours, theirs = np.array(scene.box), np.array(other.box)
+        scale, centre = _size_and_place(rng, box, (size, size))
+        theirs = scale * np.array(box) + np.tile(centre, 2)
         meet = np.minimum(ours[2:], theirs[2:]) - np.maximum(ours[:2], theirs[:2])
         if (meet < 0).any():
-            return replace(scene, other=replace(other, habitat=scene.habitat, light=scene.light))
+            look = {"habitat": scene.habitat, "light": scene.light}
+            return replace(scene, other=replace(other, scale=scale, centre=centre, **look))
     return scene
 
 

@@ -268,7 +268,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "crop_ratio": "input",
             "flip": 0.5,
         },
-        "hitl_data": {"crop_ratio": None},
+        "config": {"hitl_data": {"crop_ratio": None}, "init_which": "best"},
         "model": {"norm_eps": 1e-5},
         "train": {
             "optimizer": "adam",
@@ -320,24 +320,24 @@ def preset(name: str | None = None, recipe: str | None = None) -> Config:
     config.runs = resolved(asked("RUNS_DIR") or config.runs) / name
     config.data = replace(config.data, classes=asked("CLASSES") or None)
     if recipe == "original":
-        config = _with_recipe(config, RECIPES[recipe])
-        numbers = ORIGINAL_NORMALISATION.get(name)
-        config.data, config.init_which = replace(config.data, normalisation=numbers), "best"
+        config = _with_recipe(config, RECIPES[recipe], ORIGINAL_NORMALISATION.get(name))
     return config
 
 
-def _with_recipe(config: Config, recipe: dict[str, dict[str, Any]]) -> Config:
+def _with_recipe(
+    config: Config, recipe: dict[str, dict[str, Any]], normalisation: tuple[float, ...] | None
+) -> Config:
     """A preset, changed as a recipe says; TRAINABLE, where it is set, wins."""
     train = dict(recipe["train"])
     if asked("TRAINABLE"):
         del train["trainable"]
     return replace(
         config,
-        data=replace(config.data, **recipe["data"]),
+        data=replace(config.data, normalisation=normalisation, **recipe["data"]),
         model=replace(config.model, **recipe["model"]),
         ft=replace(config.ft, **train | recipe["ft"]),
         hitl=replace(config.hitl, **train | recipe["hitl"]),
-        hitl_data=recipe["hitl_data"],
+        **recipe["config"],
     )
 
 

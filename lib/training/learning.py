@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from timm.optim import param_groups_layer_decay
@@ -82,15 +83,12 @@ def restoring(model: nn.Module) -> Iterator[None]:
 def model_summary(model: SigmoidViT, trainable: str | int) -> str:
     """The parts of a model, a line each: how many parameters, and whether they learn."""
     learning = {id(p) for part in trained_modules(model, trainable) for p in part.parameters()}
-    own = [("tokens, positions", list(model.vit.parameters(recurse=False)))]
-    blocks = [(f"block {i}", list(block.parameters())) for i, block in enumerate(model.vit.blocks)]
-    rest = [
-        (name, list(part.parameters()))
-        for name, part in model.vit.named_children()
-        if name != "blocks"
-    ]
+    parts = {"tokens, positions": list(model.vit.parameters(recurse=False))}
+    for name, part in model.vit.named_children():
+        inner = {f"block {i}": one for i, one in enumerate(part)} if name == "blocks" else {}
+        parts |= {one: list(of.parameters()) for one, of in (inner or {name: part}).items()}
     lines = []
-    for name, parameters in [*own, *rest[:1], *blocks, *rest[1:]]:
+    for name, parameters in parts.items():
         count = sum(p.numel() for p in parameters)
         learned = sum(p.numel() for p in parameters if id(p) in learning)
         if count:
@@ -124,11 +122,12 @@ def make_optimizer(
     model: SigmoidViT, config: TrainConfig, device: torch.device
 ) -> torch.optim.Optimizer:
     """The optimiser of a name over `parameter_groups`; one fused kernel a step on a GPU."""
-    groups, fused = parameter_groups(model, config), device.type == "cuda"
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, config.lr, config.momentum, fused=fused)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-    return kind(groups, fused=fused)
+    kinds = {
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+        "sgd": partial(torch.optim.SGD, momentum=config.momentum),
+    }
+    return kinds[config.optimizer](parameter_groups(model, config), fused=device.type == "cuda")
 
 
 def learning_rate_factor(

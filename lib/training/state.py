@@ -256,8 +256,8 @@ def load_kept(model: SigmoidViT, file: Path, config: RunConfig) -> None:
     start = next((one for one in starts if one.is_file() and _md5_of(one) == rests_on), None)
     if start is None:
         raise FileNotFoundError(
-            f"{file} has only what differs from the {name} that it was trained from, which is not "
-            f"below {starts[-1].parents[1]} any more; train it again"
+            f"{file} has only what differs from the {name} that it was trained from, which is gone "
+            "or another one; train it again"
         )
     load_weights(model, start)
     model.vit.load_state_dict(safetensors.torch.load_file(file), strict=False)

@@ -298,10 +298,10 @@ def draw(scene: Scene, size: int = 64) -> Image.Image:
         _perch(canvas, scene.other, perch)
         _draw_bird(canvas, scene.other)
     _perch(canvas, scene, perch)
-    steps = [(_draw_bird, canvas)]
-    if scene.decoy >= 0:
-        # as if stuck on the photo: its own light
-        steps.insert(0 if scene.decoy_behind else 1, (_draw_decoy, _Canvas(image, (100, 100, 100))))
-    for step, where in steps:
-        step(where, scene)
+    on_photo = _Canvas(image, (100, 100, 100))  # the decoy is stuck on: its own light
+    if scene.decoy >= 0 and scene.decoy_behind:
+        _draw_decoy(on_photo, scene)
+    _draw_bird(canvas, scene)
+    if scene.decoy >= 0 and not scene.decoy_behind:
+        _draw_decoy(on_photo, scene)
     return image.reduce(SUPERSAMPLE)

@@ -655,7 +655,7 @@ def test_the_ladder_is_shown_until_the_edit_changes(tool):
     assert "0.300" in tool._html["ladder"].value
     tool.refresh()
     assert tool._html["ladder"].value
-    tool.controls["strength"].value = 0.5
+    tool.controls["strength"].value = 0.25
     assert not tool._html["ladder"].value and tool.errors == []
     tool.controls["ladder"].click()
     tool.controller.session.fingerprint = "another model"

@@ -66,11 +66,13 @@ class AttentionEditor(Controls):
             in_column([self._html["result"]], "ae-result"),
             in_column(self._settings(), "ae-settings"),
         ]
-        top = in_column([self._html["verdict"], self._toolbar(), self._html["notice"]], "ae-top")
+        for name in ("verdict", "notice"):
+            self._html[name].add_class(f"ae-{name}")
+        top = [self._html["verdict"], self._toolbar(), self._html["notice"]]
         style = [style_sheet()] if plain else []  # else the brush brings it
         self._openers = in_row([], "ae-openers")
         self.children = [
-            *(*style, self._header(), top, in_row(columns, "ae-columns")),
+            *(*style, self._header(), *top, in_row(columns, "ae-columns")),
             *(self._openers, self._below),
         ]
         self.add_class("ae-tool")

@@ -135,11 +135,10 @@ def edit_many(
             for rule in rules:
                 own = [asked[rule.name][place] for place in places]
                 others = [asked[rule.name][order[rule.name][place]] for place in places]
-                jobs = {
-                    "own": own,
-                    CONTROLS[0]: others,
-                    CONTROLS[1]: [_scattered(w, rng) for w in own],
-                }
+                jobs = {"own": own}
+                if any(other is not mine for other, mine in zip(others, own, strict=True)):
+                    jobs[CONTROLS[0]] = others  # else the rule asks the same of every picture
+                jobs[CONTROLS[1]] = [_scattered(wanted, rng) for wanted in own]
                 if rule.mean is not None:
                     jobs[CONTROLS[2]] = [w and rule.mean for w in own]
                 for scope, fields in scopes.items():

@@ -90,9 +90,12 @@ class AttentionEdit:
     # of float64 as they are), 0 where nothing is edited.
     values: Tensor | np.ndarray | float
     blocks: str | Sequence[int] = "last"  # "last", "last2", "all", or indices (-1: the last)
-    heads: str | Sequence[int] = "all"  # "all" or indices (-1: the last)
+    # "mean": what the heads see together, see lib.model.mean_edit; "all": each of them; or indices
+    # (-1: the last).
+    heads: str | Sequence[int] = "all"
     queries: Literal["cls", "all"] = "cls"  # rows the classifier reads, or the rows of all tokens
     offset: Literal["none", "centred"] = "none"  # see `row_offset`
+    strength: float = 1.0  # in [0, 1]: share of the shift of the logits that is made
 
     def __post_init__(self) -> None:
         mask, values = _mask(self.mask), self.values
@@ -116,11 +119,14 @@ class AttentionEdit:
         for name, words in (("queries", ("cls", "all")), ("offset", ("none", "centred"))):
             if getattr(self, name) not in words:
                 raise ValueError(f"{name} is {brief(getattr(self, name))}; use {_either(words)}")
+        if not is_share(self.strength):
+            raise ValueError(f"strength is {brief(self.strength)}; give 0 to 1")
         vars(self).update(  # frozen for everybody else
             mask=mask,
             values=values,
             blocks=_scope("blocks", self.blocks, ("last", "last2", "all")),
-            heads=_scope("heads", self.heads, ("all",)),
+            heads=_scope("heads", self.heads, ("all", "mean")),
+            strength=float(self.strength),
         )
 
     def __eq__(self, other: object) -> bool:
@@ -129,9 +135,11 @@ class AttentionEdit:
         return (
             torch.equal(self.mask.cpu(), other.mask.cpu())
             and torch.equal(self.values.cpu().double(), other.values.cpu().double())
-            and (self.blocks, self.heads, self.queries, self.offset)
-            == (other.blocks, other.heads, other.queries, other.offset)
+            and self._scope() == other._scope()
         )
+
+    def _scope(self) -> tuple[object, ...]:
+        return self.blocks, self.heads, self.queries, self.offset, self.strength
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -140,8 +148,8 @@ class AttentionEdit:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no cell is edited."""
-        return not self.mask.any()
+        """Whether it changes nothing: no cell is edited, or none of the shift is made."""
+        return not (self.strength and self.mask.any())
 
     def per_head(self, batch: int, heads: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Mask and values for one forward pass.
@@ -155,7 +163,8 @@ class AttentionEdit:
             mask (bool) and values (float), each `[B, H, P]`; heads not named are all False.
 
         Raises:
-            ValueError: when the mask fits neither the grid nor the batch, or a head is not there.
+            ValueError: when the mask fits neither the grid nor the batch, or a head is not there,
+                or each head has cells of its own where their mean is to be edited.
         """
         patches = grid[0] * grid[1]
         shape = tuple(self.mask.shape)
@@ -163,7 +172,7 @@ class AttentionEdit:
             view = (1, 1, patches)
         elif shape in ((batch, patches), (batch, *grid)):
             view = (batch, 1, patches)
-        elif shape == (batch, heads, patches):
+        elif shape == (batch, heads, patches) and self.heads != "mean":
             view = shape
         else:
             raise ValueError(
@@ -224,12 +233,12 @@ def resolve_blocks(blocks: str | tuple[int, ...], depth: int) -> tuple[int, ...]
 
 
 def resolve_heads(heads: str | tuple[int, ...], count: int) -> tuple[int, ...]:
-    """Head names to indices: "all", or indices (negative ones from the end).
+    """Head names to indices: "all" or "mean", or indices (negative ones from the end).
 
     Raises:
         ValueError: for an unknown word or an index outside the model.
     """
-    return _in_model("head", heads, {"all": tuple(range(count))}, count)
+    return _in_model("head", heads, dict.fromkeys(("all", "mean"), tuple(range(count))), count)
 
 
 def _in_model(
@@ -248,9 +257,16 @@ def _in_model(
 
 
 def edit_logits(
-    logits: Tensor, mask: Tensor, values: Tensor, offset: str, num_prefix: int
+    logits: Tensor,
+    mask: Tensor,
+    values: Tensor,
+    offset: str,
+    num_prefix: int,
+    strength: float = 1.0,
 ) -> Tensor:
     """x' = where(M, logit(clamp(V, EPS, 1 - EPS)) + c, x), computed in float32 or better.
+
+    With `strength` 1; with less, that share of the way from x to x'.
 
     A cell outside the mask keeps its logit bit for bit, and so does a cell that is asked for the
     value it already has (within EPS): a saturated cell that reads 1.0 and is asked for 1.0 stays.
@@ -271,7 +287,10 @@ def edit_logits(
     wanted = values[:, :, None, :].to(offsets)  # float32, or float64 where the logits are
     current = torch.sigmoid(patches - offsets)
     asks = mask[:, :, None, :] & ((wanted - current).abs() > EPS)
-    edited = (torch.logit(wanted.clamp(EPS, 1 - EPS)) + offsets).to(logits.dtype)
+    edited = torch.logit(wanted.clamp(EPS, 1 - EPS)) + offsets
+    if strength < 1:
+        edited = torch.lerp(patches.to(edited), edited, strength)
+    edited = edited.to(logits.dtype)
     return torch.cat([logits[..., :num_prefix], torch.where(asks, edited, patches)], dim=-1)
 
 

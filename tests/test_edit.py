@@ -248,7 +248,7 @@ def test_equal_edits_compare_equal_and_others_do_not():
         ({"blocks": 3}, "blocks is 3"),
         ({"blocks": (True,)}, "blocks is (True,)"),
         ({"heads": (0.0,)}, "heads is (0.0,)"),
-        ({"heads": ()}, 'heads is (); use "all" or different indices'),
+        ({"heads": ()}, 'heads is (); use "all" or "mean" or different indices'),
         ({"heads": (0, 0)}, "heads is (0, 0)"),
         ({"heads": "last"}, "heads is 'last'"),
         ({"queries": "patches"}, 'queries is \'patches\'; use "cls" or "all"'),

@@ -22,8 +22,9 @@ from PIL import Image
 from lib.data.corrections import load_corrections
 from lib.widgets import brush
 from lib.widgets.brush import _listed
-from lib.widgets.controller import LOW, EditorController
+from lib.widgets.controller import EditorController
 from lib.widgets.editor import attention_editor
+from lib.widgets.history import LOW, SLIDERS
 from lib.widgets.pixels import COLOURS, OPACITY, coloured
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,6 +76,9 @@ class FakeSession:
         level = 0.5 if offset == "none" else 0.1
         return np.stack([level + 0.1 * h + 0.05 * block + 0.02 * cells for h in range(2)])
 
+    def seen_together(self, index, block, offset):
+        return self.sigmoid(index, block, offset).mean(axis=0)
+
     def outcome(self, index, edit=None):
         if self.broken:
             raise RuntimeError(f"the model is gone {NASTY}")
@@ -117,28 +121,45 @@ operations = st.one_of(
     st.tuples(st.just("copy_human")),
     st.tuples(st.just("copy_box")),
     st.tuples(st.just("reset")),
-    st.tuples(st.just("stroke"), st.lists(st.none() | shares, min_size=6, max_size=6),
+    st.tuples(st.just("stroke"), st.dictionaries(st.integers(0, 5), st.none() | shares),
               st.integers(1, 3)),
+    st.tuples(st.just("strength"), shares),
+    st.tuples(st.just("sharpness"), st.floats(0, 4)),
+    st.tuples(st.just("suppression"), shares),
+    st.tuples(st.just("set_scope"), st.sampled_from(["last", "all"])),
 )  # fmt: skip
 knobs = st.tuples(shares, st.floats(0, 4), shares)
 
 
 def state(controller):
-    knobs = (controller.strength, controller.sharpness, controller.suppression)
-    return controller.painted.tobytes(), controller.edit().values.numpy().tobytes(), knobs
+    work = controller.work
+    values = controller.edit().values.numpy().tobytes()
+    return work.painted.tobytes(), values, tuple(work.sliders.items()), work.scope["blocks"]
 
 
-@given(st.lists(operations, max_size=12), knobs)
-def test_undo_and_redo_are_inverse_for_any_sequence(sequence, settings_of_sliders):
+def operate(controller, name, *arguments):
+    """One operation; what cannot be done on this picture changes nothing."""
+    if name in SLIDERS:
+        setattr(controller, name, *arguments)
+    elif name == "set_scope":
+        controller.set_scope(blocks=arguments[0])
+    elif name == "only_here" and np.isnan(controller.painted).all():
+        with pytest.raises(ValueError, match="nothing is painted yet"):
+            controller.only_here()
+    else:
+        getattr(controller, name)(*arguments)
+
+
+@given(st.lists(operations, max_size=12))
+def test_undo_and_redo_are_inverse_for_any_sequence(sequence):
     controller = EditorController(FakeSession())
-    controller.strength, controller.sharpness, controller.suppression = settings_of_sliders
     states = [state(controller)]
     for name, *arguments in sequence:
         steps = len(controller._histories[0])
-        getattr(controller, name)(*arguments)
+        operate(controller, name, *arguments)
         if len(controller._histories[0]) > steps:
             states.append(state(controller))
-        else:  # nothing changed, or another version of the same stroke
+        else:  # nothing changed, or another version of the same stroke or slider
             states[-1] = state(controller)
     for expected in states[-2::-1]:
         assert controller.can_undo
@@ -159,7 +180,7 @@ def test_values_stay_in_range_and_arrays_that_were_handed_out_stay_as_they_were(
     controller = EditorController(FakeSession())
     handed_out = []
     for name, *arguments in sequence:
-        getattr(controller, name)(*arguments)
+        operate(controller, name, *arguments)
         controller.strength, controller.sharpness, controller.suppression = sliders
         edit = controller.edit()
         mask, asked = edit.mask.numpy(), edit.values.numpy()
@@ -177,7 +198,7 @@ def test_values_stay_in_range_and_arrays_that_were_handed_out_stay_as_they_were(
 def test_strength_0_is_no_edit_and_asks_the_model_nothing(sequence, sliders):
     controller = EditorController(FakeSession())
     for name, *arguments in sequence:
-        getattr(controller, name)(*arguments)
+        operate(controller, name, *arguments)
     _, controller.sharpness, controller.suppression = sliders
     controller.strength = 0
     assert controller.edit().is_empty
@@ -188,7 +209,7 @@ def test_strength_0_is_no_edit_and_asks_the_model_nothing(sequence, sliders):
 def test_nothing_is_asked_at_the_start_and_after_erasing(controller):
     assert controller.edit().is_empty
     assert controller.scope == {
-        "blocks": "last", "heads": "all", "queries": "cls", "offset": "centred",
+        "blocks": "last", "heads": "mean", "queries": "cls", "offset": "centred",
     }  # fmt: skip
     controller.paint([(0, 1)], 0.9)
     assert controller.edit().mask.tolist() == [[False, True, False], [False] * 3]
@@ -210,10 +231,13 @@ def test_the_operations_paint_what_they_say(controller):
     np.testing.assert_array_equal(
         controller.painted, np.float32([[LOW, 0.7, 0.7], [LOW, 0.7, 0.7]])
     )
-    controller.copy_human()
-    np.testing.assert_array_equal(controller.painted, np.float32([[0, 0.5, 1], [np.nan, 0, 0]]))
-    controller.copy_box()
-    np.testing.assert_array_equal(controller.painted, controller.shown.box)
+    odds = controller.own / (1 - controller.own)
+    controller.copy_human()  # 0, .5, 1, not known, 0, 0: .3 is their mean
+    asked = np.array([[LOW, 0.5 / 0.3, 1 / 0.3], [np.nan, LOW, LOW]]) * np.delete(odds, 3).mean()
+    np.testing.assert_allclose(controller.painted, asked / (1 + asked), rtol=1e-5)
+    controller.copy_box()  # 0, 1, 1, 0, .5, .5: .5 is their mean
+    asked = np.array([[LOW, 2, 2], [LOW, 1, 1]]) * odds.mean()
+    np.testing.assert_allclose(controller.painted, asked / (1 + asked), rtol=1e-5)
     controller.fill(0.25)
     assert (controller.painted == 0.25).all()
     controller.reset()
@@ -233,8 +257,13 @@ def test_sharpness_and_suppression_and_strength_by_hand(controller):
     expected = (own + LOW) / 2
     expected[0, 0] = 0.8
     np.testing.assert_allclose(controller.asked, expected, rtol=1e-5)
-    controller.strength = 0.25
-    np.testing.assert_allclose(controller.asked, own + 0.25 * (expected - own), rtol=1e-5)
+    controller.strength = 0.25  # of the way between the logits
+    far, near = expected / (1 - expected), own / (1 - own)
+    odds = near**0.75 * far**0.25
+    np.testing.assert_allclose(controller.asked, odds / (1 + odds), rtol=1e-5)
+    edit = controller.edit()
+    np.testing.assert_allclose(edit.values, expected, rtol=1e-5)
+    assert edit.strength == 0.25
 
 
 def test_reset_switches_the_sliders_off_and_undo_brings_them_back(controller):
@@ -249,12 +278,44 @@ def test_reset_switches_the_sliders_off_and_undo_brings_them_back(controller):
 
 def test_versions_of_a_stroke_are_one_step(controller):
     for k in range(5):
-        controller.stroke([k / 10] * (k + 1) + [None] * (5 - k), stroke=7)
-    controller.stroke([0.5] * 6, stroke=8)
+        controller.stroke(dict.fromkeys(range(k + 1), k / 10), stroke=("page", 7))
+    controller.stroke({0: 0.5, 4: None}, stroke=("page", 8))
+    np.testing.assert_allclose(
+        controller.painted.ravel(), [0.5, *[0.4] * 3, np.nan, np.nan], rtol=1e-6
+    )
     controller.undo()
     np.testing.assert_allclose(controller.painted.ravel(), [0.4] * 5 + [np.nan], rtol=1e-6)
     controller.undo()
     assert not controller.can_undo and np.isnan(controller.painted).all()
+
+
+def test_a_stroke_belongs_to_the_picture_on_which_it_began(controller):
+    controller.open(1)
+    controller.stroke({2: 0.9}, stroke=1, index=3)
+    assert not controller.can_undo and np.isnan(controller.painted).all()
+    controller.open(3)
+    assert controller.painted[0, 2] == np.float32(0.9) and controller.can_undo
+
+
+def test_work_and_notes_belong_to_their_picture(controller):
+    controller.fill(0.3)
+    controller.strength, controller.note = 0.5, "why"
+    controller.set_scope(blocks="all")
+    kept = controller.work
+    controller.open(2)
+    assert (controller.strength, controller.note) == (1.0, "")
+    assert controller.scope["blocks"] == "all" and not controller.can_undo
+    controller.restore(kept)
+    assert controller.work.equals(kept)
+    controller.undo()
+    assert controller.edit().is_empty
+    controller.redo()
+    controller.lay_aside()
+    for index in (0, 2):
+        controller.open(index)
+        assert controller.edit().is_empty and controller.can_undo
+        controller.undo()
+        assert controller.work.equals(kept)
 
 
 def test_each_picture_keeps_its_own_history(controller):
@@ -290,19 +351,25 @@ def test_the_scope_reaches_the_edit_and_the_shown_map(controller):
         (lambda c: c.correction("me"), "nothing is edited"),
         (lambda c: (c.open(1), c.copy_human()), "has no human map"),
         (lambda c: (c.open(1), c.copy_box()), "has no box"),
-        (lambda c: c.stroke([0.5] * 5, 1), "holds 5 values, not 2 x 3"),
-        (lambda c: c.stroke("0.5", 1), "holds str values"),
-        (lambda c: c.stroke([0.5] * 5 + ["0.5"], 1), "holds '0.5'"),
-        (lambda c: c.stroke([0.5] * 5 + [float("nan")], 1), "holds nan"),
-        (lambda c: c.stroke([0.5] * 5 + [1.01], 1), "holds 1.01"),
-        (lambda c: c.stroke([0.5] * 5 + [True], 1), "holds True"),
+        (lambda c: c.only_here(), "nothing is painted yet"),
+        (lambda c: c.copy_map(np.zeros((2, 3))), "one above 0"),
+        (lambda c: c.copy_map(-np.ones((2, 3))), "numbers from 0"),
+        (lambda c: setattr(c, "strength", 1.5), "strength is 1.5; give 0 to 1"),
+        (lambda c: setattr(c, "sharpness", float("nan")), "sharpness is nan"),
+        (lambda c: c.stroke({6: 0.5}, 1), "names cell 6 of 6"),
+        (lambda c: c.stroke({-1: 0.5}, 1), "names cell -1"),
+        (lambda c: c.stroke({"1": 0.5}, 1), "names cell '1'"),
+        (lambda c: c.stroke({1: "0.5"}, 1), "holds '0.5'"),
+        (lambda c: c.stroke({0: 0.2, 1: float("nan")}, 1), "holds nan"),
+        (lambda c: c.stroke({1: 1.01}, 1), "holds 1.01"),
+        (lambda c: c.stroke({1: True}, 1), "holds True"),
     ],
 )
 def test_bad_input_is_one_sentence_and_changes_nothing(controller, call, message):
     with pytest.raises(ValueError, match=message):
         call(controller)
     assert controller.edit().is_empty and not controller.can_undo
-    assert controller.scope["blocks"] == "last" and controller.scope["heads"] == "all"
+    assert controller.scope["blocks"] == "last" and controller.scope["heads"] == "mean"
 
 
 def test_a_picture_that_is_not_there(controller):

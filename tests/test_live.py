@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lib.edit import AttentionEdit, edit_logits, resolve_blocks
 from lib.model.live import LiveImage
+from lib.model.mean_edit import edit_mean
 from lib.model.vit import SigmoidViT
 
 # Layers that VITS does not have; the head reads the class token through a norm of its own.
@@ -42,9 +43,10 @@ def live(kind: str) -> tuple[SigmoidViT, torch.Tensor, LiveImage]:
 SCOPES = st.fixed_dictionaries(
     {
         "blocks": st.sampled_from(["last", "last2", "all", (0,), (1,), (0, 2), (-1, 0), (0, 1)]),
-        "heads": st.sampled_from(["all", (0,), (1, 3), (-1,)]),
+        "heads": st.sampled_from(["all", "mean", (0,), (1, 3), (-1,)]),
         "queries": st.sampled_from(["cls", "all"]),
         "offset": st.sampled_from(["none", "centred"]),
+        "strength": st.sampled_from([1.0, 1.0, 0.5]),
     }
 )
 VALUES = st.sampled_from([0.0, 1e-9, 0.02, 0.5, 0.9, 1 - 1e-9, 1.0, "random"])
@@ -56,7 +58,9 @@ def random_edit(
     generator = torch.Generator().manual_seed(seed)
     (gh, gw), heads = model.grid, model.num_heads
     shapes = {"grid": (gh, gw), "flat": (gh * gw,), "image": (1, gh * gw)}
-    shape = {**shapes, "head": (1, heads, gh * gw)}[form]
+    if scope.get("heads") != "mean":  # which has no cells for each head
+        shapes["head"] = (1, heads, gh * gw)
+    shape = shapes.get(form, (gh, gw))
     mask = torch.rand(shape, generator=generator) < 0.4
     values = torch.rand(shape, generator=generator) if value == "random" else value
     return AttentionEdit(mask, values, **scope)
@@ -68,8 +72,11 @@ def rows_after(
     """What SigmoidViT gives, rows before a block's own edit, brought behind it: [depth, H, N]."""
     mask, values = edit.per_head(1, model.num_heads, model.grid)
     for index in resolve_blocks(edit.blocks, model.depth):
-        row = rows[index][:, :, None]
-        rows[index] = edit_logits(row, mask, values, edit.offset, model.num_prefix)[:, :, 0]
+        row, more = rows[index][:, :, None], (edit.offset, model.num_prefix, edit.strength)
+        if edit.heads == "mean":
+            rows[index] = edit_mean(row, mask[:, 0], values[:, 0], *more)[:, :, 0]
+        else:
+            rows[index] = edit_logits(row, mask, values, *more)[:, :, 0]
     return torch.cat([rows[index] for index in range(model.depth)])
 
 

@@ -10,7 +10,8 @@ unedited model computed in every block. An edit whose first named block is b the
 - later blocks: everything, and of the last one only the rows that the classifier reads.
 
 So an edit of the last block, the common one, is one or two tokens' worth of one block. On a GPU
-an edit is one tensor up and one back: what it asks for, and what it leads to.
+an edit is one tensor up and one back: what it asks for, and what it leads to. (That of the mean of
+the heads also waits for the device at each step of its search, in every edited block.)
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from lib.edit import EPS, AttentionEdit, edit_logits, resolve_blocks, row_offset
 from lib.model.block import bound_classify, take_apart
+from lib.model.mean_edit import edit_mean
 from lib.model.predict import tf32_products
 from lib.model.vit import SigmoidViT
 
@@ -84,15 +86,15 @@ class LiveImage:
         Raises:
             ValueError: the edit names a block or head that is not there, or another grid.
         """
-        if edit is None or not edit.mask.any():
+        if edit is None or edit.is_empty:
             return self.scores, self.rows
         model = self._model
         edited = resolve_blocks(edit.blocks, model.depth)
         wanted = self._wanted(edit)
         first = edited[0]
         found = self._kept[first]
-        if edit.queries == "cls" or first == model.depth - 1:
-            logits = self._kept_rows(first, edit.offset).edited(wanted)
+        if edit.heads != "mean" and (edit.queries == "cls" or first == model.depth - 1):
+            logits = self._kept_rows(first, edit.offset).edited(wanted, edit.strength)
             heads = self._blocks[first].weigh(logits, found.v)
         else:
             logits, heads = self._edit(first, found, edit, wanted)
@@ -117,7 +119,7 @@ class LiveImage:
         H = 1 for the same edit of all heads, which saves a tenth of `run`.
         """
         patches = self._grid[0] * self._grid[1]
-        if edit.heads == "all" and edit.mask.shape in (self._grid, (patches,)):
+        if edit.heads in ("all", "mean") and edit.mask.shape in (self._grid, (patches,)):
             mask, values = edit.mask.reshape(1, 1, patches), edit.values.reshape(1, 1, patches)
         else:
             mask, values = edit.per_head(1, self._model.num_heads, self._grid)
@@ -161,8 +163,11 @@ class LiveImage:
         logits = found.logits
         if edit.queries == "all" and index < self._model.depth - 1:
             logits = self._blocks[index].logits(found.q, found.k)
-        mask = ~wanted.isnan()
-        logits = edit_logits(logits, mask, wanted, edit.offset, self._model.num_prefix)
+        mask, more = ~wanted.isnan(), (edit.offset, self._model.num_prefix, edit.strength)
+        if edit.heads == "mean":
+            logits = edit_mean(logits, mask[:, 0], wanted[:, 0], *more)
+        else:
+            logits = edit_logits(logits, mask, wanted, *more)
         return logits, self._blocks[index].weigh(logits, found.v)
 
     def _leave(self, index: int, found: _Found, heads: Tensor) -> Tensor:
@@ -189,7 +194,7 @@ class _KeptRows:
         self._offsets = row_offset(logits, offset, num_prefix)
         self._current = torch.sigmoid(self._patches - self._offsets)
 
-    def edited(self, wanted: Tensor) -> Tensor:
+    def edited(self, wanted: Tensor, strength: float) -> Tensor:
         """What `edit_logits` gives: values `[1, H, P]`, NaN where unedited, to `[1, heads, R, N]`.
 
         NaN is far from no value: it compares False, and the logit stays.
@@ -199,6 +204,8 @@ class _KeptRows:
             wanted = wanted.to(self._offsets.dtype)
         asks = (wanted - self._current).abs_().gt(EPS)
         edited = torch.logit(wanted, EPS) + self._offsets
+        if strength < 1:
+            edited = torch.lerp(self._patches.to(edited), edited, strength)
         if edited.dtype != dtype:
             edited = edited.to(dtype)
         return torch.cat([self._prefix, torch.where(asks, edited, self._patches)], dim=-1)

@@ -31,6 +31,7 @@ from lib.model.block import (
     refuse_unsupported,
     take_apart,
 )
+from lib.model.mean_edit import edit_mean
 
 
 class _RowEdit(NamedTuple):
@@ -38,13 +39,19 @@ class _RowEdit(NamedTuple):
 
     mask: Tensor  # [B, heads, P]
     values: Tensor  # [B, heads, P]
-    offset: str
+    asked: AttentionEdit
     num_prefix: int
-    every_query: bool
     everywhere: bool  # in every image and head
 
+    @property
+    def every_query(self) -> bool:
+        return self.asked.queries == "all"
+
     def __call__(self, logits: Tensor) -> Tensor:
-        return edit_logits(logits, self.mask, self.values, self.offset, self.num_prefix)
+        more = self.asked.offset, self.num_prefix, self.asked.strength
+        if self.asked.heads == "mean":
+            return edit_mean(logits, self.mask[:, 0], self.values[:, 0], *more)
+        return edit_logits(logits, self.mask, self.values, *more)
 
 
 class SigmoidViT(nn.Module):
@@ -163,16 +170,16 @@ class SigmoidViT(nn.Module):
         """`forward` from the tokens `[B, N, dim]` that enter block `start` on."""
         names = rows if rows is None or isinstance(rows, str) else tuple(rows)
         wanted = () if names is None else resolve_blocks(names, self.depth)
-        edited = resolve_blocks(edit.blocks, self.depth) if edit and edit.mask.any() else ()
+        edited = resolve_blocks(edit.blocks, self.depth) if edit and not edit.is_empty else ()
         for index in (*wanted, *edited):
             if index < start:
                 raise ValueError(f"block {index} is asked for, but the tokens enter block {start}")
         if edited:
             mask, values = edit.per_head(len(tokens), self.num_heads, grid or self.grid)
             # Asked of the mask where it is made: on a GPU the answer would have to be waited for.
-            reach = edit.queries == "all", bool(mask.any(dim=-1).all())
+            everywhere = bool(mask.any(dim=-1).all())
             mask, values = mask.to(tokens.device), values.to(tokens.device)
-            asked = _RowEdit(mask, values, edit.offset, self.num_prefix, *reach)
+            asked = _RowEdit(mask, values, edit, self.num_prefix, everywhere)
         found: dict[int, Tensor] = {}
         for index in range(start, self.depth):
             change = asked if index in edited else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -11,12 +11,16 @@ from typing import Any, Protocol
 import numpy as np
 
 from lib.data.corrections import Correction, save_correction
-from lib.edit import EPS, LADDER, AttentionEdit, is_share, resolve_heads
+from lib.edit import EPS, LADDER, AttentionEdit, brief, is_index, is_share, resolve_heads
+from lib.widgets.history import LOW, OFF, SLIDERS, History, Work, as_odds, asked_map
 from lib.widgets.pixels import map_over_picture, png
 
-LOW = 0.02  # "do not look here": next to nothing, without the extreme logit of 0
-OFF = (1.0, 1.0, 0.0)  # strength, sharpness and suppression that change nothing
 CACHED = 64  # maps and unedited outcomes that are kept
+
+# What the heads see together is edited, and each keeps its part: of right predictions, such an
+# edit breaks the fewest. Centred: with the paper's offset, all cells of a pretrained model read
+# about 0.97.
+SCOPE_AT_FIRST = {"blocks": "last", "heads": "mean", "queries": "cls", "offset": "centred"}
 
 
 @dataclass(frozen=True)
@@ -57,107 +61,46 @@ class Session(Protocol):
 
     def sigmoid(self, index: int, block: int, offset: str) -> np.ndarray: ...
 
+    def seen_together(self, index: int, block: int, offset: str) -> np.ndarray: ...
+
     def outcome(self, index: int, edit: AttentionEdit | None = None) -> Outcome: ...
-
-
-@dataclass(frozen=True, eq=False)
-class _Step:
-    painted: np.ndarray  # float32 [gh, gw], read-only
-    stroke: int | None = None  # of the browser; None for an operation of Python
-    switched_off: tuple[float, ...] | None = None  # a reset: what was set before it, like OFF
-
-
-class History:
-    """The painted maps of one picture, step by step; its length counts them all."""
-
-    def __init__(self, grid: tuple[int, int]) -> None:
-        empty = np.full(grid, np.nan, dtype=np.float32)
-        empty.flags.writeable = False
-        self._steps, self._position = [_Step(empty)], 0
-
-    def __len__(self) -> int:
-        return len(self._steps)
-
-    @property
-    def painted(self) -> np.ndarray:
-        """The current map, float32 [gh, gw], NaN where nothing is painted; read-only."""
-        return self._steps[self._position].painted
-
-    @property
-    def can_undo(self) -> bool:
-        return self._position > 0
-
-    @property
-    def can_redo(self) -> bool:
-        return self._position < len(self) - 1
-
-    def keep(
-        self,
-        painted: np.ndarray,
-        stroke: int | None = None,
-        switched_off: tuple[float, ...] | None = None,
-    ) -> None:
-        """Makes a map the current one; what was undone is gone. Versions of a stroke are one step.
-
-        Raises ValueError for a value outside [0, 1].
-        """
-        painted = painted.astype(np.float32)
-        wrong = (painted < 0) | (painted > 1)
-        if wrong.any():
-            raise ValueError(f"{painted[wrong][0]:g} is painted; sigmoid attention is from 0 to 1")
-        if np.array_equal(painted, self.painted, equal_nan=True) and not switched_off:
-            return
-        painted.flags.writeable = False
-        same_stroke = stroke is not None and stroke == self._steps[self._position].stroke
-        self._steps[self._position + (not same_stroke) :] = [_Step(painted, stroke, switched_off)]
-        self._position = len(self) - 1
-
-    def undo(self) -> tuple[float, ...] | None:
-        """One step back, where there is one; returns what that step had switched off."""
-        if not self.can_undo:
-            return None
-        self._position -= 1
-        return self._steps[self._position + 1].switched_off
-
-    def redo(self) -> tuple[float, ...] | None:
-        """One step forward again, where there is one; returns what that step switches off."""
-        if not self.can_redo:
-            return None
-        self._position += 1
-        return self._steps[self._position].switched_off
 
 
 class EditorController:
     """State of the editor without any widget.
 
-    Each picture has its own painted map and its own history, which live as long as the controller.
-    Every other setting holds for all pictures. No array that was handed out is ever changed.
+    Each picture has its own work, history and note, which live as long as the controller. A picture
+    that is opened for the first time starts with the scope that was set last. No array that was
+    handed out is ever changed.
 
-    Attributes (set them freely, except the first two; what they lead to is computed on demand):
+    Attributes:
         index, shown: number of the open picture, and the session's `Shown` of it.
-        block: the block whose map is shown.
-        strength: in [0, 1]. How far the whole edit goes from the model's own values to those that
-            are asked for; 0 is no edit.
-        sharpness: from 0. Every value v of the map becomes sigmoid(sharpness * logit(v)), the
-            painted ones too: 1 changes nothing, more makes the map starker, less makes it flatter.
-        suppression: in [0, 1]. Share by which the cells that nobody painted go down to `LOW`.
+        block: the block whose map is shown; set it freely.
+        strength, sharpness, suppression: see `Work`; to set one is a step of the history.
         scope: blocks, heads, queries and offset of the edit; change it with `set_scope`.
     """
 
+    strength, sharpness, suppression = (
+        property(
+            lambda self, name=name: getattr(self.work, name),
+            lambda self, value, name=name: self._history.change(name, **{name: float(value)}),
+        )
+        for name in SLIDERS
+    )
+
     def __init__(self, session: Session, index: int = 0) -> None:
         self.session = session
-        self.strength, self.sharpness, self.suppression = OFF
         self.block: int = session.depth - 1
-        # Centred: with the paper's offset, all cells of a pretrained model read about 0.97.
-        self.scope = {"blocks": "last", "heads": "all", "queries": "cls", "offset": "centred"}
+        self._scope = dict(SCOPE_AT_FIRST)
         self._histories: dict[int, History] = {}  # by picture
+        self._notes: dict[int, str] = {}
         # The fingerprint is part of each key: after teaching, the model is another one.
         self._sigmoid = lru_cache(CACHED)(lambda _, *asked: session.sigmoid(*asked))
-        self._own = lru_cache(CACHED)(
-            lambda heads, *place: self._sigmoid(*place)[list(heads)].mean(axis=0)
-        )
+        self._own = lru_cache(CACHED)(self._mean_of_heads)
         self._unedited = lru_cache(CACHED)(lambda _, index: session.outcome(index))
-        self._edited: tuple[tuple[str, int, AttentionEdit], Outcome] | None = None
+        self._edited = lru_cache(CACHED)(  # a work is known by itself, as it never changes
+            lambda _, index, block, work: session.outcome(index, self.edit_of(work))
+        )
         self.open(index)
 
     def open(self, index: int) -> None:
@@ -167,10 +110,15 @@ class EditorController:
             raise IndexError(f"picture {index} is asked for; there are {count}, from 0 on")
         self.shown = self.session.open(index)
         self.index = index
-        self._history = self._histories.setdefault(index, History(self.session.grid))
+        self._history = self._history_of(index)
+
+    def _history_of(self, index: int) -> History:
+        if index not in self._histories:
+            self._histories[index] = History(self.session.grid, self._scope)
+        return self._histories[index]
 
     def set_scope(self, **changes: str | Sequence[int] | None) -> None:
-        """Changes which part of the model is edited: blocks, heads, queries, offset.
+        """Changes which part of the model is edited: blocks, heads, queries, offset; one step.
 
         None keeps what was set. Raises ValueError for a word or an index that the model does not
         have.
@@ -183,14 +131,33 @@ class EditorController:
             for k in () if isinstance(indices, str) else indices:
                 if not least <= k < count:
                     raise ValueError(f"{name} holds {k}, but the model has {count} {name}")
-        self.scope = {name: getattr(checked, name) for name in scope}
+        self._scope = {name: getattr(checked, name) for name in scope}
+        self._history.change("scope", scope=self._scope)
 
     # -- what is shown and asked for
 
     @property
+    def work(self) -> Work:
+        """All that is set for the open picture."""
+        return self._history.work
+
+    @property
+    def scope(self) -> dict[str, Any]:
+        return dict(self.work.scope)
+
+    @property
+    def note(self) -> str:
+        """Why the open picture was edited, for the saved file."""
+        return self._notes.get(self.index, "")
+
+    @note.setter
+    def note(self, text: str) -> None:
+        self._notes[self.index] = text
+
+    @property
     def painted(self) -> np.ndarray:
         """What a person painted, float32 [gh, gw], NaN where nothing; read-only."""
-        return self._history.painted
+        return self.work.painted
 
     @property
     def own_by_head(self) -> np.ndarray:
@@ -203,27 +170,43 @@ class EditorController:
 
     @property
     def own(self) -> np.ndarray:
-        """`own_by_head`, the mean of the chosen heads, float32 [gh, gw]."""
-        return self._own(resolve_heads(self.scope["heads"], self.session.num_heads), *self._place)
+        """The model's own map of the chosen heads together, float32 [gh, gw].
+
+        For heads "mean" what they see together (`lib.model.mean_edit.read_mean`), else the mean of
+        `own_by_head`.
+        """
+        return self._own(self.scope["heads"], *self._place)
+
+    def _mean_of_heads(self, heads: str | tuple[int, ...], *place: Any) -> np.ndarray:
+        if heads == "mean":
+            return self.session.seen_together(*place[1:])
+        chosen = resolve_heads(heads, self.session.num_heads)
+        return self._sigmoid(*place)[list(chosen)].mean(axis=0)
 
     @property
     def base(self) -> np.ndarray:
         """`asked` if nothing were painted."""
-        return self._asked(np.full(self.session.grid, np.nan, dtype=np.float32))
+        nothing = np.full(self.session.grid, np.nan)
+        return self._asked(replace(self.work, painted=nothing))
 
     @property
     def asked(self) -> np.ndarray:
-        """The map after the edit, float32 [gh, gw] in [0, 1]."""
-        return self._asked(self.painted)
+        """The map after the edit, float32 [gh, gw] in [0, 1]; see `asked_map`."""
+        return self._asked(self.work)
 
-    def _asked(self, painted: np.ndarray) -> np.ndarray:
-        return asked_map(self.own, painted, self.strength, self.sharpness, self.suppression)
+    def _asked(self, work: Work) -> np.ndarray:
+        return asked_map(self.own, work.painted, **work.sliders)
 
     def edit(self) -> AttentionEdit:
         """What is asked of the model: the painted cells, and those that a slider changes."""
-        asked = self.asked
-        touched = ~np.isnan(self.painted) & (self.strength > 0)
-        return AttentionEdit(touched | (np.abs(asked - self.own) > EPS), asked, **self.scope)
+        return self.edit_of(self.work)
+
+    def edit_of(self, work: Work) -> AttentionEdit:
+        """The same of any work on the open picture."""
+        wanted = self._asked(replace(work, strength=1.0))
+        touched = ~np.isnan(work.painted) | (np.abs(wanted - self.own) > EPS)
+        touched &= work.strength > 0
+        return AttentionEdit(touched, wanted, **work.scope, strength=work.strength)
 
     # -- painting
 
@@ -235,7 +218,7 @@ class EditorController:
             raise ValueError(f"a cell outside the grid of {rows} x {columns} is named")
         painted = self.painted.copy()
         painted[tuple(places.T)] = value
-        self._history.keep(painted)
+        self._history.change(painted=painted)
 
     def erase(self, cells: Sequence[tuple[int, int]]) -> None:
         """Gives cells (row, column) back to the model."""
@@ -243,38 +226,73 @@ class EditorController:
 
     def fill(self, value: float) -> None:
         """`value` on every cell."""
-        self._history.keep(np.full(self.session.grid, value))
+        self._history.change(painted=np.full(self.session.grid, value))
 
     def only_here(self) -> None:
-        """`LOW` on every cell that is not painted."""
-        self._history.keep(np.where(np.isnan(self.painted), LOW, self.painted))
+        """`LOW` on every cell that is not painted. ValueError where nothing is painted."""
+        free = np.isnan(self.painted)
+        if free.all():
+            raise ValueError("nothing is painted yet, so there is no here; paint first")
+        self._history.change(painted=np.where(free, LOW, self.painted))
 
     def copy_human(self) -> None:
-        """Paints the human map of the picture; NaN, unknown, stays free. ValueError without one."""
-        self._copy(self.shown.human, "human map")
+        """Asks for people's distribution, see `copy_map`. ValueError without a human map."""
+        self.copy_map(self._known(self.shown.human, "human map"))
 
     def copy_box(self) -> None:
-        """Paints the share of each cell that the box covers. ValueError without a box."""
-        self._copy(self.shown.box, "box")
+        """Asks for the box, evenly. ValueError without a box."""
+        self.copy_map(self._known(self.shown.box, "box"))
+
+    def copy_map(self, weights: np.ndarray) -> None:
+        """Asks for attention in proportion to `weights`, see `as_odds`; NaN stays free.
+
+        Args:
+            weights: [gh, gw], from 0, not 0 everywhere.
+        """
+        self._history.change(painted=as_odds(weights, self.own))
 
     def reset(self) -> None:
         """Back to the model's own map: erases all, switches `OFF` the three sliders."""
-        settings = (self.strength, self.sharpness, self.suppression)
-        empty = np.full(self.session.grid, np.nan)
-        self._history.keep(empty, switched_off=None if settings == OFF else settings)
-        self.strength, self.sharpness, self.suppression = OFF
+        self._reset(self._history)
 
-    def stroke(self, cells: Any, stroke: int) -> None:
-        """The painted map as the browser sends it while a stroke goes on, see `as_painted`.
+    def lay_aside(self) -> None:
+        """`reset` on all pictures: what was painted was for a model that is no longer there."""
+        for history in self._histories.values():
+            self._reset(history)
 
-        The versions of one stroke have one number, and become one step of the history.
+    def _reset(self, history: History) -> None:
+        history.change(painted=np.full(self.session.grid, np.nan), **OFF)
+
+    def restore(self, work: Work) -> None:
+        """Another work on the open picture, such as an earlier one; one step."""
+        self._history.change(
+            **{name: getattr(work, name) for name in ("painted", *SLIDERS, "scope")}
+        )
+        self._scope = self.scope
+
+    def stroke(self, cells: Mapping[int, Any], stroke: Hashable, index: int | None = None) -> None:
+        """What a stroke of the browser has changed so far, laid over what is there.
+
+        The versions of one stroke have one name, and become one step of the history.
+
+        Args:
+            cells: by number, row by row: the value in [0, 1], None for erased. stroke: its name.
+            index: the picture on which it began; the open one by default.
         """
-        self._history.keep(as_painted(cells, self.session.grid), stroke)
+        history = self._history_of(self.index if index is None else index)
+        painted = history.work.painted.copy()
+        for cell, value in cells.items():
+            if not is_index(cell) or not 0 <= cell < painted.size:
+                raise ValueError(f"a stroke names cell {brief(cell)} of {painted.size}")
+            if value is not None and not is_share(value):
+                raise ValueError(f"a stroke holds {brief(value)}; expected 0 to 1 or None")
+            painted.flat[cell] = np.nan if value is None else value
+        history.change(("stroke", stroke), painted=painted)
 
-    def _copy(self, values: np.ndarray | None, what: str) -> None:
+    def _known(self, values: np.ndarray | None, what: str) -> np.ndarray:
         if values is None:
             raise ValueError(f"picture {self.shown.image_id} has no {what}; paint by hand")
-        self._history.keep(np.asarray(values))
+        return values
 
     # -- history
 
@@ -288,27 +306,24 @@ class EditorController:
 
     def undo(self) -> None:
         """One step back; nothing where there is none."""
-        switched_off = self._history.undo()
-        if switched_off:
-            self.strength, self.sharpness, self.suppression = switched_off
+        self._history.undo()
 
     def redo(self) -> None:
         """One step forward again; nothing where there is none."""
-        if self._history.redo():
-            self.strength, self.sharpness, self.suppression = OFF
+        self._history.redo()
 
     # -- what it leads to
 
     def outcome(self) -> tuple[Outcome, Outcome]:
         """What the model says before and after the edit; computed once for each edit."""
-        fingerprint, edit = self.session.fingerprint, self.edit()
-        before = self._unedited(fingerprint, self.index)
-        if edit.is_empty:
-            return before, before
-        key = (fingerprint, self.index, edit)
-        if self._edited is None or self._edited[0] != key:
-            self._edited = (key, self.session.outcome(self.index, edit))
-        return before, self._edited[1]
+        return self._unedited(self.session.fingerprint, self.index), self.outcome_of(self.work)
+
+    def outcome_of(self, work: Work) -> Outcome:
+        """What the model says under another work on the open picture."""
+        place = self.session.fingerprint, self.index
+        if self.edit_of(work).is_empty:
+            return self._unedited(*place)
+        return self._edited(*place, self.block, work)
 
     def moved(self) -> float:
         """Share of the shown block's attention that went elsewhere, in [0, 1].
@@ -386,35 +401,3 @@ class EditorController:
         correction = self.correction(author, note)
         preview = map_over_picture(self.shown.image, self.asked, correction.edit.mask)
         return save_correction(correction, folder, png(preview))
-
-
-def asked_map(
-    own: np.ndarray, painted: np.ndarray, strength: float, sharpness: float, suppression: float
-) -> np.ndarray:
-    """What a person asks for, float32 [gh, gw] in [0, 1]; the settings are `EditorController`'s.
-
-    Args:
-        own: the model's map. painted: NaN where nothing is painted.
-    """
-    free = np.isnan(painted)
-    wanted = np.where(free, own, painted)
-    if sharpness != 1:
-        inside = np.clip(wanted.astype(np.float64), EPS, 1 - EPS)
-        wanted = 1 / (1 + ((1 - inside) / inside) ** sharpness)  # sigmoid(sharpness * logit)
-    wanted = np.where(free, wanted + suppression * (LOW - wanted), wanted)
-    return np.clip((1 - strength) * own + strength * wanted, 0, 1).astype(np.float32)
-
-
-def as_painted(cells: Any, grid: tuple[int, int]) -> np.ndarray:
-    """A painted map [gh, gw] from gh * gw numbers in [0, 1] row by row, None where nothing is.
-
-    Raises ValueError for anything else.
-    """
-    rows, columns = grid
-    if not isinstance(cells, list | tuple) or len(cells) != rows * columns:
-        length = len(cells) if isinstance(cells, list | tuple) else type(cells).__name__
-        raise ValueError(f"a painted map holds {length} values, not {rows} x {columns}")
-    for value in cells:
-        if value is not None and not is_share(value):
-            raise ValueError(f"a painted map holds {value!r}; expected 0 to 1 or None")
-    return np.array(cells, dtype=float).reshape(grid)

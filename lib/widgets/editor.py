@@ -124,7 +124,7 @@ class AttentionEditor(Panel):
         else:
             act = {"undo": EditorController.undo, "redo": EditorController.redo}
             self.paint = PaintWidget(
-                on_stroke=lambda cells, stroke: self._operate(lambda c: c.stroke(cells, stroke)),
+                on_stroke=self._stroke,
                 on_action=lambda action: self._operate(act[action]),
                 on_error=self.fail,
             )
@@ -246,6 +246,9 @@ class AttentionEditor(Panel):
 
     def _operate(self, operation: Callable[[EditorController], None]) -> None:
         self.act(partial(operation, self.controller))
+
+    def _stroke(self, cells: list[float | None], stroke: int) -> None:
+        self._operate(lambda controller: controller.stroke(dict(enumerate(cells)), stroke))
 
     def _step(self, by: int) -> None:
         self.controller.open((self.controller.index + by) % len(self.controller.session))

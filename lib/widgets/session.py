@@ -19,6 +19,7 @@ from lib.edit import (
     sigmoid_attention,
 )
 from lib.model.live import LiveImage
+from lib.model.mean_edit import read_mean
 from lib.model.vit import SigmoidViT
 from lib.widgets.controller import Outcome, Shown
 
@@ -91,6 +92,13 @@ class LiveSession:
         rows = self._live(self._position(index)).rows
         (block,) = resolve_blocks((block,), self.depth)
         read = sigmoid_attention(rows[block].float(), offset, self.num_prefix)
+        return read.unflatten(-1, self.grid).numpy()
+
+    def seen_together(self, index: int, block: int, offset: str) -> np.ndarray:
+        """What the heads see together before any edit: float32 [gh, gw], see `read_mean`."""
+        rows = self._live(self._position(index)).rows
+        (block,) = resolve_blocks((block,), self.depth)
+        read = read_mean(rows[block].float()[:, None], offset, self.num_prefix)[0]
         return read.unflatten(-1, self.grid).numpy()
 
     def outcome(self, index: int, edit: AttentionEdit | None = None) -> Outcome:

@@ -16,14 +16,16 @@ const round = (x) => (x === null ? null : Math.round(x * 1e4) / 1e4);
 
 // ---------------------------------------------------------------------------------- arithmetic
 
-/** What the edit makes of a painted cell: asked_map of controller.py, for one cell. */
+const logit = (value) => {
+  const inside = clamp(value, EPS, 1 - EPS);
+  return Math.log(inside / (1 - inside));
+};
+
+/** What the edit makes of a painted cell: asked_map of history.py, for one cell. */
 export function asked(value, own, strength, sharpness) {
-  let wanted = value;
-  if (sharpness !== 1) {
-    const inside = clamp(value, EPS, 1 - EPS);
-    wanted = 1 / (1 + ((1 - inside) / inside) ** sharpness);
-  }
-  return clamp((1 - strength) * own + strength * wanted, 0, 1);
+  if (strength === 1 && sharpness === 1) return value;
+  const moved = (1 - strength) * logit(own) + strength * sharpness * logit(value);
+  return 1 / (1 + Math.exp(-moved));
 }
 
 /** Distance of a point to the line from one point to another; a point is [x, y]. */

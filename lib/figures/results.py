@@ -260,11 +260,11 @@ def rule_changes(table: pd.DataFrame) -> Figure:
     """How many predictions a rule breaks and mends: bars by rule, its controls beside them.
 
     Args:
-        table: a row a rule, control and scope (blocks): columns rule, control, blocks, pictures,
+        table: a row a rule, control and scope: columns rule, control, scope, pictures,
             right_to_wrong, wrong_to_right.
     """
     rules, kinds = (list(dict.fromkeys(table[key])) for key in ("rule", "control"))
-    scopes = list(dict.fromkeys(table["blocks"]))
+    scopes = list(dict.fromkeys(table["scope"]))
     panels = {"right_to_wrong": "right → wrong", "wrong_to_right": "wrong → right"}
     width = max(3.2, 1.1 + 0.34 * len(rules) * len(kinds))
     figure, axes = axes_grid(
@@ -272,7 +272,7 @@ def rule_changes(table: pd.DataFrame) -> Figure:
     )
     for row, scope in zip(axes, scopes, strict=True):
         for axis, (key, words) in zip(row, panels.items(), strict=True):
-            part = table[table["blocks"] == scope]
+            part = table[table["scope"] == scope]
             for place, kind in enumerate(kinds):
                 found = part[part["control"] == kind].set_index("rule")[key].reindex(rules)
                 at = [

@@ -1,0 +1,468 @@
+"""The shelf: edits of one picture that were kept, side by side.
+
+`Shelf` is the state, without a widget: the snapshots of every picture, and what the model makes of
+them. `ShelfPanel` shows those of the open picture as cards.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from html import escape
+from itertools import count
+from typing import Any
+
+import ipywidgets as widgets
+import numpy as np
+import pandas as pd
+
+from lib import figures
+from lib.edit import AttentionEdit, as_odds
+from lib.widgets.controller import EditorController, Outcome
+from lib.widgets.history import OFF, Work
+from lib.widgets.panel import Panel, in_column, in_row
+from lib.widgets.pixels import data_url, heat_url, loops_around, png
+
+BEFORE = "before"  # the first of the shelf: no edit
+TOP = 3  # classes whose scores a card shows
+
+# Maps that are asked for as they are, by name: where they come from, see `Shelf.ready_made`.
+READY = {"people's map": "human", "box": "box", "uniform": "uniform", "mean map": "mean"}
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """An edit of a picture that was kept."""
+
+    name: str
+    work: Work
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What the model makes of a snapshot, beside the same picture before any edit."""
+
+    name: str
+    edit: AttentionEdit
+    before: Outcome
+    after: Outcome
+
+    def moved(self, block: int) -> float:
+        """Share of the attention that went elsewhere in a block, see `EditorController.moved`."""
+        cells = np.abs(self.after.attention[block] - self.before.attention[block]).sum()
+        kept = abs(self.after.class_token[block] - self.before.class_token[block])
+        return float(cells + kept) / 2
+
+
+class Shelf:
+    """Snapshots of all pictures, for the one that is open.
+
+    They live as long as the shelf. What the model makes of them is asked when it is needed, and
+    anew when the model is another one.
+    """
+
+    def __init__(self, controller: EditorController) -> None:
+        self.controller = controller
+        self._kept: dict[int, list[Snapshot]] = {}  # by picture
+        self._deleted: dict[int, tuple[int, Snapshot]] = {}  # the last one, and where it stood
+
+    @property
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """Those of the open picture, without "before"."""
+        return tuple(self._here)
+
+    @property
+    def _here(self) -> list[Snapshot]:
+        return self._kept.setdefault(self.controller.index, [])
+
+    def keep(self, name: str = "") -> Snapshot:
+        """The present edit as the last snapshot; A, B, C, ... where it is given no name.
+
+        Raises ValueError where nothing is edited, or where this very edit is kept.
+        """
+        return self._add(name, self.controller.work)
+
+    def keep_ready_made(self, name: str) -> Snapshot:
+        """One of `READY` as a snapshot, at the strength that is set.
+
+        It asks for people's distribution, or the map's, of what the heads see together, in the
+        blocks that are set. Raises ValueError where the picture has no such map, and says why.
+        """
+        values, why = self.ready_made(name)
+        if values is None:
+            raise ValueError(why)
+        controller = self.controller
+        own = controller.session.seen_together(controller.index, controller.block, "centred")
+        known = ~np.isnan(values)
+        now = float((own / (1 - own))[known].mean())
+        scope = controller.scope | {"heads": "mean", "offset": "centred"}
+        settings = OFF | {"strength": controller.strength}
+        return self._add(name, Work(as_odds(values, now), **settings, scope=scope))
+
+    def ready_made(self, name: str) -> tuple[np.ndarray | None, str]:
+        """The map of one of `READY`, `[gh, gw]` from 0, and "" ; or None, and why there is none."""
+        shown, session = self.controller.shown, self.controller.session
+        values, why = None, f"picture {shown.image_id} has no {name}"
+        if READY[name] == "uniform":
+            values = np.ones(session.grid, dtype=np.float32)
+        elif READY[name] == "mean":
+            values, why = _mean_map(session), "the data set has no human maps to take the mean of"
+        else:
+            values = getattr(shown, READY[name])
+        if values is not None and not np.nansum(values) > 0:
+            values, why = None, f"the {name} of picture {shown.image_id} is 0 everywhere"
+        return values, "" if values is not None else why
+
+    def rename(self, place: int, name: str) -> None:
+        """Another name. Raises ValueError for one that is empty, or that another one has."""
+        name = name.strip()
+        taken = [BEFORE, *(one.name for k, one in enumerate(self._here) if k != place)]
+        if not name or name in taken:
+            why = f'the name "{name}" is taken' if name else "a snapshot needs a name"
+            raise ValueError(f"{why}; give it another one")
+        self._here[place] = replace(self._here[place], name=name)
+
+    def move(self, place: int, by: int) -> int:
+        """Moves a snapshot along; returns its new place, which is between the first and last."""
+        one = self._here.pop(place)
+        place = min(max(place + by, 0), len(self._here))
+        self._here.insert(place, one)
+        return place
+
+    def delete(self, place: int) -> Snapshot:
+        """Takes a snapshot away; `bring_back` puts the last one where it was."""
+        one = self._here.pop(place)
+        self._deleted[self.controller.index] = place, one
+        return one
+
+    @property
+    def can_bring_back(self) -> bool:
+        return self.controller.index in self._deleted
+
+    def bring_back(self) -> None:
+        """The snapshot of this picture that was deleted last; nothing where there is none."""
+        if self.can_bring_back:
+            place, one = self._deleted.pop(self.controller.index)
+            self._here.insert(place, replace(one, name=self._free(one.name)))
+
+    def restore(self, place: int | None) -> None:
+        """Makes a snapshot the present edit, in one step that can be undone; None is "before"."""
+        if place is None:
+            self.controller.reset()
+        else:
+            self.controller.restore(self._here[place].work)
+
+    def seen(self) -> list[Seen]:
+        """"before" and the snapshots of the open picture, with what the model makes of each."""
+        controller = self.controller
+        nothing = Work(np.full(controller.session.grid, np.nan), scope=controller.scope)
+        works = [Snapshot(BEFORE, nothing), *self._here]
+        before = controller.outcome_of(nothing)
+        return [
+            Seen(one.name, controller.edit_of(one.work), before, controller.outcome_of(one.work))
+            for one in works
+        ]
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row a snapshot, "before" first.
+
+        Columns: name; prediction, p_prediction, right; p_true; change (of p_true, in points of
+        100); moved (share of the attention, in the shown block); cells (that are edited); blocks,
+        heads, queries, offset, strength.
+        """
+        controller = self.controller
+        classes, true = controller.session.classes, controller.shown.label
+        rows = []
+        for one in self.seen():
+            before, after = one.before.probabilities, one.after.probabilities
+            best = int(after.argmax())
+            row = {"name": one.name, "prediction": classes[best], "p_prediction": after[best]}
+            row |= {"right": best == true, "p_true": float(after[true])}
+            row |= {"change": 100 * float(after[true] - before[true])}
+            row |= {"moved": one.moved(controller.block), "cells": int(one.edit.mask.sum())}
+            edit = one.edit
+            scope = ("blocks", "heads", "queries", "offset", "strength")
+            rows.append(row | {field: getattr(edit, field) for field in scope})
+        return pd.DataFrame(rows)
+
+    def _add(self, name: str, work: Work) -> Snapshot:
+        edit = self.controller.edit_of(work)
+        if edit.is_empty:
+            raise ValueError('nothing is edited, and "before" is kept already; paint first')
+        for one in self._here:
+            if self.controller.edit_of(one.work) == edit:
+                raise ValueError(f"this edit is kept already, as {one.name}")
+        taken = [one.name for one in self._here]
+        name = name.strip() or next(letters for letters in _letters() if letters not in taken)
+        made = Snapshot(self._free(name), work)
+        self._here.append(made)
+        return made
+
+    def _free(self, name: str) -> str:
+        """The name, with a number where one of this picture, or "before", has it."""
+        taken = {BEFORE, *(one.name for one in self._here)}
+        numbered = (f"{name} {k}" if k > 1 else name for k in count(1))
+        return next(words for words in numbered if words not in taken)
+
+
+def _mean_map(session: Any) -> np.ndarray | None:
+    """Mean of all human maps of a session's data set, where known; None without any."""
+    if not hasattr(session, "dataset"):
+        return None
+    maps, valid = (part.numpy() for part in session.dataset.maps)
+    times = valid.sum(axis=0)
+    return (maps * valid).sum(axis=0) / np.maximum(times, 1) if times.any() else None
+
+
+def _letters() -> Iterator[str]:
+    """A, B, ..., Z, AA, AB, ..."""
+    for number in count(1):
+        letters = ""
+        while number:
+            number, last = divmod(number - 1, 26)
+            letters = chr(ord("A") + last) + letters
+        yield letters
+
+
+# ---------------------------------------------------------------------------------------- cards
+
+
+def scope_in_words(edit: AttentionEdit) -> str:
+    """Where an edit is made, short."""
+    numbers = lambda named: ", ".join(map(str, named))  # noqa: E731
+    blocks = {"last": "last block", "last2": "last two blocks", "all": "all blocks"}
+    heads = {"mean": "mean of the heads", "all": "all heads"}
+    words = [
+        blocks.get(edit.blocks) or f"block {numbers(edit.blocks)}",
+        heads.get(edit.heads) or f"head {numbers(edit.heads)}",
+    ]
+    words += ["all rows"] * (edit.queries == "all") + ["offset none"] * (edit.offset == "none")
+    return ", ".join([*words, *([f"strength {edit.strength:.2f}"] * (edit.strength < 1))])
+
+
+def _map_html(one: Seen, block: int) -> str:
+    """The attention over the picture, which the panel's style brings, and the painted cells."""
+    rows, columns = one.edit.grid
+    path = "".join(
+        "M" + "L".join(f"{x} {y}" for x, y in corners) + "Z"
+        for corners in loops_around({(r, c) for r, c in one.edit.mask.argwhere().tolist()})
+    )
+    line = "".join(f'<path class="cp-{kind}" d="{path}"/>' for kind in ("under", "line"))
+    return (
+        f'<div class="cp-map"><img src="{heat_url(one.after.attention[block])}" '
+        f'alt="attention: {escape(one.name)}">'
+        f'<svg viewBox="0 0 {columns} {rows}" preserveAspectRatio="none" aria-hidden="true">'
+        f"{line}</svg></div>"
+    )
+
+
+def _scores_html(one: Seen, block: int, classes: list[str], true: int) -> str:
+    """Right or wrong; a bar a class, with the change in points; what it took."""
+    before, after = one.before.probabilities, one.after.probabilities
+    first, best = int(before.argmax()), int(after.argmax())
+    right = best == true
+    verdict = ("✓ right" if right else "✗ wrong") + " now" * ((first == true) != right)
+    listed = dict.fromkeys([*np.argsort(-after, kind="stable")[:TOP].tolist(), first, true])
+    lines = []
+    for k in listed:
+        tags = "".join(
+            f' <span class="cp-tag">{word}</span>'
+            for word, is_so in (("true", k == true), ("was", k == first != true))
+            if is_so
+        )
+        change = 100 * float(after[k] - before[k])
+        points = f"{change:+.1f}" if abs(change) >= 0.05 else ""
+        lines.append(
+            f'<li class="cp-{"true" if k == true else "other"}" '
+            f'style="--share:{100 * after[k]:.1f}%"><span>{after[k]:.2f} {escape(classes[k])}{tags}'
+            f"</span><b>{points}</b></li>"
+        )
+    told = ""
+    if not one.edit.is_empty:
+        told = f"{one.moved(block):.2f} of the attention moved; {scope_in_words(one.edit)}"
+    return (
+        f'<p class="cp-verdict cp-{"right" if right else "wrong"}">{verdict}</p>'
+        f'<ul class="cp-scores">{"".join(lines)}</ul><p class="ae-dim">{told}</p>'
+    )
+
+
+class _Card:
+    """A place on the shelf; what stands there changes, so that the keyboard's focus stays."""
+
+    def __init__(self, panel: ShelfPanel, place: int | None) -> None:
+        """`place` None is that of "before", which has no name to change and is not moved."""
+        self.place = place
+        self.name = widgets.Text(description="Name", continuous_update=False)
+        self._title = widgets.HTML(f"<b>{BEFORE}</b>")
+        self._map, self._scores = widgets.HTML(), widgets.HTML()
+        shelf = panel.shelf
+        self.open = _button("", panel, lambda: panel.restore(place))
+        self.open.add_class("cp-open")
+        self.moves = {
+            by: _button(text, panel, partial(panel.move, place, by))
+            for by, text in ((-1, "←"), (1, "→"))
+        }
+        self.delete = _button("Delete", panel, lambda: panel.delete(place))
+        self._busy = False
+
+        def renamed(change: dict[str, Any]) -> None:
+            if not self._busy:
+                panel.act(lambda: shelf.rename(place, change["new"]))
+
+        self.name.observe(renamed, "value")
+        parts = [self._title if place is None else self.name]
+        parts += [in_column([self._map, self.open], "cp-stage"), self._scores]
+        if place is not None:
+            parts.append(in_row([*self.moves.values(), self.delete]))
+        self.box = in_column(parts, "cp-card")
+
+    def show(self, one: Seen, texts: tuple[str, str], places: int) -> None:
+        """Shows a snapshot; `texts` are its map and scores, `places` those of the shelf."""
+        self._map.value, self._scores.value = texts
+        self.open.description = f"Restore {one.name}"
+        self.open.tooltip = "make this the present edit; can be undone"
+        if self.place is None:
+            return
+        self._busy = True
+        self.name.value = one.name
+        self._busy = False
+        for by, button in self.moves.items():
+            button.disabled = not 0 <= self.place + by < places
+            side = "left" if by < 0 else "right"
+            button.tooltip = f"move {one.name} to the {side}"
+            if button.disabled:
+                button.tooltip = f"{one.name} is the {'first' if by < 0 else 'last'} already"
+        self.delete.tooltip = f"delete {one.name}; can be brought back"
+
+
+def _button(text: str, panel: Panel, callback: Callable[[], object]) -> widgets.Button:
+    button = widgets.Button(description=text)
+    button.on_click(lambda _: panel.act(callback))
+    return button
+
+
+class ShelfPanel(Panel):
+    """The snapshots of the open picture, side by side, and how they come and go.
+
+    Args:
+        controller: whose edits are kept.
+        changed: called when a snapshot was restored: the editor shows the controller anew.
+
+    Attributes:
+        shelf: the `Shelf`; after changing it from Python, call `refresh`.
+        errors, controls: see `Panel`.
+    """
+
+    def __init__(self, controller: EditorController, changed: Callable[[], None]) -> None:
+        super().__init__()
+        self.controller, self.shelf, self._changed = controller, Shelf(controller), changed
+        self._mark = f"cp-{uuid.uuid4().hex[:8]}"  # ties the style of the picture to this panel
+        self._style, self._said = widgets.HTML(), widgets.HTML()
+        self._styled: int | None = None  # the picture that the style brings
+        self._judged_by = controller.session.fingerprint
+        self._texts: dict[tuple[Any, ...], tuple[str, str]] = {}  # of cards
+        keep = self.button("keep", "Keep this edit", self._keep)
+        menu = widgets.Dropdown(description="Ready-made")
+        self.controls["ready"] = menu
+        add = self.button("add", "Add", lambda: self.shelf.keep_ready_made(menu.value))
+        back = self.button("bring_back", "Bring back", self.shelf.bring_back)
+        back.tooltip = "the snapshot that was deleted last"
+        self._first, self._cards = _Card(self, None), []
+        self._row = in_row([self._first.box], "cp-cards")
+        self.children = [self._style, in_row([keep, menu, add, back]), self._said, self._row]
+        for name in ("cp-panel", self._mark):
+            self.add_class(name)
+        self.refresh()
+
+    def act(self, callback: Callable[[], object]) -> None:
+        """Calls back, then shows what became of it; what was said before is gone."""
+        self._said.value = ""
+        super().act(callback)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Shows the shelf of the open picture, after controller, shelf or model have changed."""
+        super().act(self._show)
+
+    def show_error(self, html: str) -> None:
+        self._said.value = html
+
+    def restore(self, place: int | None) -> None:
+        self.shelf.restore(place)
+        self._changed()
+
+    def move(self, place: int, by: int) -> None:
+        """Moves a snapshot, and the focus with it, where ipywidgets knows how (8 does)."""
+        button = self._cards[self.shelf.move(place, by)].moves[by]
+        getattr(button, "focus", lambda: None)()
+
+    def delete(self, place: int) -> None:
+        gone = self.shelf.delete(place)
+        self._say(f"Deleted {gone.name}.")
+
+    def _keep(self) -> None:
+        self._say(f"Kept as {self.shelf.keep().name}.")
+
+    def _say(self, words: str) -> None:
+        self._said.value = f'<span role="status">{escape(words)}</span>'
+
+    # -- showing
+
+    def _show(self) -> None:
+        controller = self.controller
+        if self._styled != controller.index:
+            self._styled = controller.index
+            picture = data_url(png(figures.picture(controller.shown.image, pixels=224)))
+            self._style.value = (
+                f"<style>.{self._mark} .cp-map {{ background-image: url({picture}) }}</style>"
+            )
+            self._texts, self._said.value = {}, ""
+        if self._judged_by != controller.session.fingerprint:
+            self._judged_by, self._texts = controller.session.fingerprint, {}
+            if self.shelf.snapshots:
+                self._say("The model is another one now: all outcomes were computed anew.")
+        self._show_controls()
+        self._show_cards()
+
+    def _show_controls(self) -> None:
+        menu, chosen = self.controls["ready"], self.controls["ready"].value
+        entries = [
+            (name + " (none here)" * bool(self.shelf.ready_made(name)[1]), name) for name in READY
+        ]
+        if list(menu.options) != entries:
+            menu.options = entries
+            menu.value = chosen or entries[0][1]
+        empty = self.controller.edit().is_empty
+        keep = self.controls["keep"]
+        keep.disabled = empty
+        keep.tooltip = (
+            "nothing is edited, so there is nothing to keep; paint first"
+            if empty
+            else "put the present edit on the shelf"
+        )
+        self.controls["bring_back"].layout.display = None if self.shelf.can_bring_back else "none"
+
+    def _show_cards(self) -> None:
+        first, *others = self.shelf.seen()
+        while len(self._cards) < len(others):
+            self._cards.append(_Card(self, len(self._cards)))
+        cards = [self._first, *self._cards[: len(others)]]
+        now = self.controller.edit()
+        for card, one in zip(cards, (first, *others), strict=True):
+            card.show(one, self._texts_of(one), len(others))
+            (card.box.add_class if one.edit == now else card.box.remove_class)("cp-now")
+        boxes = tuple(card.box for card in cards)
+        if self._row.children != boxes:
+            self._row.children = boxes
+
+    def _texts_of(self, one: Seen) -> tuple[str, str]:
+        """Map and scores of a card; made once, as all snapshots are shown after every stroke."""
+        block = self.controller.block
+        key = (one.name, id(one.after), block)
+        if key not in self._texts:
+            classes, true = self.controller.session.classes, self.controller.shown.label
+            texts = _map_html(one, block), _scores_html(one, block, classes, true)
+            self._texts[key] = texts
+        return self._texts[key]

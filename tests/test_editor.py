@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lib.data.corrections import load_corrections
+from lib.edit import LOW
 from lib.widgets import brush
 from lib.widgets.brush import _listed
 from lib.widgets.controller import EditorController
 from lib.widgets.editor import attention_editor
-from lib.widgets.history import LOW, SLIDERS
+from lib.widgets.history import SLIDERS
 from lib.widgets.pixels import COLOURS, OPACITY, coloured
 
 ROOT = Path(__file__).resolve().parents[1]

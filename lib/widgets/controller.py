@@ -11,8 +11,18 @@ from typing import Any, Protocol
 import numpy as np
 
 from lib.data.corrections import Correction, save_correction
-from lib.edit import EPS, LADDER, AttentionEdit, brief, is_index, is_share, resolve_heads
-from lib.widgets.history import LOW, OFF, SLIDERS, History, Work, as_odds, asked_map
+from lib.edit import (
+    EPS,
+    LADDER,
+    LOW,
+    AttentionEdit,
+    as_odds,
+    brief,
+    is_index,
+    is_share,
+    resolve_heads,
+)
+from lib.widgets.history import OFF, SLIDERS, History, Work, as_logits, asked_map
 from lib.widgets.pixels import map_over_picture, png
 
 CACHED = 64  # maps and unedited outcomes that are kept
@@ -244,12 +254,14 @@ class EditorController:
         self.copy_map(self._known(self.shown.box, "box"))
 
     def copy_map(self, weights: np.ndarray) -> None:
-        """Asks for attention in proportion to `weights`, see `as_odds`; NaN stays free.
+        """Asks for attention in proportion to `weights`, see `lib.edit.as_odds`; NaN stays free.
 
         Args:
             weights: [gh, gw], from 0, not 0 everywhere.
         """
-        self._history.change(painted=as_odds(weights, self.own))
+        known = ~np.isnan(weights)
+        now = np.exp(as_logits(self.own))[known].mean() if known.any() else 1.0
+        self._history.change(painted=as_odds(weights, now))
 
     def reset(self) -> None:
         """Back to the model's own map: erases all, switches `OFF` the three sliders."""

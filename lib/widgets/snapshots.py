@@ -67,6 +67,7 @@ class Shelf:
         self.controller = controller
         self._kept: dict[int, list[Snapshot]] = {}  # by picture
         self._deleted: dict[int, tuple[int, Snapshot]] = {}  # the last one, and where it stood
+        self._mean: tuple[object, np.ndarray | None] = (None, None)  # of which maps, and their mean
 
     @property
     def snapshots(self) -> tuple[Snapshot, ...]:
@@ -108,7 +109,7 @@ class Shelf:
         if READY[name] == "uniform":
             values = np.ones(session.grid, dtype=np.float32)
         elif READY[name] == "mean":
-            values, why = _mean_map(session), "the data set has no human maps to take the mean of"
+            values, why = self._mean_map(), "the data set has no human maps to take the mean of"
         else:
             values = getattr(shown, READY[name])
         if values is not None and not np.nansum(values) > 0:
@@ -155,7 +156,7 @@ class Shelf:
             self.controller.restore(self._here[place].work)
 
     def seen(self) -> list[Seen]:
-        """"before" and the snapshots of the open picture, with what the model makes of each."""
+        """ "before" and the snapshots of the open picture, with what the model makes of each."""
         controller = self.controller
         nothing = Work(np.full(controller.session.grid, np.nan), scope=controller.scope)
         works = [Snapshot(BEFORE, nothing), *self._here]
@@ -187,6 +188,18 @@ class Shelf:
             rows.append(row | {field: getattr(edit, field) for field in scope})
         return pd.DataFrame(rows)
 
+    def _mean_map(self) -> np.ndarray | None:
+        """Mean of all human maps of the data set, where known; None without any."""
+        dataset = getattr(self.controller.session, "dataset", None)
+        if dataset is None:
+            return None
+        maps, valid = dataset.maps
+        if self._mean[0] is not maps:
+            known, times = valid.numpy(), valid.sum(dim=0).numpy()
+            mean = (maps.numpy() * known).sum(axis=0) / np.maximum(times, 1)
+            self._mean = maps, mean if times.any() else None
+        return self._mean[1]
+
     def _add(self, name: str, work: Work) -> Snapshot:
         edit = self.controller.edit_of(work)
         if edit.is_empty:
@@ -205,15 +218,6 @@ class Shelf:
         taken = {BEFORE, *(one.name for one in self._here)}
         numbered = (f"{name} {k}" if k > 1 else name for k in count(1))
         return next(words for words in numbered if words not in taken)
-
-
-def _mean_map(session: Any) -> np.ndarray | None:
-    """Mean of all human maps of a session's data set, where known; None without any."""
-    if not hasattr(session, "dataset"):
-        return None
-    maps, valid = (part.numpy() for part in session.dataset.maps)
-    times = valid.sum(axis=0)
-    return (maps * valid).sum(axis=0) / np.maximum(times, 1) if times.any() else None
 
 
 def _letters() -> Iterator[str]:
@@ -362,7 +366,7 @@ class ShelfPanel(Panel):
         self._style, self._said = widgets.HTML(), widgets.HTML()
         self._styled: int | None = None  # the picture that the style brings
         self._judged_by = controller.session.fingerprint
-        self._texts: dict[tuple[Any, ...], tuple[str, str]] = {}  # of cards
+        self._texts: dict[str, tuple[Outcome, int, tuple[str, str]]] = {}  # of cards, by name
         keep = self.button("keep", "Keep this edit", self._keep)
         menu = widgets.Dropdown(description="Ready-made")
         self.controls["ready"] = menu
@@ -420,7 +424,7 @@ class ShelfPanel(Panel):
             )
             self._texts, self._said.value = {}, ""
         if self._judged_by != controller.session.fingerprint:
-            self._judged_by, self._texts = controller.session.fingerprint, {}
+            self._judged_by = controller.session.fingerprint
             if self.shelf.snapshots:
                 self._say("The model is another one now: all outcomes were computed anew.")
         self._show_controls()
@@ -460,9 +464,9 @@ class ShelfPanel(Panel):
     def _texts_of(self, one: Seen) -> tuple[str, str]:
         """Map and scores of a card; made once, as all snapshots are shown after every stroke."""
         block = self.controller.block
-        key = (one.name, id(one.after), block)
-        if key not in self._texts:
+        after, shown, texts = self._texts.get(one.name, (None, None, None))
+        if after is not one.after or shown != block:
             classes, true = self.controller.session.classes, self.controller.shown.label
             texts = _map_html(one, block), _scores_html(one, block, classes, true)
-            self._texts[key] = texts
-        return self._texts[key]
+            self._texts[one.name] = one.after, block, texts
+        return texts

@@ -21,14 +21,20 @@ from hypothesis.extra import numpy as hnp
 
 from lib.data.corrections import (
     MAX_BYTES,
+    TRASH,
     Correction,
     CorrectionError,
     Skipped,
     _to_fields,
+    bring_back,
+    discard,
+    list_corrections,
     load_corrections,
     save_correction,
+    write_note,
 )
 from lib.edit import AttentionEdit
+from lib.files import StorageError
 
 ROOT = Path(__file__).resolve().parents[1]
 TIME = "2026-08-01T12:34:56Z"
@@ -64,9 +70,10 @@ def edits(draw) -> AttentionEdit:
         mask=draw(hnp.arrays(bool, shape)),
         values=draw(hnp.arrays(np.float32, shape, elements=st.floats(0, 1, width=32))),
         blocks=draw(st.sampled_from(["last", "last2", "all"]) | indices),
-        heads=draw(st.just("all") | indices),
+        heads=draw(st.sampled_from(["mean", "all"]) | indices),
         queries=draw(st.sampled_from(["cls", "all"])),
         offset=draw(st.sampled_from(["none", "centred"])),
+        strength=draw(st.integers(0, 10**4)) / 10**4,
     )
 
 
@@ -80,8 +87,10 @@ def test_equal_corrections_compare_equal_and_others_do_not():
         {"values": VALUES / 2},
         {"blocks": "all"},
         {"heads": (1,)},
+        {"heads": "mean"},
         {"queries": "all"},
         {"offset": "centred"},
+        {"strength": 0.5},
     ):
         assert correction(edit=edit(**fields)) != correction()
 
@@ -117,7 +126,7 @@ def test_times_of_any_zone_are_kept_in_utc(time):
         ),
         (
             {"edit": AttentionEdit(MASK, VALUES, heads=(-1, 0))},
-            'heads is [-1, 0]; use "all" or different indices from 0',
+            'heads is [-1, 0]; use "mean", "all" or different indices from 0',
         ),
     ],
 )
@@ -175,6 +184,7 @@ def test_the_file_holds_one_line_of_the_schema(tmp_path):
         "heads": "all",
         "queries": "cls",
         "offset": "none",
+        "strength": 1.0,
         "model": "ab12",
         "author": "Ada",
         "time": TIME,
@@ -337,6 +347,9 @@ def test_a_missing_folder_and_an_empty_one(tmp_path):
         ({"heads": [-1]}, "heads is [-1]; use"),
         ({"queries": "q" * 10**6}, "queries is 'qqq"),
         ({"offset": "left"}, "offset is 'left'; use"),
+        ({"strength": 1.1}, "strength is 1.1; expected 0 to 1"),
+        ({"strength": "half"}, "strength is 'half'; expected 0 to 1"),
+        ({"strength": None}, "strength is None; expected 0 to 1"),
         ({"image_id": 7}, "image_id is 7; give a text"),
         ({"image_id": ""}, "image_id is empty"),
         ({"time": "noon"}, "time is 'noon'; give ISO 8601"),
@@ -469,3 +482,84 @@ def test_of_the_same_second_the_last_one_saved_counts(tmp_path):
     assert loaded == [correction(note="l")]
     assert {left.reason for left in skipped} == {f"replaced by {last.name}"}
     assert len(skipped) == 11
+
+
+@pytest.mark.parametrize("missing", [["strength"], ["strength", "file"]])
+def test_files_of_older_versions_load(tmp_path, missing):
+    path = save_correction(correction(), tmp_path)
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({name: it for name, it in fields.items() if name not in missing}))
+    assert load_corrections(tmp_path) == ([correction()], [])
+
+
+# ------------------------------------------------------------------------- listed, renamed, deleted
+
+
+def test_the_list_has_every_file_and_why_it_does_not_count(tmp_path):
+    old, big, new = (
+        save_correction(one, tmp_path)
+        for one in (at(1), at(2, edit=edit(mask=MASK.T, values=VALUES.T)), at(3, note="n"))
+    )
+    (tmp_path / "x.json").write_text("?")
+    listed = list_corrections(tmp_path, (2, 3))
+    reasons = [(one.path.name, one.reason) for one in listed[1:]]
+    assert reasons == [
+        (old.name, f"replaced by {new.name}"),
+        (big.name, "grid is 3 x 2, but the model has 2 x 3 patches"),
+        (new.name, ""),
+    ]
+    assert listed[0].correction is None and listed[0].reason.startswith("it is not JSON")
+    assert listed[1].correction == at(1) and listed[3].correction == at(3, note="n")
+
+
+def test_another_note_changes_nothing_else(tmp_path):
+    path = save_correction(correction(edit=edit(strength=0.5)), tmp_path, preview=PNG)
+    fields = json.loads(path.read_text()) | {"of a later version": 1}
+    path.write_text(json.dumps(fields))
+    write_note(path, HARD)
+    assert json.loads(path.read_text()) == fields | {"note": HARD}
+    with pytest.raises(CorrectionError, match="a file may have"):
+        write_note(path, "n" * MAX_BYTES)
+    assert json.loads(path.read_text())["note"] == HARD  # as before, and whole
+    (tmp_path / "x.json").write_text("?")
+    with pytest.raises(CorrectionError, match="it is not JSON"):
+        write_note(tmp_path / "x.json", "n")
+
+
+@pytest.mark.parametrize("preview", [None, PNG])
+def test_what_is_deleted_lies_in_the_trash_and_comes_back(tmp_path, preview):
+    path = save_correction(correction(), tmp_path, preview)
+    before = names(tmp_path)
+    gone = discard(path)
+    assert gone == tmp_path / TRASH / path.name
+    assert names(tmp_path) == [TRASH] and names(tmp_path / TRASH) == before
+    assert load_corrections(tmp_path) == ([], [])
+    taken = save_correction(correction(note="later"), tmp_path, preview)
+    assert taken == path  # the name was free again
+    back = bring_back(gone)
+    found, (left,) = load_corrections(tmp_path)
+    assert found == [correction(note="later")] and left.path == back  # of the same second
+    assert back.with_suffix(".png").is_file() == (preview is not None)
+    again = discard(back), discard(taken)
+    assert len(set(again)) == 2 and len(names(tmp_path / TRASH)) == 2 * len(before)
+
+
+def test_what_cannot_be_moved_stays_whole(tmp_path, monkeypatch):
+    path = save_correction(correction(), tmp_path, PNG)
+    rename = os.replace
+
+    def failing(source, target):
+        if str(source) == str(path):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(StorageError, match=r"could not be moved to .*trash \(Input/output error\)"):
+        discard(path)
+    assert load_corrections(tmp_path) == ([correction()], [])
+    assert path.with_suffix(".png").read_bytes() == PNG
+    monkeypatch.undo()
+    path.unlink()
+    with pytest.raises(StorageError, match="unless somebody else moved it"):
+        discard(path)
+    assert path.with_suffix(".png").read_bytes() == PNG and not names(tmp_path / TRASH)

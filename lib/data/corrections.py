@@ -12,6 +12,7 @@ JSON, with a picture of it beside it, `<same name>.png`, where one was given:
     mask          gh * gw characters 0 or 1, row by row; 1 where the cell is edited
     values        gh * gw numbers from 0 to 1 with at most 4 decimals; null where not edited
     blocks, heads, queries, offset    the scope, as in `AttentionEdit`; heads from 0
+    strength      share of the shift that is made, from 0 to 1; older files have none, that is 1
     model         fingerprint of the weights that the person looked at
     author, note  any text, may be ""
     time          2026-08-01T12:34:56Z: ISO 8601, UTC, seconds
@@ -29,15 +30,24 @@ from pathlib import Path
 import numpy as np
 
 from lib.edit import AttentionEdit, brief, is_index, is_share
-from lib.files import claimed, make_folder, one_form, write_bytes
+from lib.files import (
+    StorageError,
+    claimed,
+    make_folder,
+    move_into_place,
+    one_form,
+    write_bytes,
+)
 
 SCHEMA = 1
 MAX_BYTES = 4 * 2**20  # of one file; a correction on 64 x 64 patches takes 0.04 MB
 NAME_LENGTH = 40  # characters of the image id that stay in the file name
+TRASH = "trash"  # folder below that of the corrections, for those that somebody deleted
 
 TEXTS = ("image_id", "class_name", "file", "model", "author", "time", "note")
 SCOPE = ("blocks", "heads", "queries", "offset")
 CELLS = {"grid": list, "mask": str, "values": list}
+YOUNGER = {"file": "", "strength": 1}  # than the schema: what a file without them means
 
 
 class CorrectionError(ValueError):
@@ -72,9 +82,9 @@ class Correction:
             raise CorrectionError(f"edit is a {type(edit).__name__}; give an AttentionEdit")
         if edit.mask.ndim != 2:
             raise CorrectionError(f"mask is bool {list(edit.mask.shape)}; give bool [gh, gw]")
-        if edit.heads != "all" and edit.heads[0] < 0:
+        if not isinstance(edit.heads, str) and edit.heads[0] < 0:
             raise CorrectionError(
-                f'heads is {list(edit.heads)}; use "all" or different indices from 0'
+                f'heads is {list(edit.heads)}; use "mean", "all" or different indices from 0'
             )
         object.__setattr__(self, "time", _utc(self.time))
 
@@ -92,6 +102,15 @@ class Skipped:
 
     path: Path
     reason: str  # a clause that names the field and what it holds
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A file of the folder, as `list_corrections` finds it."""
+
+    path: Path
+    correction: Correction | None  # None: it cannot be read
+    reason: str  # why it does not count, a clause; "" where it does
 
 
 def save_correction(
@@ -115,12 +134,7 @@ def save_correction(
         CorrectionError: when the file would be larger than `load_corrections` reads.
         StorageError: when it cannot be written; nothing of it is left behind.
     """
-    line = (json.dumps(_to_fields(correction)) + "\n").encode("ascii")
-    if len(line) > MAX_BYTES:
-        raise CorrectionError(
-            f"The correction of {brief(correction.image_id)} takes {len(line) / 1e6:.1f} MB, "
-            f"but a file may have {MAX_BYTES / 1e6:.1f} MB; use a coarser grid or a shorter note."
-        )
+    line = _line(_to_fields(correction))
     folder = Path(folder)
     make_folder(folder)
     stem = _stem(correction)
@@ -157,6 +171,17 @@ def load_corrections(
     Raises:
         FileNotFoundError: when there is no such folder. An empty one gives ([], []).
     """
+    listed = list_corrections(folder, grid)
+    skipped = [Skipped(one.path, one.reason) for one in listed if one.reason]
+    found = [one.correction for one in listed if not one.reason]
+    return found, sorted(skipped, key=lambda left: left.path)
+
+
+def list_corrections(folder: str | Path, grid: tuple[int, int] | None = None) -> list[Saved]:
+    """Every *.json file directly in a folder: first those that cannot be read, then by time.
+
+    Those that `load_corrections` leaves out have the reason; arguments and errors are as there.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -164,20 +189,30 @@ def load_corrections(
             "(notebook 06), or name the folder that holds them."
         )
     found: dict[Path, Correction] = {}
-    skipped: list[Skipped] = []
-    for path in folder.glob("*.json"):
+    listed: list[Saved] = []
+    for path in sorted(folder.glob("*.json")):
         try:
-            found[path] = _read_correction(path, grid)
+            found[path] = _read_correction(path)
         except CorrectionError as error:
-            skipped.append(Skipped(path, str(error)))
+            listed.append(Saved(path, None, str(error)))
+    other = {path: _misfit(one.edit.grid, grid) for path, one in found.items()}
     in_order = sorted(found, key=lambda path: (found[path].time, path.name))
     # An id may have passed to another picture; a later one takes the place.
     pictures = {path: (found[path].image_id, found[path].file) for path in in_order}
-    newest = {pictures[path]: path for path in in_order}
-    counting = [path for path in in_order if newest[pictures[path]] == path]
-    for path in set(in_order) - set(counting):
-        skipped.append(Skipped(path, f"replaced by {newest[pictures[path]].name}"))
-    return [found[path] for path in counting], sorted(skipped, key=lambda left: left.path)
+    newest = {pictures[path]: path for path in in_order if not other[path]}
+    for path in in_order:
+        last = newest.get(pictures[path])
+        replaced = "" if last == path or other[path] else f"replaced by {last.name}"
+        listed.append(Saved(path, found[path], other[path] or replaced))
+    return listed
+
+
+def _misfit(found: tuple[int, int], wanted: tuple[int, int] | None) -> str:
+    """Why a correction on one grid is of no use on another; "" where it is."""
+    if wanted is None or found == tuple(wanted):
+        return ""
+    rows, columns = wanted
+    return f"grid is {found[0]} x {found[1]}, but the model has {rows} x {columns} patches"
 
 
 def found_again(
@@ -207,6 +242,57 @@ def found_again(
         else:
             gone.append(one)
     return list(here.values()), gone
+
+
+# ----------------------------------------------------------------- what becomes of a saved one
+
+
+def write_note(path: str | Path, note: str) -> None:
+    """Gives a saved correction another note; all else in the file stays as it is.
+
+    Raises:
+        CorrectionError: it cannot be read, or would be too large. StorageError: nor written.
+    """
+    path = Path(path)
+    _read_correction(path)
+    write_bytes(path, _line(_from_json(path) | {"note": note}))
+
+
+def discard(path: str | Path) -> Path:
+    """Moves a saved file and its picture to the folder `TRASH` beside it; returns the new path."""
+    path = Path(path)
+    return _moved(path, path.parent / TRASH)
+
+
+def bring_back(path: str | Path) -> Path:
+    """Moves a file from the folder `TRASH` to where it was saved; returns the new path."""
+    path = Path(path)
+    return _moved(path, path.parent.parent)
+
+
+def _moved(path: Path, folder: Path) -> Path:
+    """Moves a file, and its picture first, to a folder, under a name that is free there.
+
+    Raises StorageError where one of them cannot be moved; both are then where they were.
+    """
+    make_folder(folder)
+    others = (f"{path.stem}-{number:04x}.json" for number in range(16**4))
+    names = (folder / name for name in (path.name, *others))
+    with claimed(name for name in names if not name.with_suffix(".png").exists()) as new:
+        pictures = path.with_suffix(".png"), new.with_suffix(".png")
+        has_picture = pictures[0].is_file()
+        try:
+            if has_picture:
+                move_into_place(*pictures)
+            move_into_place(path, new)
+        except OSError as error:
+            if has_picture and pictures[1].is_file():
+                move_into_place(*pictures[::-1])
+            raise StorageError(
+                f"{path} could not be moved to {folder} ({error.strerror}); it is where it was, "
+                "unless somebody else moved it"
+            ) from error
+    return new
 
 
 # ----------------------------------------------------------------------------------------- saving
@@ -239,11 +325,23 @@ def _to_fields(correction: Correction) -> dict[str, object]:
             round(value, 4) if edited else None for edited, value in zip(mask, values, strict=True)
         ],
         **{name: getattr(edit, name) for name in SCOPE},
+        "strength": round(edit.strength, 4),
         "model": correction.model,
         "author": correction.author,
         "time": correction.time,
         "note": correction.note,
     }
+
+
+def _line(fields: dict[str, object]) -> bytes:
+    """The content of a file. CorrectionError when it would be larger than is read."""
+    line = (json.dumps(fields) + "\n").encode("ascii")
+    if len(line) > MAX_BYTES:
+        raise CorrectionError(
+            f"The correction of {brief(fields['image_id'])} takes {len(line) / 1e6:.1f} MB, "
+            f"but a file may have {MAX_BYTES / 1e6:.1f} MB; use a coarser grid or a shorter note."
+        )
+    return line
 
 
 def _stem(correction: Correction) -> str:
@@ -258,21 +356,17 @@ def _stem(correction: Correction) -> str:
 # ---------------------------------------------------------------------------------------- loading
 
 
-def _read_correction(path: Path, grid: tuple[int, int] | None) -> Correction:
+def _read_correction(path: Path) -> Correction:
     """The correction in a file. Raises CorrectionError with the reason why there is none."""
     fields = _from_json(path)
     schema = fields.get("schema")
     if not is_index(schema) or schema != SCHEMA:  # first: other schemas have other fields
         raise CorrectionError(f"schema is {brief(schema)}; this version reads {SCHEMA}")
-    fields = {"file": ""} | fields  # younger than the schema
+    fields = YOUNGER | fields
     for name in (*TEXTS, *CELLS, *SCOPE):
         if name not in fields:
             raise CorrectionError(f"{name} is missing")
-    edit = _to_edit(fields)
-    if grid is not None and edit.grid != tuple(grid):
-        found, wanted = (f"{rows} x {columns}" for rows, columns in (edit.grid, grid))
-        raise CorrectionError(f"grid is {found}, but the model has {wanted} patches")
-    return Correction(edit=edit, **{name: fields[name] for name in TEXTS})
+    return Correction(edit=_to_edit(fields), **{name: fields[name] for name in TEXTS})
 
 
 def _from_json(path: Path) -> dict[str, object]:
@@ -318,7 +412,10 @@ def _to_edit(fields: dict) -> AttentionEdit:
             raise CorrectionError(f"values holds {brief(value)} at {cell}; expected 0 to 1")
     painted = np.array([edited == "1" for edited in mask]).reshape(grid)
     asked = np.array(values, dtype=np.float32).reshape(grid)  # NaN where not painted
+    if not is_share(fields["strength"]):
+        raise CorrectionError(f"strength is {brief(fields['strength'])}; expected 0 to 1")
     try:
-        return AttentionEdit(painted, asked, **{name: fields[name] for name in SCOPE})
+        scope = {name: fields[name] for name in (*SCOPE, "strength")}
+        return AttentionEdit(painted, asked, **scope)
     except ValueError as error:
         raise CorrectionError(str(error)) from error

@@ -19,11 +19,11 @@ import numpy as np
 import pandas as pd
 
 from lib import figures
-from lib.edit import AttentionEdit, as_odds
+from lib.edit import EPS, AttentionEdit, as_odds
 from lib.widgets.controller import EditorController, Outcome
 from lib.widgets.history import OFF, Work
 from lib.widgets.panel import Panel, in_column, in_row
-from lib.widgets.pixels import data_url, heat_url, loops_around, png
+from lib.widgets.pixels import data_url, loops_around, png
 
 BEFORE = "before"  # the first of the shelf: no edit
 TOP = 3  # classes whose scores a card shows
@@ -254,8 +254,10 @@ def _map_html(one: Seen, block: int) -> str:
         for corners in loops_around({(r, c) for r, c in one.edit.mask.argwhere().tolist()})
     )
     line = "".join(f'<path class="cp-{kind}" d="{path}"/>' for kind in ("under", "line"))
+    attention = one.after.attention[block]
+    heat = figures.transparent(attention / max(float(attention.max()), EPS), one.edit.grid)
     return (
-        f'<div class="cp-map"><img src="{heat_url(one.after.attention[block])}" '
+        f'<div class="cp-map"><img src="{data_url(png(heat))}" '
         f'alt="attention: {escape(one.name)}">'
         f'<svg viewBox="0 0 {columns} {rows}" preserveAspectRatio="none" aria-hidden="true">'
         f"{line}</svg></div>"
@@ -273,7 +275,7 @@ def _scores_html(one: Seen, block: int, classes: list[str], true: int) -> str:
     for k in listed:
         tags = "".join(
             f' <span class="cp-tag">{word}</span>'
-            for word, is_so in (("true", k == true), ("was", k == first != true))
+            for word, is_so in (("true", k == true), ("was", k == first != best))
             if is_so
         )
         change = 100 * float(after[k] - before[k])
@@ -297,54 +299,47 @@ class _Card:
 
     def __init__(self, panel: ShelfPanel, place: int | None) -> None:
         """`place` None is that of "before", which has no name to change and is not moved."""
-        self.place = place
-        self.name = widgets.Text(description="Name", continuous_update=False)
-        self._title = widgets.HTML(f"<b>{BEFORE}</b>")
-        self._map, self._scores = widgets.HTML(), widgets.HTML()
-        shelf = panel.shelf
-        self.open = _button("", panel, lambda: panel.restore(place))
-        self.open.add_class("cp-open")
-        self.moves = {
-            by: _button(text, panel, partial(panel.move, place, by))
-            for by, text in ((-1, "←"), (1, "→"))
-        }
-        self.delete = _button("Delete", panel, lambda: panel.delete(place))
-        self._busy = False
+        self._place, self._busy = place, False
+
+        def button(text: str, callback: Callable[[], object]) -> widgets.Button:
+            made = widgets.Button(description=text)
+            made.on_click(lambda _: panel.act(callback))
+            return made
 
         def renamed(change: dict[str, Any]) -> None:
             if not self._busy:
-                panel.act(lambda: shelf.rename(place, change["new"]))
+                panel.act(lambda: panel.shelf.rename(place, change["new"]))
 
+        self.name = widgets.Text(description="Name", continuous_update=False)
         self.name.observe(renamed, "value")
-        parts = [self._title if place is None else self.name]
-        parts += [in_column([self._map, self.open], "cp-stage"), self._scores]
-        if place is not None:
-            parts.append(in_row([*self.moves.values(), self.delete]))
+        self._map, self._scores = widgets.HTML(), widgets.HTML()
+        self.restore = button("No edit", lambda: panel.restore(place)).add_class("cp-restore")
+        self.restore.tooltip = "make this the present edit; can be undone"
+        self.moves = {
+            by: button(text, partial(panel.move, place, by)) for by, text in ((-1, "←"), (1, "→"))
+        }
+        self.delete = button("Delete", lambda: panel.delete(place))
+        title = widgets.HTML(f"<b>{BEFORE}</b>") if place is None else self.name
+        parts = [title, in_column([self._map, self.restore], "cp-stage"), self._scores]
+        parts += [] if place is None else [in_row([*self.moves.values(), self.delete])]
         self.box = in_column(parts, "cp-card")
 
     def show(self, one: Seen, texts: tuple[str, str], places: int) -> None:
         """Shows a snapshot; `texts` are its map and scores, `places` those of the shelf."""
         self._map.value, self._scores.value = texts
-        self.open.description = f"Restore {one.name}"
-        self.open.tooltip = "make this the present edit; can be undone"
-        if self.place is None:
+        if self._place is None:
             return
         self._busy = True
         self.name.value = one.name
         self._busy = False
-        for by, button in self.moves.items():
-            button.disabled = not 0 <= self.place + by < places
-            side = "left" if by < 0 else "right"
+        self.restore.description = f"Restore {one.name}"
+        for by, side, end in ((-1, "left", "first"), (1, "right", "last")):
+            button = self.moves[by]
+            button.disabled = not 0 <= self._place + by < places
             button.tooltip = f"move {one.name} to the {side}"
             if button.disabled:
-                button.tooltip = f"{one.name} is the {'first' if by < 0 else 'last'} already"
+                button.tooltip = f"{one.name} is the {end} already"
         self.delete.tooltip = f"delete {one.name}; can be brought back"
-
-
-def _button(text: str, panel: Panel, callback: Callable[[], object]) -> widgets.Button:
-    button = widgets.Button(description=text)
-    button.on_click(lambda _: panel.act(callback))
-    return button
 
 
 class ShelfPanel(Panel):

@@ -60,7 +60,7 @@ def as_code(controller: EditorController) -> str:
     cells = np.where(edit.mask, edit.values, np.nan).astype(np.float32)
     lines = "\n".join(f"    [{', '.join(map(str, row))}]," for row in cells)
     fields = ("blocks", "heads", "queries", "offset", "strength")
-    scope = ", ".join(f"{field}={getattr(edit, field)!r}" for field in fields)
+    scope = "\n".join(f"    {field}={getattr(edit, field)!r}," for field in fields)
     return f"""\
 import numpy as np
 
@@ -71,7 +71,9 @@ values = np.float32([  # the sigmoid attention that is asked for, a row of patch
 {lines}
 ])
 edit = AttentionEdit(
-    ~np.isnan(values), np.nan_to_num(values), {scope}
+    ~np.isnan(values),
+    np.nan_to_num(values),
+{scope}
 )
 # `session`: the LiveSession of the attention editor
 assert session.open({index}).image_id == {controller.shown.image_id!a}

@@ -7,11 +7,12 @@ them. `ShelfPanel` shows those of the open picture as cards.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from html import escape
-from itertools import count
+from itertools import chain, count, product
+from string import ascii_uppercase
 from typing import Any
 
 import ipywidgets as widgets
@@ -173,17 +174,15 @@ class Shelf:
         100); moved (share of the attention, in the shown block); cells (that are edited); blocks,
         heads, queries, offset, strength.
         """
-        controller = self.controller
+        controller, rows = self.controller, []
         classes, true = controller.session.classes, controller.shown.label
-        rows = []
         for one in self.seen():
-            before, after = one.before.probabilities, one.after.probabilities
+            before, after, edit = one.before.probabilities, one.after.probabilities, one.edit
             best = int(after.argmax())
             row = {"name": one.name, "prediction": classes[best], "p_prediction": after[best]}
-            row |= {"right": best == true, "p_true": float(after[true])}
-            row |= {"change": 100 * float(after[true] - before[true])}
-            row |= {"moved": one.moved(controller.block), "cells": int(one.edit.mask.sum())}
-            edit = one.edit
+            row |= {"right": best == true, "p_true": after[true]}
+            row |= {"change": 100 * (after[true] - before[true])}
+            row |= {"moved": one.moved(controller.block), "cells": int(edit.mask.sum())}
             scope = ("blocks", "heads", "queries", "offset", "strength")
             rows.append(row | {field: getattr(edit, field) for field in scope})
         return pd.DataFrame(rows)
@@ -207,27 +206,16 @@ class Shelf:
         for one in self._here:
             if self.controller.edit_of(one.work) == edit:
                 raise ValueError(f"this edit is kept already, as {one.name}")
-        taken = [one.name for one in self._here]
-        name = name.strip() or next(letters for letters in _letters() if letters not in taken)
-        made = Snapshot(self._free(name), work)
-        self._here.append(made)
-        return made
+        self._here.append(Snapshot(self._free(name.strip()), work))
+        return self._here[-1]
 
     def _free(self, name: str) -> str:
-        """The name, with a number where one of this picture, or "before", has it."""
+        """The name, with a number where it is taken; "" is the next free of A, ..., Z, AA, ..."""
         taken = {BEFORE, *(one.name for one in self._here)}
-        numbered = (f"{name} {k}" if k > 1 else name for k in count(1))
-        return next(words for words in numbered if words not in taken)
-
-
-def _letters() -> Iterator[str]:
-    """A, B, ..., Z, AA, AB, ..."""
-    for number in count(1):
-        letters = ""
-        while number:
-            number, last = divmod(number - 1, 26)
-            letters = chr(ord("A") + last) + letters
-        yield letters
+        letters = (product(ascii_uppercase, repeat=length) for length in count(1))
+        tried = (f"{name} {k}" if k > 1 else name for k in count(1))
+        tried = tried if name else map("".join, chain.from_iterable(letters))
+        return next(words for words in tried if words not in taken)
 
 
 # ---------------------------------------------------------------------------------------- cards
@@ -235,15 +223,16 @@ def _letters() -> Iterator[str]:
 
 def scope_in_words(edit: AttentionEdit) -> str:
     """Where an edit is made, short."""
-    numbers = lambda named: ", ".join(map(str, named))  # noqa: E731
     blocks = {"last": "last block", "last2": "last two blocks", "all": "all blocks"}
     heads = {"mean": "mean of the heads", "all": "all heads"}
     words = [
-        blocks.get(edit.blocks) or f"block {numbers(edit.blocks)}",
-        heads.get(edit.heads) or f"head {numbers(edit.heads)}",
+        blocks.get(edit.blocks) or f"block {', '.join(map(str, edit.blocks))}",
+        heads.get(edit.heads) or f"head {', '.join(map(str, edit.heads))}",
+        *["all rows"] * (edit.queries == "all"),
+        *["offset none"] * (edit.offset == "none"),
+        *[f"strength {edit.strength:.2f}"] * (edit.strength < 1),
     ]
-    words += ["all rows"] * (edit.queries == "all") + ["offset none"] * (edit.offset == "none")
-    return ", ".join([*words, *([f"strength {edit.strength:.2f}"] * (edit.strength < 1))])
+    return ", ".join(words)
 
 
 def _map_html(one: Seen, block: int) -> str:
@@ -371,8 +360,7 @@ class ShelfPanel(Panel):
         self._first, self._cards = _Card(self, None), []
         self._row = in_row([self._first.box], "cp-cards")
         self.children = [self._style, in_row([keep, menu, add, back]), self._said, self._row]
-        for name in ("cp-panel", self._mark):
-            self.add_class(name)
+        self.add_class("cp-panel").add_class(self._mark)
         self.refresh()
 
     def act(self, callback: Callable[[], object]) -> None:
@@ -433,14 +421,9 @@ class ShelfPanel(Panel):
         if list(menu.options) != entries:
             menu.options = entries
             menu.value = chosen or entries[0][1]
-        empty = self.controller.edit().is_empty
-        keep = self.controls["keep"]
+        empty, keep = self.controller.edit().is_empty, self.controls["keep"]
         keep.disabled = empty
-        keep.tooltip = (
-            "nothing is edited, so there is nothing to keep; paint first"
-            if empty
-            else "put the present edit on the shelf"
-        )
+        keep.tooltip = "nothing is edited yet; paint first" if empty else "put it on the shelf"
         self.controls["bring_back"].layout.display = None if self.shelf.can_bring_back else "none"
 
     def _show_cards(self) -> None:

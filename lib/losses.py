@@ -79,8 +79,13 @@ def _together(name: str, logits: Tensor, offset: str, num_prefix: int) -> tuple[
         # log s - log(1 - s) of the mean s: not through s itself, which rounds to 1.
         inside, outside = (torch.logsumexp(F.logsigmoid(y), 1, keepdim=True) for y in (x, -x))
         return inside - outside, "none"
+    return _mean_attention(logits), offset
+
+
+def _mean_attention(logits: Tensor) -> Tensor:
+    """Log of the heads' mean softmax attention, `[B, H, N]` to `[B, 1, N]`."""
     log_attention = torch.log_softmax(logits, dim=-1)
-    return torch.logsumexp(log_attention, dim=1, keepdim=True) - math.log(logits.shape[1]), offset
+    return torch.logsumexp(log_attention, dim=1, keepdim=True) - math.log(logits.shape[1])
 
 
 def _patch_logits(logits: Tensor, human: Tensor, offset: str) -> Tensor:
@@ -190,8 +195,23 @@ def correction_loss(name: str, rows: dict[int, Tensor], asked: dict[str, Tensor]
     """
     per_block = []
     for logits, share in zip(rows.values(), asked["share"].unbind(1), strict=True):
-        cells = (logits.float(), asked["wanted"][:, None], asked["painted"][:, None])
-        plain, centred = (CORRECTION_LOSSES[name](*cells, offset) for offset in ("none", "centred"))
+        parts = (logits.float(), asked)
+        plain, centred = (_asked_of(name, *parts, offset) for offset in ("none", "centred"))
         losses = torch.where(asked["centred"][:, None], centred, plain)  # [C, H]
         per_block.append((losses * share).sum(dim=1).mean())
     return sum(per_block)
+
+
+def _asked_of(name: str, logits: Tensor, asked: dict[str, Tensor], offset: str) -> Tensor:
+    """The loss by head `[C, H]`; where the edit is of the heads' mean, that of the mean instead.
+
+    Centred, the mean reads as the editor reads it: odds of the mean softmax, see
+    `lib.model.mean_edit`.
+    """
+    cells = asked["wanted"][:, None], asked["painted"][:, None]
+    if offset == "centred":
+        mean = _mean_attention(logits)
+    else:
+        mean, _ = _together(name, logits, offset, logits.shape[-1] - cells[0].shape[-1])
+    apart, joint = (CORRECTION_LOSSES[name](each, *cells, offset) for each in (logits, mean))
+    return torch.where(asked["mean"][:, None], joint, apart)

@@ -281,6 +281,7 @@ def test_cells_that_nobody_painted_say_nothing(name, seed):
     asked = {
         "painted": torch.rand(2, 12, generator=generator) < 0.4,
         "centred": torch.tensor([False, False]),
+        "mean": torch.tensor([seed % 2 == 0, False]),
         "share": torch.full((2, 4, 3), 1 / 12),
     }
     asked["painted"][:, 3] = True
@@ -295,6 +296,51 @@ def test_cells_that_nobody_painted_say_nothing(name, seed):
         for row in rows.values():
             assert (row.grad.transpose(0, 1)[:, beside] == 0).all()
             assert (row.grad.transpose(0, 1)[:, ~beside] != 0).all()
+
+
+@pytest.mark.parametrize("name", CORRECTION_LOSSES)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["none", "centred"]))
+@settings(max_examples=20)
+def test_a_correction_of_the_mean_is_the_loss_of_what_the_heads_see_together(name, seed, offset):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(2, 3, 14, generator=generator)  # two prefix tokens
+    painted = torch.rand(2, 12, generator=generator) < 0.5
+    painted[:, 0] = True
+    asked = {
+        "wanted": torch.rand(2, 12, generator=generator),
+        "painted": painted,
+        "centred": torch.tensor([offset == "centred"] * 2),
+        "mean": torch.tensor([True, False]),
+        "share": torch.full((2, 1, 3), 1 / 3),
+    }
+    each = {name: value[1:] for name, value in asked.items()}
+    alone = correction_loss(name, {0: logits[1:]}, each)
+    cells = asked["wanted"][1:, None], painted[1:, None]
+    # that of each head, as it was before there was a mean to correct
+    assert (
+        alone == (CORRECTION_LOSSES[name](logits[1:], *cells, offset) * each["share"][:, 0]).sum()
+    )
+
+    mean = logits[:1].double().softmax(-1).mean(1, keepdim=True)
+    cells = asked["wanted"][:1, None].double(), painted[:1, None]
+    if name == "mass":
+        expected = mass(mean.log(), *cells, offset)
+    else:
+        odds = 12 * mean[..., 2:] / mean[..., 2:].sum(-1, keepdim=True)
+        read = odds / (1 + odds)
+        if offset == "none":
+            read = logits[:1, :, 2:].double().sigmoid().mean(1, keepdim=True)
+        prefix = torch.zeros(1, 1, 2, dtype=torch.float64)
+        expected = CORRECTION_LOSSES[name](torch.cat([prefix, read.logit()], -1), *cells, "none")
+    both = correction_loss(name, {0: logits}, asked)
+    torch.testing.assert_close(both, ((expected[0, 0] + alone) / 2).float(), rtol=1e-4, atol=1e-5)
+    # One head alone is its own mean.
+    single = {name: value[:1] for name, value in asked.items()} | {"share": torch.ones(1, 1, 1)}
+    found = [
+        correction_loss(name, {0: logits[:1, :1]}, single | {"mean": torch.tensor([word])})
+        for word in (True, False)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 def test_blocks_heads_and_offset_of_an_edit_are_kept(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,9 +13,12 @@ from conftest import tiny_vit
 from lib.config import DataConfig
 from lib.data.corrections import save_correction
 from lib.data.dataset import make_dataset
+from lib.data.joined import JoinedDataset
+from lib.edit import AttentionEdit
 from lib.experiments.simulate import simulated_corrections
 from lib.model.vit import SigmoidViT
 from lib.training.teach import TeachConfig
+from lib.widgets.controller import EditorController
 from lib.widgets.session import LiveSession
 from lib.widgets.teaching import TeachPanel
 
@@ -24,7 +28,8 @@ MEAN, STD = (0.5,) * 3, (0.5,) * 3
 @pytest.fixture(scope="module")
 def birds():
     config = DataConfig(toy_train=24, toy_val=8, toy_test=16, image_size=(64, 64))
-    return {part: make_dataset(config, part, (4, 4), MEAN, STD) for part in ("train", "test")}
+    parts = ("train", "val", "test")
+    return {part: make_dataset(config, part, (4, 4), MEAN, STD) for part in parts}
 
 
 @pytest.fixture
@@ -45,8 +50,10 @@ def weights(session):
 
 def test_without_corrections_it_says_what_to_do(panel):
     panel.controls["teach"].click()
-    assert "no corrections yet; paint and save one first" in panel._words.value
-    assert isinstance(panel.errors[0], ValueError) and not panel.controls["teach"].disabled
+    assert "no corrections yet that can teach; paint and save one first" in panel._words.value
+    assert isinstance(panel.errors[0], ValueError)
+    teach = panel.controls["teach"]
+    assert teach.disabled and teach.tooltip == "paint and save a correction first"
 
 
 def test_teaching_changes_the_sessions_model_and_undo_brings_it_back(panel, birds):
@@ -91,9 +98,9 @@ def run_button(panel, before_it_ends=lambda: None):
 
     async def press():
         panel.controls["teach"].click()
-        assert panel._thread.is_alive()
+        assert panel._busy and "preparing" in panel._words.value
         before_it_ends()
-        while panel.controls["teach"].disabled:
+        while panel._busy:
             await asyncio.sleep(0.01)
 
     asyncio.run(press())
@@ -105,7 +112,7 @@ def test_the_button_teaches_in_a_thread(panel, birds):
     run_button(panel)
     assert not panel.errors and len(panel.report.used) == 6
     assert not torch.equal(weights(panel.session), first)
-    assert panel._bar.value == 3
+    assert panel._bar.value == panel._bar.max
 
 
 def test_cancel_leaves_the_model_alone(panel, birds):
@@ -121,5 +128,81 @@ def test_names_with_html_are_shown_as_text(panel, birds):
     bad = simulated_corrections(birds["train"], [1])[0]
     save_correction(type(bad)(**{**vars(bad), "image_id": "<b>x</b>"}), panel.folder)
     panel.teach()
-    assert "&lt;b&gt;x" in panel._words.value and "<b>" not in panel._words.value
+    assert "&lt;b&gt;x" in panel._left_out.value and "<b>" not in panel._left_out.value
     assert np.isfinite(panel.table.loc["corrected", "accuracy after"])
+
+
+def test_what_cannot_teach_is_named_before_teach_is_pressed(panel, birds):
+    save(panel, birds, 2)
+    (panel.folder / "broken.json").write_text("?")
+    wide = simulated_corrections(birds["train"], [3])[0]
+    mask = np.ones((8, 8), bool)
+    save_correction(replace(wide, edit=AttentionEdit(mask, 0.0)), panel.folder)
+    panel.refresh()
+    assert panel.controls["count"].label == "all 2 saved"
+    words = panel._left_out.value
+    assert words.startswith("2 saved files cannot teach") and "broken.json: it is not JSON" in words
+    assert "grid is 8 x 8, but the model has 4 x 4 patches" in words
+    save_correction(simulated_corrections(birds["train"], [0])[0], panel.folder)
+    panel.refresh()  # the older one of that picture is replaced: nothing is wrong with that
+    assert panel._left_out.value == words and panel.controls["count"].label == "all 2 saved"
+
+
+def test_progress_begins_at_once_and_says_what_it_does(panel, birds, monkeypatch):
+    save(panel, birds)
+    said = []
+    monkeypatch.setattr(panel, "_count", lambda *now: said.append(now))
+    panel.start()  # without a loop it is done when it returns
+    assert said[0] == ("preparing", 1, 0) and said[1][0] == "preparing"
+    assert [what for what, *_ in dict.fromkeys((one[0],) for one in said)] == [
+        "preparing", "teaching", "comparing", "done",
+    ]  # fmt: skip
+    steps = [(total, done) for what, total, done in said if what == "teaching"]
+    assert steps == [(3, 1), (3, 2), (3, 3)]
+
+
+def test_pictures_that_pass_the_trunk_are_counted(panel):
+    told = []
+    for left in (70, 38, 6, 2, 90, 58):
+        panel._pass("preparing", left, "{} of {}")
+        told.append((panel._words.value, panel._bar.value, panel._bar.max))
+    words = ["0 of 70", "32 of 70", "64 of 70", "68 of 70", "0 of 90", "32 of 90"]
+    assert [one[0] for one in told] == words
+    assert told[1][1:] == (32, 70)
+
+
+def test_after_teaching_the_old_edit_is_laid_aside(panel, birds):
+    controller, shown = EditorController(panel.session, 0), []
+    panel.attach(controller, lambda: shown.append(controller.edit().is_empty))
+    for index in (1, 0):
+        controller.open(index)
+        controller.paint([(1, 1)], 0.9)
+    save(panel, birds)
+    panel.start()
+    assert shown == [True] and controller.can_undo and not panel.errors
+    controller.open(1)
+    assert np.isnan(controller.painted).all()
+    controller.undo()
+    assert controller.painted[1, 1] == np.float32(0.9)
+
+
+def test_corrected_validation_pictures_teach_and_are_said_to(birds, tmp_path):
+    both = JoinedDataset(birds["train"], birds["val"])
+    session = LiveSession(SigmoidViT(tiny_vit(classes=8)), both)
+    config = TeachConfig(steps=3, replay=16, batch_size=8)
+    panel = TeachPanel(session, birds["train"], birds["val"], tmp_path, config)
+    for one in simulated_corrections(both, [0, 24, 25]):
+        save_correction(one, tmp_path)
+    report = panel.teach()
+    assert len(report.used) == 3 and not report.skipped
+    assert "2 of the corrected pictures are validation pictures, and no longer held out" in (
+        panel._result.value
+    )
+    held_out = [name for name in panel.table.index if name.startswith("held out")]
+    assert panel.table.loc[held_out, "pictures"].sum() == len(birds["val"]) - 2
+
+
+def test_test_pictures_are_not_corrected(birds, tmp_path):
+    session = LiveSession(SigmoidViT(tiny_vit(classes=8)), birds["test"])
+    with pytest.raises(ValueError, match="test pictures, which are kept to measure"):
+        TeachPanel(session, birds["train"], birds["test"], tmp_path)

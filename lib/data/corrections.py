@@ -227,21 +227,32 @@ def found_again(
         One a picture, the newest; those that know no file keep their id. And those whose class has
         no such file, or several in its parts, where the id does not tell which.
     """
-    ids: dict[tuple[str, ...], list[str]] = {}
-    for image, names in pictures.items():
-        ids.setdefault(tuple(map(one_form, names)), []).append(image)
+    ids = ids_by_name(pictures)
     here: dict[object, Correction] = {}
     gone = []
     for place, one in enumerate(corrections):
-        now = ids.get((one_form(one.class_name), one_form(one.file)), [])
-        if not one.file:
-            here[place] = one
-        elif one.image_id in now or len(now) == 1:
-            image = one.image_id if one.image_id in now else now[0]
-            here[image, one.file] = replace(one, image_id=image)
-        else:
+        image = id_now(one, ids)
+        if image is None:
             gone.append(one)
+        else:
+            here[(image, one.file) if one.file else place] = replace(one, image_id=image)
     return list(here.values()), gone
+
+
+def ids_by_name(pictures: Mapping[str, tuple[str, str]]) -> dict[tuple[str, ...], list[str]]:
+    """Image ids by class name and file name, from those by image id."""
+    ids: dict[tuple[str, ...], list[str]] = {}
+    for image, names in pictures.items():
+        ids.setdefault(tuple(map(one_form, names)), []).append(image)
+    return ids
+
+
+def id_now(correction: Correction, ids: Mapping[tuple[str, ...], list[str]]) -> str | None:
+    """The id that a correction's picture has now, see `found_again`; None: it is gone."""
+    now = ids.get((one_form(correction.class_name), one_form(correction.file)), [])
+    if not correction.file or correction.image_id in now:
+        return correction.image_id
+    return now[0] if len(now) == 1 else None
 
 
 # ----------------------------------------------------------------- what becomes of a saved one

@@ -149,10 +149,10 @@ class Teacher:
     ) -> TeachReport:
         """Trains the model to look where the corrections say.
 
-        A correction is taught in those of its blocks that learn, in its heads, and in the row of
-        the class token whatever its `queries` are. All corrections weigh the same, however much
-        is painted. The fingerprint of the weights that they were made on does not matter: where
-        to look is said of the picture.
+        A correction is taught in those of its blocks that learn, in its heads or in their mean, and
+        in the row of the class token, whatever its `queries` and `strength` are. All corrections
+        weigh the same, however much is painted. The fingerprint of the weights that they were made
+        on does not matter: where to look is said of the picture.
 
         Args:
             corrections: one a picture, as `lib.data.corrections.load_corrections` gives them.
@@ -294,7 +294,7 @@ class Teacher:
                 "patches"
             )
         if edit.is_empty:
-            return "no cell is painted"
+            return "no cell is painted" if not edit.mask.any() else "its strength is 0"
         try:
             blocks = resolve_blocks(edit.blocks, self.model.depth)
             resolve_heads(edit.heads, self.model.num_heads)
@@ -410,8 +410,8 @@ def targets(edits: Sequence[AttentionEdit], model: SigmoidViT, start: int) -> di
 
     Returns:
         "wanted" `[C, P]` in [0, 1], "painted" bool `[C, P]`, "centred" bool `[C]` (the offset),
-        "share" `[C, blocks from start on, H]`: what each block and head counts in the picture's
-        loss; sums to 1 over those that the edit names.
+        "mean" bool `[C]` (of the heads' mean), "share" `[C, blocks from start on, H]`: what each
+        block and head counts in the picture's loss; sums to 1 over those that the edit names.
     """
     share = torch.zeros(len(edits), model.depth, model.num_heads)
     for one, edit in zip(share, edits, strict=True):
@@ -422,6 +422,7 @@ def targets(edits: Sequence[AttentionEdit], model: SigmoidViT, start: int) -> di
         "wanted": torch.stack([edit.values for edit in edits]).flatten(1),
         "painted": torch.stack([edit.mask for edit in edits]).flatten(1),
         "centred": torch.tensor([edit.offset == "centred" for edit in edits]),
+        "mean": torch.tensor([edit.heads == "mean" for edit in edits]),
         "share": share[:, start:],
     }
 

@@ -91,6 +91,11 @@ class History:
         self._steps[self._position + (not goes_on) :] = [(work, gesture)]
         self._position = len(self) - 1
 
+    def start_with(self, scope: Mapping[str, Any]) -> None:
+        """Another scope of the first work; nothing where more has been done."""
+        if len(self) == 1:
+            self._steps = [(replace(self.work, scope=scope), None)]
+
     def undo(self) -> None:
         """One step back, where there is one."""
         self._position = max(self._position - 1, 0)

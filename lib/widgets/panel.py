@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable, Iterable
 from html import escape
 from pathlib import Path
@@ -49,6 +51,37 @@ class Panel(widgets.VBox):
     def show_error(self, html: str) -> None:
         raise NotImplementedError
 
+    def behind(
+        self, work: Callable[[Callable[[Callable[[], object]], None], threading.Event], None]
+    ) -> threading.Event:
+        """Does work in a thread of its own, so that painting goes on; returns what stops it.
+
+        Session and widgets belong to the kernel's own thread: what is to become of a result is told
+        to it. Where no kernel's loop runs, as in a script, the work is done at once.
+
+        Args:
+            work: called as work(tell, stop); tell(callback) lets the kernel `act` on it, and once
+                the event stop is set the work should end.
+        """
+        stop = threading.Event()
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self.act(lambda: work(self.act, stop))
+            return stop
+
+        def tell(callback: Callable[[], object]) -> None:
+            loop.call_soon_threadsafe(self.act, callback)
+
+        def safely() -> None:
+            try:
+                work(tell, stop)
+            except Exception as error:
+                loop.call_soon_threadsafe(self.fail, error)
+
+        threading.Thread(target=safely, name=type(self).__name__, daemon=True).start()
+        return stop
+
 
 def style_sheet() -> widgets.HTML:
     """The tools' style, where no `PaintWidget` brings it."""
@@ -65,6 +98,12 @@ def make_slider(text: str, value: float, top: float, step: float = 0.01) -> widg
     return widgets.FloatSlider(
         value, description=text, min=0, max=top, step=step, readout_format=".2f", **wide()
     )
+
+
+def hint(control: widgets.Widget, words: str) -> None:
+    """What is said of a control where the mouse rests on it."""
+    # Of ipywidgets 7 (Colab), sliders and menus have the other name.
+    setattr(control, "tooltip" if control.has_trait("tooltip") else "description_tooltip", words)
 
 
 def in_row(children: Iterable[widgets.Widget], name: str = "ae-row") -> widgets.HBox:

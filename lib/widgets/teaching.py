@@ -7,10 +7,9 @@ meanwhile. When it is done, the session gets the taught model, and the editor sh
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -21,15 +20,18 @@ import pandas as pd
 from IPython.display import display
 
 from lib import figures
-from lib.data.corrections import Correction, load_corrections
+from lib.data.corrections import Correction
 from lib.data.dataset import BirdDataset
 from lib.model.vit import SigmoidViT
 from lib.training.state import Progress
 from lib.training.taught import Example, own_copy
 from lib.training.teach import TeachConfig, Teacher, TeachReport
+from lib.widgets.controller import EditorController
 from lib.widgets.panel import Panel, figure_html, style_sheet, table_html
 from lib.widgets.pixels import coloured, data_url, heat_url, png
 from lib.widgets.session import LiveSession
+from lib.widgets.shelf import CorrectionFolder
+from lib.widgets.thumbs import told
 
 COUNTS = (1, 5, 25)  # corrections to pick from, beside all of them
 
@@ -69,14 +71,18 @@ class TeachPanel(Panel):
     """Controls of the teaching, and its results.
 
     Args:
-        session: whose model is taught. Its data set holds the pictures that are corrected.
+        session: whose model is taught. Its data set holds the pictures that are corrected; no test
+            pictures, which are kept to measure.
         replay: training pictures without augmentation, so that what the model knew is kept.
-        held_out: pictures that the model was never trained on, for the comparison.
+        held_out: pictures that the model was never trained on, for the comparison; those that were
+            corrected are left out of it.
         folder: where the corrections were saved.
         config: how to teach; which blocks learn is chosen in the panel.
 
     Attributes:
         on_change: called when the session has another model, e.g. the editor's `refresh`.
+        controller: of the editor that the panel belongs to. After teaching, it lays aside what was
+            painted: that was asked of the model as it was before.
         report, table: of the last teaching; None before it.
         errors, controls: see `Panel`.
     """
@@ -89,17 +95,25 @@ class TeachPanel(Panel):
         folder: str | Path,
         config: TeachConfig | None = None,
     ) -> None:
+        if session.dataset.part == "test":
+            raise ValueError(
+                "the session shows test pictures, which are kept to measure; make it with training "
+                "or validation pictures"
+            )
         super().__init__()
         self.session, self.folder = session, Path(folder)
+        self._saved = CorrectionFolder(folder, session)
         self._replay, self._held_out = replay, held_out
         self._config = config or TeachConfig()
         self.on_change: Callable[[], None] = lambda: None
+        self.controller: EditorController | None = None
         self.report: TeachReport | None = None
         self.table: pd.DataFrame | None = None
         self._teacher: Teacher | None = None  # keeps the tokens of its frozen blocks
         self._before: list[SigmoidViT] = []  # the session's models before each teaching
-        self._thread: threading.Thread | None = None
         self._stop = threading.Event()
+        self._busy = False
+        self._steps = ("", 0)  # what the bar counts, and up to what
         style = {"description_width": "initial"}
         deep = [("the last block", 1), ("the last two blocks", 2), ("all blocks", session.depth)]
         self.controls["count"] = widgets.Dropdown(description="Corrections", style=style)
@@ -107,134 +121,189 @@ class TeachPanel(Panel):
             options=deep, value=self._config.last_blocks, description="Teach", style=style
         )
         self.button("teach", "Teach", self.start).button_style = "primary"
-        self.button("cancel", "Cancel", self._stop.set)
+        self.button("cancel", "Cancel", lambda: self._stop.set())
         self.button("undo", "Undo teaching", self.undo)
         self._bar = widgets.IntProgress(min=0, max=1, layout=widgets.Layout(width="auto"))
         self._words, self._result = widgets.HTML(), widgets.HTML()
+        self._left_out = widgets.HTML()
         row = widgets.HBox(list(self.controls.values()))
         row.layout.flex_flow = "row wrap"
-        self.children = [style_sheet(), row, self._bar, self._words, self._result]
+        shown = [row, self._left_out, self._bar, self._words, self._result]
+        self.children = [style_sheet(), *shown]
         self.add_class("teach-panel")
-        self._enable(busy=False)
         self.refresh()
 
+    def attach(self, controller: EditorController, changed: Callable[[], None]) -> None:
+        """Makes it a part of an editor: `changed` then shows there what the taught model sees."""
+        self.controller, self.on_change = controller, changed
+
     def refresh(self) -> None:
-        """Counts the saved corrections again."""
+        """Counts the saved corrections again, and names those that do not teach."""
         count = len(self._corrections())
-        options = [(f"all {count} saved", 0)]
+        options = [(f"all {count} saved" if count else "none is saved yet", 0)]
         options += [("the newest" + f" {k}" * (k > 1), k) for k in COUNTS if k <= count]
-        chosen = self.controls["count"].value
-        self.controls["count"].options = options
-        # ipywidgets 8 leaves a menu blank that had no options before
-        self.controls["count"].value = chosen if chosen in dict(options).values() else 0
+        menu = self.controls["count"]
+        if menu.options != tuple(options):
+            chosen = menu.value
+            menu.options = options
+            # ipywidgets 8 leaves a menu blank that had no options before
+            menu.value = chosen if chosen in dict(options).values() else 0
+        left = [one for one in self._saved.entries() if one.reason]
+        left = [one for one in left if not one.reason.startswith("replaced by ")]
+        lines = "".join(f"<li>{escape(f'{one.path.name}: {one.reason}')}</li>" for one in left)
+        words = f"{len(left)} saved file{'s' * (len(left) != 1)} cannot teach"
+        self._left_out.value = f"{words}:<ul>{lines}</ul>" if left else ""
+        self._enable()
 
     def start(self) -> None:
         """Teaches in a thread; what the button does."""
-        if self._thread is not None and self._thread.is_alive():
+        if self._busy:
             return
         corrections = self._prepare()
-        # Session and widgets belong to the kernel's own thread: results go back to it.
-        loop = asyncio.get_event_loop()
-
-        def work() -> None:
-            try:
-                done = self._work(corrections)
-            except Exception as error:
-                loop.call_soon_threadsafe(self.fail, error)
-            else:
-                loop.call_soon_threadsafe(self.act, lambda: self._finish(*done))
-
-        self._thread = threading.Thread(target=work, name="teach", daemon=True)
-        self._thread.start()
+        self._stop = self.behind(lambda tell, stop: self._teach(corrections, tell, stop))
 
     def teach(self) -> TeachReport:
         """Teaches now and returns when it is done: for a notebook cell."""
         corrections = self._prepare()
+        self._stop.clear()
         try:
-            self._finish(*self._work(corrections))
-        finally:
-            self._enable(busy=False)
+            self._finish(*self._work(corrections, self._stop))
+        finally:  # an interrupt from the keyboard too
+            self._free()
         return self.report
 
     def undo(self) -> None:
         """The model before the last teaching, up to the first."""
         self.session.replace_model(self._before.pop())
         self._teacher = None  # its model is not the session's any more
-        self._words.value, self._result.value = "Taken back: the model is as before.", ""
-        self._enable(busy=False)
+        self._words.value = told("Taken back: the model is as before.")
+        self._result.value = ""
+        self._enable()
         self.on_change()
 
     # -- one teaching
 
     def _corrections(self) -> list[Correction]:
-        return load_corrections(self.folder)[0] if self.folder.is_dir() else []
+        return [one.correction for one in self._saved.entries() if not one.reason]
 
     def _prepare(self) -> list[Correction]:
         """The corrections to teach; the teacher and the controls are ready for it."""
         self.refresh()
         found = self._corrections()
         if not found:
-            raise ValueError(f"{self.folder} has no corrections yet; paint and save one first")
+            raise ValueError(
+                f"{self.folder} has no corrections yet that can teach; paint and save one first"
+            )
         config = replace(self._config, last_blocks=self.controls["blocks"].value)
         if self._teacher is None or self._teacher.config != config:
             model = own_copy(self.session.model, config.last_blocks)
             self._teacher = Teacher(model, self._replay, config, self.session.dataset)
-        self._stop.clear()
-        self._enable(busy=True)
-        self._bar.max, self._bar.value, self._result.value = config.steps, 0, ""
+        self._busy, self._result.value = True, ""
+        self._enable()
         count = self.controls["count"].value
-        return found[-count:] if count else found
+        chosen = found[-count:] if count else found
+        self._count("preparing", 1, 0)
+        self._words.value = told(f"preparing pictures for {len(chosen)} correction(s)")
+        return chosen
+
+    def _teach(
+        self,
+        corrections: list[Correction],
+        tell: Callable[[Callable[[], object]], None],
+        stop: threading.Event,
+    ) -> None:
+        done = self._work(corrections, stop)
+        tell(lambda: self._finish(*done))
 
     def _work(
-        self, corrections: list[Correction]
+        self, corrections: list[Correction], stop: threading.Event
     ) -> tuple[TeachReport, pd.DataFrame | None, list[Example]]:
         teacher = self._teacher
-        report = teacher.teach(corrections, self._progress, self._stop.is_set)
+        report = teacher.teach(corrections, self._progress, stop.is_set)
         if report.cancelled:
             return report, None, []
+        self._count("comparing", 1, 0)
+        self._words.value = "taught; comparing before and after"
         table = teacher.before_after(self._held_out, progress=self._comparing)
         return report, table, teacher.examples(self._held_out)
 
     def _comparing(self, step: int, steps: int, losses: dict[str, float]) -> None:
-        self._words.value = f"taught; comparing, {losses['pictures']:.0f} pictures left"
+        self._pass("comparing", losses["pictures"], "taught; comparing: {} of {} pictures")
 
     def _progress(self, step: int, steps: int, losses: dict[str, float]) -> None:
-        self._bar.value = step
-        told = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in losses.items())
-        self._words.value = f"step {step} of {steps}: {told}"
+        if "pictures" in losses:
+            return self._pass("preparing", losses["pictures"], "preparing {} of {} pictures")
+        self._count("teaching", steps, step)
+        parts = (f"{name.replace('_', ' ')} {value:.3g}" for name, value in losses.items())
+        self._words.value = f"step {step} of {steps}: {', '.join(parts)}"
+
+    def _pass(self, what: str, left: float, words: str) -> None:
+        """Tells of pictures that pass the trunk, `left` of them are still to do."""
+        name, total = self._steps
+        if name != what or left > total - self._bar.value:  # the first part of other pictures
+            total = int(left)
+        self._count(what, total, total - int(left))
+        self._words.value = words.format(self._bar.value, total)
+
+    def _count(self, what: str, total: int, done: int) -> None:
+        self._steps = (what, total)
+        self._bar.max, self._bar.value = total, done
 
     def _finish(
         self, report: TeachReport, table: pd.DataFrame | None, examples: list[Example]
     ) -> None:
-        self.report = report
+        self.report, self._busy = report, False
+        self._enable()
         if table is None:
-            self._words.value = "Cancelled: the model is as before."
-            self._enable(busy=False)
+            self._count("", 1, 0)
+            self._words.value = told("Cancelled: the model is as before.")
             return
         self.table = table
         self._before.append(self.session.model)
         taught = own_copy(self._teacher.model, self._teacher.config.last_blocks)
         self.session.replace_model(taught)
         left_out = [f"picture {image} left out: {reason}" for image, reason in report.skipped]
-        told = f"taught {len(report.used)} correction(s) in {report.seconds:.1f} s"
-        self._result.value = comparison_html(table) + examples_html(examples)
+        words = f"taught {len(report.used)} correction(s) in {report.seconds:.1f} s"
+        validating = self._validating(report.used)
+        self._result.value = comparison_html(table, validating) + examples_html(examples)
         # After the table: who reads the sentence finds it.
-        self._words.value = escape("; ".join([told, *left_out]))
-        self._enable(busy=False)
+        self._count("done", 1, 1)
+        self._words.value = told("; ".join([words, *left_out]))
+        self._enable()  # now there is something to undo
+        if self.controller is not None:
+            self.controller.lay_aside()
         self.on_change()
 
-    def _enable(self, busy: bool) -> None:
-        usable = {"teach": not busy, "cancel": busy, "undo": bool(self._before) and not busy}
-        for name, enabled in usable.items():
-            self.controls[name].disabled = not enabled
+    def _validating(self, used: Sequence[Correction]) -> int:
+        """How many of the corrected pictures are validation pictures."""
+        dataset = self.session.dataset
+        table = dataset.table
+        parts = table.get("part", pd.Series(dataset.part, index=table.index))
+        ids = table["image_id"].astype(str)
+        return int((ids.isin([one.image_id for one in used]) & (parts == "val")).sum())
+
+    def _free(self) -> None:
+        self._busy = False
+        self._enable()
+
+    def _enable(self) -> None:
+        busy = "it is being taught now" if self._busy else ""
+        none = "" if self._corrections() else "paint and save a correction first"
+        why = {"teach": busy or none, "cancel": "" if busy else "nothing is being taught"}
+        why["undo"] = busy or ("" if self._before else "nothing was taught yet")
+        for name, reason in why.items():
+            self.controls[name].disabled, self.controls[name].tooltip = bool(reason), reason
 
     def show_error(self, html: str) -> None:
         self._words.value = html
-        self._enable(busy=False)
+        self._free()
 
 
-def comparison_html(table: pd.DataFrame) -> str:
-    """`Teacher.before_after` with one cell a measure: before → after."""
+def comparison_html(table: pd.DataFrame, validating: int = 0) -> str:
+    """`Teacher.before_after` with one cell a measure: before → after.
+
+    `validating` of the corrected pictures are validation pictures: that is said below.
+    """
     measures = [name.removesuffix(" before") for name in table if name.endswith(" before")]
     lines = []
     for group, row in table.iterrows():
@@ -245,7 +314,15 @@ def comparison_html(table: pd.DataFrame) -> str:
             cells.append(f"{before:.2f} → <b>{after:.2f}</b>" if known else "")
         lines.append(cells)
     head = ["", "pictures", *map(escape, measures)]
-    return table_html(head, lines, "ae-scores teach-table")
+    shown = table_html(head, lines, "ae-scores teach-table")
+    if not validating:
+        return shown
+    which = "is a validation picture" if validating == 1 else "are validation pictures"
+    return (
+        f"{shown}<p>{validating} of the corrected pictures {which}, and no longer held out: what "
+        "they say of this model is no validation, and a model that was chosen by validation was "
+        "chosen with them. Measure without them; they are left out of the held-out rows above.</p>"
+    )
 
 
 def examples_html(examples: list[Example]) -> str:

@@ -22,7 +22,7 @@ from lib.model.vit import SigmoidViT
 
 CONTROLS = ("another image's", "random cells", "mean map")
 DEFAULT_SCOPE = {"blocks": "last", "heads": "mean", "offset": "centred", "strength": 1.0}
-BATCH = 32
+PER_BATCH = 32  # pictures
 
 
 class Wanted(NamedTuple):
@@ -127,10 +127,10 @@ def edit_many(
     order = {name: _somebody_elses(wanted, rng) for name, wanted in asked.items()}
     found = []
     with torch.inference_mode(), tf32_products(False):
-        for start in range(0, len(indices), BATCH):
+        for start in range(0, len(indices), PER_BATCH):
             if progress(start, len(indices)):
                 break
-            places = range(start, min(start + BATCH, len(indices)))
+            places = range(start, min(start + PER_BATCH, len(indices)))
             some = _Batch(model, dataset, [indices[place] for place in places])
             for rule in rules:
                 own = [asked[rule.name][place] for place in places]
@@ -138,7 +138,7 @@ def edit_many(
                 jobs = {
                     "own": own,
                     CONTROLS[0]: others,
-                    CONTROLS[1]: [_shuffled(w, rng) for w in own],
+                    CONTROLS[1]: [_scattered(w, rng) for w in own],
                 }
                 if rule.mean is not None:
                     jobs[CONTROLS[2]] = [w and rule.mean for w in own]
@@ -222,7 +222,7 @@ def _somebody_elses(wanted: list[Wanted | None], rng: np.random.Generator) -> li
     return [following.get(place, place) for place in range(len(wanted))]
 
 
-def _shuffled(wanted: Wanted | None, rng: np.random.Generator) -> Wanted | None:
+def _scattered(wanted: Wanted | None, rng: np.random.Generator) -> Wanted | None:
     """The same cells and values at random places."""
     if wanted is None:
         return None

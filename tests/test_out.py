@@ -110,7 +110,7 @@ def written(panel, what):
 
 @pytest.mark.parametrize("edited", [True, False])
 def test_the_code_makes_the_same_edit_and_prints_the_same_scores(panel, edited, capsys):
-    controller = panel.shelf.controller
+    controller = panel.kept.controller
     controller.set_scope(blocks=(0, 2), heads=(1,), queries="all")
     controller.strength, controller.sharpness, controller.suppression = 0.6, 1.5, 0.2
     if not edited:
@@ -128,8 +128,8 @@ def test_the_code_makes_the_same_edit_and_prints_the_same_scores(panel, edited, 
 
 
 def test_the_code_refuses_another_picture_and_tells_of_other_weights(panel, capsys):
-    code = as_code(panel.shelf.controller)
-    session = panel.shelf.controller.session
+    code = as_code(panel.kept.controller)
+    session = panel.kept.controller.session
     moved = SimpleNamespace(open=lambda index: session.open(index + 1))
     with pytest.raises(AssertionError):
         exec(code, {"session": moved})
@@ -147,17 +147,17 @@ def test_names_in_code_stay_text(capsys):
 
 
 def test_the_json_is_a_correction_and_loads_again(panel):
-    panel.shelf.controller.note = "the wing"
+    panel.kept.controller.note = "the wing"
     path = written(panel, "this edit as JSON, a correction")
     (correction,), skipped = load_corrections(panel.out.folder)
     assert not skipped and correction.author == "Ada" and correction.note == "the wing"
-    edit = panel.shelf.controller.edit()
+    edit = panel.kept.controller.edit()
     assert (correction.edit.mask == edit.mask).all() and correction.edit.heads == "mean"
     assert path.parent.name == "toy-exports"
 
 
 def test_the_map_and_the_cells_have_the_pictures_size(panel):
-    controller = panel.shelf.controller
+    controller = panel.kept.controller
     size, asked = controller.shown.image.shape[:2], controller.asked
     values = np.load(written(panel, "this map (NPY)"))
     assert values.shape == size and values.dtype == np.float32
@@ -182,9 +182,7 @@ def test_figure_and_table_hold_every_snapshot(panel):
     panel.controls["add"].click()
     table = pd.read_csv(written(panel, "table of all snapshots (CSV)"))
     assert table["name"].tolist() == ["before", "A", "box"]
-    assert table["p_true"].tolist() == pytest.approx(
-        panel.shelf.shelf.to_frame()["p_true"].tolist()
-    )
+    assert table["p_true"].tolist() == pytest.approx(panel.kept.kept.to_frame()["p_true"].tolist())
     picture = Image.open(written(panel, "figure of all snapshots (PNG)"))
     assert picture.width > picture.height
     assert "<img" in panel.out._said.value and "download=" in panel.out._said.value
@@ -194,7 +192,7 @@ def test_figure_and_table_hold_every_snapshot(panel):
 
 
 def test_the_animation_is_what_the_model_says_at_every_strength(panel, monkeypatch):
-    controller, asked = panel.shelf.controller, []
+    controller, asked = panel.kept.controller, []
     frame = figures.strength_frame
 
     def drawn(image, attention, strength, scores, true):
@@ -227,7 +225,7 @@ def test_the_animation_is_what_the_model_says_at_every_strength(panel, monkeypat
     ],
 )
 def test_where_there_is_nothing_to_export_it_is_said_at_the_button(panel, what, message):
-    panel.shelf.controller.reset()
+    panel.kept.controller.reset()
     panel.controls["what"].value = what
     panel.controls["export"].click()
     assert message in panel.out._said.value and 'role="alert"' in panel.out._said.value
@@ -245,11 +243,11 @@ def test_a_failed_export_says_so_and_loses_nothing(panel):
     panel.out.folder.write_text("in the way")
     panel.controls["export"].click()
     assert "Saved" not in panel.out._said.value and "cannot be made" in panel.out._said.value
-    assert len(panel.shelf.shelf.snapshots) == 1
+    assert len(panel.kept.kept.snapshots) == 1
     panel.out.folder.unlink()
     panel.errors.clear()
     written(panel, "this map (NPY)")
-    panel.shelf.controller.open(1)
+    panel.kept.controller.open(1)
     panel.refresh()
     assert panel.out._said.value == ""  # of another picture
 

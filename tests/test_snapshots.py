@@ -1,4 +1,4 @@
-"""The shelf of snapshots: state, table and cards."""
+"""Snapshots: state, table and cards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from test_editor import NASTY, FakeSession, shown_text
 from lib.model.vit import SigmoidViT
 from lib.widgets.controller import EditorController
 from lib.widgets.session import LiveSession
-from lib.widgets.snapshots import READY, Shelf, ShelfPanel
+from lib.widgets.snapshots import READY, SnapshotList, SnapshotPanel
 
 
 @pytest.fixture
@@ -22,53 +22,53 @@ def controller(toy):
 
 
 @pytest.fixture
-def shelf(controller):
-    return Shelf(controller)
+def kept(controller):
+    return SnapshotList(controller)
 
 
 @pytest.fixture
 def panel(controller):
-    made = ShelfPanel(controller, lambda: made.refresh())
+    made = SnapshotPanel(controller, lambda: made.refresh())
     yield made
     assert not made.errors
 
 
-def names(shelf):
-    return [one.name for one in shelf.snapshots]
+def names(kept):
+    return [one.name for one in kept.snapshots]
 
 
 # ------------------------------------------------------------------------------------------ state
 
 
-def test_a_snapshot_says_what_the_controller_says_and_is_restored_in_one_step(controller, shelf):
+def test_a_snapshot_says_what_the_controller_says_and_is_restored_in_one_step(controller, kept):
     controller.paint([(0, 0), (1, 2)], 0.9)
     controller.set_scope(blocks="all")
     controller.strength = 0.7
     work, outcome, moved = controller.work, controller.outcome()[1], controller.moved()
-    shelf.keep()
+    kept.keep()
     controller.reset()
     controller.paint([(3, 3)], 0.1)
     controller.set_scope(blocks="last", heads="all")
     second = controller.work
-    shelf.restore(0)
+    kept.restore(0)
     assert controller.work.equals(work)
     controller.undo()
     assert controller.work.equals(second)
-    before, one = shelf.seen()
+    before, one = kept.judged()
     assert before.name == "before" and before.edit.is_empty and before.moved(2) == 0
     assert (one.after.probabilities == outcome.probabilities).all()
     assert one.moved(controller.block) == moved > 0
     assert one.edit.strength == 0.7 and one.edit.blocks == "all"
-    shelf.restore(None)
+    kept.restore(None)
     assert controller.edit().is_empty
     controller.undo()
     assert controller.work.equals(second)
 
 
-def test_the_table(controller, shelf):
+def test_the_table(controller, kept):
     controller.paint([(0, 0), (1, 2)], 0.95)
-    shelf.keep("the sky")
-    table = shelf.to_frame()
+    kept.keep("the sky")
+    table = kept.to_frame()
     before, after = (one.probabilities for one in controller.outcome())
     true, classes = controller.shown.label, controller.session.classes
     assert table["name"].tolist() == ["before", "the sky"]
@@ -83,16 +83,16 @@ def test_the_table(controller, shelf):
     ).all(axis=None)
 
 
-def test_each_picture_has_a_shelf_of_its_own(controller, shelf):
+def test_each_picture_has_snapshots_of_its_own(controller, kept):
     controller.paint([(0, 0)], 0.9)
-    shelf.keep()
+    kept.keep()
     controller.open(1)
-    assert names(shelf) == []
+    assert names(kept) == []
     controller.paint([(0, 1)], 0.9)
-    shelf.keep("second")
+    kept.keep("second")
     controller.open(0)
-    assert names(shelf) == ["A"]
-    assert shelf.seen()[1].edit.mask[0, 0]
+    assert names(kept) == ["A"]
+    assert kept.judged()[1].edit.mask[0, 0]
 
 
 @given(
@@ -103,61 +103,61 @@ def test_each_picture_has_a_shelf_of_its_own(controller, shelf):
 )
 def test_names_are_unique_and_nothing_is_lost_whatever_is_done(actions):
     controller = EditorController(FakeSession())
-    shelf, made, gone = Shelf(controller), 0, []
+    kept, made, gone = SnapshotList(controller), 0, []
     for action, number in actions:
-        count = len(shelf.snapshots)
+        count = len(kept.snapshots)
         if action == "keep":
             controller.paint([(0, 0)], (made + 1) / 100)
-            shelf.keep()
+            kept.keep()
             made += 1
         elif action == "move" and count:
-            one = shelf.snapshots[number % count]
-            place = shelf.move(number % count, 1 - number % 3)
-            assert shelf.snapshots[place] is one
+            one = kept.snapshots[number % count]
+            place = kept.move(number % count, 1 - number % 3)
+            assert kept.snapshots[place] is one
         elif action == "delete" and count:
-            gone.append(shelf.delete(number % count).work)
-        elif action == "back" and shelf.can_bring_back:
-            shelf.bring_back()
-            assert any(one.work is gone[-1] for one in shelf.snapshots)
+            gone.append(kept.delete(number % count).work)
+        elif action == "back" and kept.can_bring_back:
+            kept.bring_back()
+            assert any(one.work is gone[-1] for one in kept.snapshots)
             gone.pop()
-        assert len(set(names(shelf))) == len(shelf.snapshots) == made - len(gone)
+        assert len(set(names(kept))) == len(kept.snapshots) == made - len(gone)
 
 
-def test_letters_go_on_after_z(shelf, controller):
+def test_letters_go_on_after_z(kept, controller):
     for k in range(28):
         controller.paint([(0, 0)], (k + 1) / 100)
-        shelf.keep()
-    assert names(shelf)[0] == "A" and names(shelf)[25:] == ["Z", "AA", "AB"]
+        kept.keep()
+    assert names(kept)[0] == "A" and names(kept)[25:] == ["Z", "AA", "AB"]
 
 
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda shelf: shelf.keep(), "kept already, as A"),
-        (lambda shelf: (shelf.controller.reset(), shelf.keep()), "nothing is edited"),
-        (lambda shelf: shelf.rename(0, "  "), "needs a name"),
-        (lambda shelf: shelf.rename(0, "before"), '"before" is taken'),
-        (lambda shelf: shelf.rename(0, "B"), '"B" is taken'),
+        (lambda kept: kept.keep(), "kept already, as A"),
+        (lambda kept: (kept.controller.reset(), kept.keep()), "nothing is edited"),
+        (lambda kept: kept.rename(0, "  "), "needs a name"),
+        (lambda kept: kept.rename(0, "before"), '"before" is taken'),
+        (lambda kept: kept.rename(0, "B"), '"B" is taken'),
     ],
 )
-def test_what_makes_no_sense_is_one_sentence(shelf, controller, call, message):
+def test_what_makes_no_sense_is_one_sentence(kept, controller, call, message):
     controller.paint([(0, 1)], 0.9)
-    shelf.keep()
+    kept.keep()
     controller.paint([(0, 2)], 0.9)
-    shelf.keep()
+    kept.keep()
     controller.undo()
     with pytest.raises(ValueError, match=message):
-        call(shelf)
-    assert names(shelf) == ["A", "B"]
+        call(kept)
+    assert names(kept) == ["A", "B"]
 
 
-def test_ready_made_maps_are_asked_of_what_the_heads_see_together(controller, shelf):
+def test_ready_made_maps_are_asked_of_what_the_heads_see_together(controller, kept):
     controller.set_scope(blocks="all", heads="all")
     controller.strength = 0.5
     for name in READY:
-        shelf.keep_ready_made(name)
-    assert names(shelf) == [*READY]
-    by_name = {one.name: one for one in shelf.seen()}
+        kept.keep_ready_made(name)
+    assert names(kept) == [*READY]
+    by_name = {one.name: one for one in kept.judged()}
     for name in READY:
         edit = by_name[name].edit
         assert (edit.heads, edit.offset, edit.blocks, edit.strength) == (
@@ -179,10 +179,10 @@ def test_ready_made_maps_are_asked_of_what_the_heads_see_together(controller, sh
     controller.strength, controller.block = 1.0, 2
     controller.set_scope(blocks="last")
     with pytest.raises(ValueError, match="kept already"):
-        shelf.keep_ready_made("box")
-        shelf.keep_ready_made("box")
+        kept.keep_ready_made("box")
+        kept.keep_ready_made("box")
     box = controller.shown.box
-    seen = shelf.seen()[-1].after.attention[2]
+    seen = kept.judged()[-1].after.attention[2]
     np.testing.assert_allclose(
         seen / seen.sum(), np.maximum(box / box.mean(), 0.02) / 16, atol=0.002
     )
@@ -191,16 +191,16 @@ def test_ready_made_maps_are_asked_of_what_the_heads_see_together(controller, sh
 
 def test_what_a_picture_does_not_have_is_said():
     controller = EditorController(FakeSession(), index=1)
-    shelf = Shelf(controller)
+    kept = SnapshotList(controller)
     for name, why in (("people's map", "has no people's map"), ("box", "has no box"),
                       ("mean map", "data set has no human maps")):  # fmt: skip
-        assert why in shelf.ready_made(name)[1]
+        assert why in kept.ready_made(name)[1]
         with pytest.raises(ValueError, match=why):
-            shelf.keep_ready_made(name)
-    shelf.keep_ready_made("uniform")
+            kept.keep_ready_made(name)
+    kept.keep_ready_made("uniform")
     controller.open(0)  # partly known: what is not stays free
-    shelf.keep_ready_made("people's map")
-    assert not shelf.seen()[1].edit.mask[1, 0] and shelf.seen()[1].edit.mask.sum() == 5
+    kept.keep_ready_made("people's map")
+    assert not kept.judged()[1].edit.mask[1, 0] and kept.judged()[1].edit.mask.sum() == 5
 
 
 # ------------------------------------------------------------------------------------------ cards
@@ -244,18 +244,18 @@ def test_the_panel_keeps_shows_renames_moves_deletes_and_restores(panel):
     assert "cp-now" in panel._row.children[2]._dom_classes  # the present edit
 
     card(panel, 0).name.value = "beak"
-    assert names(panel.shelf) == ["beak", "B"]
+    assert names(panel.kept) == ["beak", "B"]
     card(panel, 0).moves[1].click()
-    assert names(panel.shelf) == ["B", "beak"] and card(panel, 1).name.value == "beak"
+    assert names(panel.kept) == ["B", "beak"] and card(panel, 1).name.value == "beak"
     assert card(panel, 0).moves[-1].disabled and "first already" in card(panel, 0).moves[-1].tooltip
     card(panel, 1).restore.click()
     assert controller.scope["blocks"] == "last"
     assert "cp-now" in panel._row.children[2]._dom_classes
     card(panel, 1).delete.click()
-    assert said() == "Deleted beak." and names(panel.shelf) == ["B"] and len(cards(panel)) == 2
+    assert said() == "Deleted beak." and names(panel.kept) == ["B"] and len(cards(panel)) == 2
     assert panel.controls["bring_back"].layout.display is None
     panel.controls["bring_back"].click()
-    assert names(panel.shelf) == ["B", "beak"]
+    assert names(panel.kept) == ["B", "beak"]
     assert panel.controls["bring_back"].layout.display == "none"
     panel._first.restore.click()
     assert controller.edit().is_empty and "cp-now" in panel._row.children[0]._dom_classes
@@ -277,7 +277,7 @@ def test_a_mistake_is_told_at_the_buttons_and_gone_with_the_next_action(panel):
     card(panel, 0).name.value = "before"
     assert "taken" in panel._said.value and card(panel, 0).name.value == "A"
     card(panel, 0).name.value = "wing"
-    assert panel._said.value == "" and names(panel.shelf) == ["wing"]
+    assert panel._said.value == "" and names(panel.kept) == ["wing"]
     assert len(panel.errors) == 2
     panel.errors.clear()
 
@@ -286,7 +286,7 @@ def test_another_model_judges_anew_and_it_is_said(panel):
     panel.controller.paint([(1, 1)], 0.95)
     panel.refresh()
     panel.controls["keep"].click()
-    shown, table = cards(panel), panel.shelf.to_frame()
+    shown, table = cards(panel), panel.kept.to_frame()
     session = panel.controller.session
     with torch.no_grad():
         other = SigmoidViT(tiny_vit(classes=8, seed=3))
@@ -294,7 +294,7 @@ def test_another_model_judges_anew_and_it_is_said(panel):
     session.replace_model(other)
     panel.refresh()
     assert "another one now: all outcomes were computed anew" in panel._said.value
-    again = panel.shelf.to_frame()
+    again = panel.kept.to_frame()
     assert (again["p_true"] != table["p_true"]).all()
     assert all(old != new for old, new in zip(shown, cards(panel), strict=True))
     panel.controls["bring_back"].click()  # the next action
@@ -304,7 +304,7 @@ def test_another_model_judges_anew_and_it_is_said(panel):
 def test_names_are_text_and_cards_are_made_once():
     session = FakeSession()
     controller = EditorController(session)
-    panel = ShelfPanel(controller, lambda: None)
+    panel = SnapshotPanel(controller, lambda: None)
     controller.paint([(0, 0)], 0.9)
     panel.refresh()
     panel.controls["keep"].click()
@@ -317,4 +317,4 @@ def test_names_are_text_and_cards_are_made_once():
     panel.refresh()
     assert all(panel._texts[name][2] is texts[name][2] for name in texts)
     assert session.outcomes == asked  # the present edit alone is asked for, by the editor
-    assert names(panel.shelf) == [NASTY] and not panel.errors
+    assert names(panel.kept) == [NASTY] and not panel.errors

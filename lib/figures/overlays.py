@@ -202,7 +202,6 @@ def sample_sheet(
     return figure
 
 
-<<<<<<< HEAD
 def snapshot_sheet(
     image: np.ndarray,
     shots: Mapping[str, tuple[np.ndarray, np.ndarray, Mapping[str, float]]],
@@ -288,7 +287,9 @@ def strength_frame(
     others = {name: share for name, share in scores.items() if name != true}
     _score_bars(bars, {true: scores[true], **others}, true)
     bars.set_ylim(1.5, -0.5)
-=======
+    return figure
+
+
 def editor_state(
     image: np.ndarray, edited: np.ndarray, summary: str, scores: Sequence[Mapping[str, object]]
 ) -> Figure:
@@ -314,5 +315,4 @@ def editor_state(
     right.legend(fontsize=8, loc="lower right")
     name_axis(right, "class scores", 10, xlim=(0, 1), xlabel="probability")
     figure.suptitle(label(summary, 110), fontsize=11)
->>>>>>> h17-lead
     return figure

@@ -20,10 +20,11 @@ from PIL import Image
 
 from lib import figures
 from lib.files import claimed, file_name, make_folder, write_bytes
-from lib.widgets.controller import EditorController, Outcome
+from lib.widgets.controller import EditorController
 from lib.widgets.panel import Panel, in_column, in_row
 from lib.widgets.pixels import outlines, png, run_lengths, to_pixels
-from lib.widgets.snapshots import TOP, Shelf, ShelfPanel
+from lib.widgets.session import Outcome
+from lib.widgets.snapshots import LISTED, SnapshotList, SnapshotPanel
 
 FRAMES = 21  # of the animation: strength 0, .05, ..., 1
 FRAME_MS, LAST_MS = 120, 1500  # how long a frame is shown, and the last one
@@ -85,13 +86,13 @@ for label in np.argsort(-probabilities)[:5]:
 """
 
 
-def snapshot_figure(shelf: Shelf, suffix: str) -> bytes:
+def snapshot_figure(kept: SnapshotList, suffix: str) -> bytes:
     """All snapshots of the open picture as one figure, a PNG or SVG file."""
-    controller = shelf.controller
+    controller = kept.controller
     classes, true, block = controller.session.classes, controller.shown.label, controller.block
     shots = {}
-    for one in shelf.seen():
-        top = np.argsort(-one.after.probabilities, kind="stable")[:TOP].tolist()
+    for one in kept.judged():
+        top = np.argsort(-one.after.probabilities, kind="stable")[:LISTED].tolist()
         scores = {
             classes[k]: float(one.after.probabilities[k]) for k in dict.fromkeys([*top, true])
         }
@@ -103,12 +104,12 @@ def snapshot_figure(shelf: Shelf, suffix: str) -> bytes:
     )
     figure = figures.snapshot_sheet(shown.image, shots, classes[true], title)
     try:
-        return _drawn(figure, suffix, dpi=150)
+        return _as_file(figure, suffix, dpi=150)
     finally:
         figures.plt.close(figure)
 
 
-def _drawn(figure: figures.Figure, suffix: str, dpi: int) -> bytes:
+def _as_file(figure: figures.Figure, suffix: str, dpi: int) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format=suffix[1:], dpi=dpi)
     return buffer.getvalue()
@@ -184,7 +185,7 @@ class ExportPanel(Panel):
     """A menu of what can leave the editor, a button, and where it lies then.
 
     Args:
-        shelf: the snapshots, and the controller whose edit is exported.
+        kept: the snapshots, and the controller whose edit is exported.
         folder: that of the corrections; exports lie beside it, in `<its name>-exports`.
         author: for the correction.
 
@@ -193,11 +194,11 @@ class ExportPanel(Panel):
         errors, controls: see `Panel`.
     """
 
-    def __init__(self, shelf: Shelf, folder: str | Path, author: str) -> None:
+    def __init__(self, kept: SnapshotList, folder: str | Path, author: str) -> None:
         super().__init__()
         folder = Path(folder)
-        self.shelf, self.folder = shelf, folder.with_name(f"{folder.name}-exports")
-        self._author, self._exported = author, shelf.controller.index
+        self.kept, self.folder = kept, folder.with_name(f"{folder.name}-exports")
+        self._author, self._exported = author, kept.controller.index
         menu = widgets.Dropdown(options=list(EXPORTS), description="Export")
         self.controls["what"] = menu
         button = self.button("export", "Export", lambda: self.export(menu.value))
@@ -207,8 +208,8 @@ class ExportPanel(Panel):
 
     def refresh(self) -> None:
         """What was said of another picture is gone."""
-        if self._exported != self.shelf.controller.index:
-            self._exported, self._said.value = self.shelf.controller.index, ""
+        if self._exported != self.kept.controller.index:
+            self._exported, self._said.value = self.kept.controller.index, ""
 
     def show_error(self, html: str) -> None:
         self._said.value = html
@@ -222,7 +223,7 @@ class ExportPanel(Panel):
         """
         self._say("working ...")
         kind, suffix = EXPORTS[what]
-        controller = self.shelf.controller
+        controller = self.kept.controller
         if kind == "correction":
             path = controller.save(self.folder, self._author, controller.note)
             content = path.read_bytes()
@@ -241,11 +242,11 @@ class ExportPanel(Panel):
         return path
 
     def _made(self, kind: str, suffix: str) -> bytes:
-        controller = self.shelf.controller
+        controller = self.kept.controller
         if kind == "figure":
-            return snapshot_figure(self.shelf, suffix)
+            return snapshot_figure(self.kept, suffix)
         if kind == "table":
-            return self.shelf.to_frame().to_csv(index=False).encode()
+            return self.kept.to_frame().to_csv(index=False).encode()
         if kind == "code":
             return as_code(controller).encode()
         if kind == "strength":
@@ -285,7 +286,7 @@ def _handed_over(path: Path, content: bytes, told: str) -> str:
 
 
 class ComparePanel(Panel):
-    """The shelf of snapshots, and what leaves the editor: the fold "Compare and export".
+    """The snapshots, and what leaves the editor: the fold "Compare and export".
 
     Args:
         controller: of the editor.
@@ -293,7 +294,7 @@ class ComparePanel(Panel):
         folder: of the corrections; exports lie beside it. author: for an exported correction.
 
     Attributes:
-        shelf, out: the two parts, a `ShelfPanel` and an `ExportPanel`; they share `errors`.
+        kept, out: the two parts, a `SnapshotPanel` and an `ExportPanel`; they share `errors`.
     """
 
     def __init__(
@@ -304,14 +305,14 @@ class ComparePanel(Panel):
         author: str,
     ) -> None:
         super().__init__()
-        self.shelf = ShelfPanel(controller, changed)
-        self.out = ExportPanel(self.shelf.shelf, folder, author)
-        for part in (self.shelf, self.out):
+        self.kept = SnapshotPanel(controller, changed)
+        self.out = ExportPanel(self.kept.kept, folder, author)
+        for part in (self.kept, self.out):
             part.errors = self.errors
             self.controls |= part.controls
-        self.children = [self.shelf, in_column([self.out], "cp-out")]
+        self.children = [self.kept, in_column([self.out], "cp-out")]
 
     def refresh(self) -> None:
         """Shows the controller, after it or the session's model was changed."""
-        self.shelf.refresh()
+        self.kept.refresh()
         self.out.refresh()

@@ -1,7 +1,7 @@
-"""The shelf: edits of one picture that were kept, side by side.
+"""Edits of one picture that were kept, side by side.
 
-`Shelf` is the state, without a widget: the snapshots of every picture, and what the model makes of
-them. `ShelfPanel` shows those of the open picture as cards.
+`SnapshotList` is the state, without a widget: the snapshots of every picture, and what the model
+makes of them. `SnapshotPanel` shows those of the open picture as cards.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ import pandas as pd
 
 from lib import figures
 from lib.edit import EPS, AttentionEdit, as_odds
-from lib.widgets.controller import EditorController, Outcome
+from lib.widgets.controller import EditorController
 from lib.widgets.history import OFF, Work
 from lib.widgets.panel import Panel, in_column, in_row
 from lib.widgets.pixels import data_url, loops_around, png
+from lib.widgets.session import Outcome
 
-BEFORE = "before"  # the first of the shelf: no edit
-TOP = 3  # classes whose scores a card shows
+BEFORE = "before"  # the first of all: no edit
+LISTED = 3  # classes whose scores a card shows
 
-# Maps that are asked for as they are, by name: where they come from, see `Shelf.ready_made`.
+# Maps that are asked for as they are, by name: where they come from, see `SnapshotList.ready_made`.
 READY = {"people's map": "human", "box": "box", "uniform": "uniform", "mean map": "mean"}
 
 
@@ -42,7 +43,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class Judged:
     """What the model makes of a snapshot, beside the same picture before any edit."""
 
     name: str
@@ -57,11 +58,10 @@ class Seen:
         return float(cells + kept) / 2
 
 
-class Shelf:
-    """Snapshots of all pictures, for the one that is open.
+class SnapshotList:
+    """Snapshots of all pictures, each with its own; what is asked is asked of the open one's.
 
-    They live as long as the shelf. What the model makes of them is asked when it is needed, and
-    anew when the model is another one.
+    What the model makes of them is computed when needed, and anew when the model is another one.
     """
 
     def __init__(self, controller: EditorController) -> None:
@@ -156,14 +156,14 @@ class Shelf:
         else:
             self.controller.restore(self._here[place].work)
 
-    def seen(self) -> list[Seen]:
+    def judged(self) -> list[Judged]:
         """ "before" and the snapshots of the open picture, with what the model makes of each."""
         controller = self.controller
         nothing = Work(np.full(controller.session.grid, np.nan), scope=controller.scope)
         works = [Snapshot(BEFORE, nothing), *self._here]
         before = controller.outcome_of(nothing)
         return [
-            Seen(one.name, controller.edit_of(one.work), before, controller.outcome_of(one.work))
+            Judged(one.name, controller.edit_of(one.work), before, controller.outcome_of(one.work))
             for one in works
         ]
 
@@ -176,7 +176,7 @@ class Shelf:
         """
         controller, rows = self.controller, []
         classes, true = controller.session.classes, controller.shown.label
-        for one in self.seen():
+        for one in self.judged():
             before, after, edit = one.before.probabilities, one.after.probabilities, one.edit
             best = int(after.argmax())
             row = {"name": one.name, "prediction": classes[best], "p_prediction": after[best]}
@@ -235,7 +235,7 @@ def scope_in_words(edit: AttentionEdit) -> str:
     return ", ".join(words)
 
 
-def _map_html(one: Seen, block: int) -> str:
+def _map_html(one: Judged, block: int) -> str:
     """The attention over the picture, which the panel's style brings, and the painted cells."""
     rows, columns = one.edit.grid
     path = "".join(
@@ -253,13 +253,13 @@ def _map_html(one: Seen, block: int) -> str:
     )
 
 
-def _scores_html(one: Seen, block: int, classes: list[str], true: int) -> str:
+def _scores_html(one: Judged, block: int, classes: list[str], true: int) -> str:
     """Right or wrong; a bar a class, with the change in points; what it took."""
     before, after = one.before.probabilities, one.after.probabilities
     first, best = int(before.argmax()), int(after.argmax())
     right = best == true
     verdict = ("✓ right" if right else "✗ wrong") + " now" * ((first == true) != right)
-    listed = dict.fromkeys([*np.argsort(-after, kind="stable")[:TOP].tolist(), first, true])
+    listed = dict.fromkeys([*np.argsort(-after, kind="stable")[:LISTED].tolist(), first, true])
     lines = []
     for k in listed:
         tags = "".join(
@@ -284,9 +284,9 @@ def _scores_html(one: Seen, block: int, classes: list[str], true: int) -> str:
 
 
 class _Card:
-    """A place on the shelf; what stands there changes, so that the keyboard's focus stays."""
+    """A place in the row; what stands there changes, so that the keyboard's focus stays."""
 
-    def __init__(self, panel: ShelfPanel, place: int | None) -> None:
+    def __init__(self, panel: SnapshotPanel, place: int | None) -> None:
         """`place` None is that of "before", which has no name to change and is not moved."""
         self._place, self._busy = place, False
 
@@ -297,7 +297,7 @@ class _Card:
 
         def renamed(change: dict[str, Any]) -> None:
             if not self._busy:
-                panel.act(lambda: panel.shelf.rename(place, change["new"]))
+                panel.act(lambda: panel.kept.rename(place, change["new"]))
 
         self.name = widgets.Text(description="Name", continuous_update=False)
         self.name.observe(renamed, "value")
@@ -313,8 +313,8 @@ class _Card:
         parts += [] if place is None else [in_row([*self.moves.values(), self.delete])]
         self.box = in_column(parts, "cp-card")
 
-    def show(self, one: Seen, texts: tuple[str, str], places: int) -> None:
-        """Shows a snapshot; `texts` are its map and scores, `places` those of the shelf."""
+    def show(self, one: Judged, texts: tuple[str, str], places: int) -> None:
+        """Shows a snapshot; `texts` are its map and scores, `places` how many there are."""
         self._map.value, self._scores.value = texts
         if self._place is None:
             return
@@ -331,7 +331,7 @@ class _Card:
         self.delete.tooltip = f"delete {one.name}; can be brought back"
 
 
-class ShelfPanel(Panel):
+class SnapshotPanel(Panel):
     """The snapshots of the open picture, side by side, and how they come and go.
 
     Args:
@@ -339,13 +339,13 @@ class ShelfPanel(Panel):
         changed: called when a snapshot was restored: the editor shows the controller anew.
 
     Attributes:
-        shelf: the `Shelf`; after changing it from Python, call `refresh`.
+        kept: the `SnapshotList`; after changing it from Python, call `refresh`.
         errors, controls: see `Panel`.
     """
 
     def __init__(self, controller: EditorController, changed: Callable[[], None]) -> None:
         super().__init__()
-        self.controller, self.shelf, self._changed = controller, Shelf(controller), changed
+        self.controller, self.kept, self._changed = controller, SnapshotList(controller), changed
         self._mark = f"cp-{uuid.uuid4().hex[:8]}"  # ties the style of the picture to this panel
         self._style, self._said = widgets.HTML(), widgets.HTML()
         self._styled: int | None = None  # the picture that the style brings
@@ -354,8 +354,8 @@ class ShelfPanel(Panel):
         keep = self.button("keep", "Keep this edit", self._keep)
         menu = widgets.Dropdown(description="Ready-made")
         self.controls["ready"] = menu
-        add = self.button("add", "Add", lambda: self.shelf.keep_ready_made(menu.value))
-        back = self.button("bring_back", "Bring back", self.shelf.bring_back)
+        add = self.button("add", "Add", lambda: self.kept.keep_ready_made(menu.value))
+        back = self.button("bring_back", "Bring back", self.kept.bring_back)
         back.tooltip = "the snapshot that was deleted last"
         self._first, self._cards = _Card(self, None), []
         self._row = in_row([self._first.box], "cp-cards")
@@ -370,27 +370,27 @@ class ShelfPanel(Panel):
         self.refresh()
 
     def refresh(self) -> None:
-        """Shows the shelf of the open picture, after controller, shelf or model have changed."""
+        """Shows those of the open picture, after controller, snapshots or model have changed."""
         super().act(self._show)
 
     def show_error(self, html: str) -> None:
         self._said.value = html
 
     def restore(self, place: int | None) -> None:
-        self.shelf.restore(place)
+        self.kept.restore(place)
         self._changed()
 
     def move(self, place: int, by: int) -> None:
         """Moves a snapshot, and the focus with it, where ipywidgets knows how (8 does)."""
-        button = self._cards[self.shelf.move(place, by)].moves[by]
+        button = self._cards[self.kept.move(place, by)].moves[by]
         getattr(button, "focus", lambda: None)()
 
     def delete(self, place: int) -> None:
-        gone = self.shelf.delete(place)
+        gone = self.kept.delete(place)
         self._say(f"Deleted {gone.name}.")
 
     def _keep(self) -> None:
-        self._say(f"Kept as {self.shelf.keep().name}.")
+        self._say(f"Kept as {self.kept.keep().name}.")
 
     def _say(self, words: str) -> None:
         self._said.value = f'<span role="status">{escape(words)}</span>'
@@ -408,7 +408,7 @@ class ShelfPanel(Panel):
             self._texts, self._said.value = {}, ""
         if self._judged_by != controller.session.fingerprint:
             self._judged_by = controller.session.fingerprint
-            if self.shelf.snapshots:
+            if self.kept.snapshots:
                 self._say("The model is another one now: all outcomes were computed anew.")
         self._show_controls()
         self._show_cards()
@@ -416,18 +416,18 @@ class ShelfPanel(Panel):
     def _show_controls(self) -> None:
         menu, chosen = self.controls["ready"], self.controls["ready"].value
         entries = [
-            (name + " (none here)" * bool(self.shelf.ready_made(name)[1]), name) for name in READY
+            (name + " (none here)" * bool(self.kept.ready_made(name)[1]), name) for name in READY
         ]
         if list(menu.options) != entries:
             menu.options = entries
             menu.value = chosen or entries[0][1]
         empty, keep = self.controller.edit().is_empty, self.controls["keep"]
         keep.disabled = empty
-        keep.tooltip = "nothing is edited yet; paint first" if empty else "put it on the shelf"
-        self.controls["bring_back"].layout.display = None if self.shelf.can_bring_back else "none"
+        keep.tooltip = "nothing is edited yet; paint first" if empty else "as a snapshot below"
+        self.controls["bring_back"].layout.display = None if self.kept.can_bring_back else "none"
 
     def _show_cards(self) -> None:
-        first, *others = self.shelf.seen()
+        first, *others = self.kept.judged()
         while len(self._cards) < len(others):
             self._cards.append(_Card(self, len(self._cards)))
         cards = [self._first, *self._cards[: len(others)]]
@@ -439,7 +439,7 @@ class ShelfPanel(Panel):
         if self._row.children != boxes:
             self._row.children = boxes
 
-    def _texts_of(self, one: Seen) -> tuple[str, str]:
+    def _texts_of(self, one: Judged) -> tuple[str, str]:
         """Map and scores of a card; made once, as all snapshots are shown after every stroke."""
         block = self.controller.block
         after, shown, texts = self._texts.get(one.name, (None, None, None))

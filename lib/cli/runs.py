@@ -315,7 +315,7 @@ def edit_many(
     import pandas as pd
     from tqdm.auto import tqdm
 
-    from lib.experiments import many
+    from lib.evaluation import many
     from lib.experiments.compare import load_trials
 
     if pictures < 1 or not strength or not all(0 < share <= 1 for share in strength):

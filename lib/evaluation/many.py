@@ -51,7 +51,8 @@ def make_rules(dataset: BirdDataset, edit: AttentionEdit | None = None) -> dict[
     rows, columns = dataset.grid
     ring = np.zeros(dataset.grid, dtype=bool)
     ring[[0, -1]] = ring[:, [0, -1]] = True
-    found = [Rule("border to 0", lambda _: Wanted(ring.ravel(), np.zeros(ring.size, np.float32)))]
+    border = Wanted(ring.ravel(), np.zeros(ring.size, dtype=np.float32))
+    found = [Rule("border to 0", lambda _: border)]
     cover = dataset.cover()
     if cover is not None:
         outside = cover.numpy() == 0

@@ -22,6 +22,8 @@ from torch import Tensor
 # -13.8 and +13.8 and representable in float32 on both sides.
 EPS = 1e-6
 
+LOW = 0.02  # "do not look here": a fiftieth of the average patch, without the extreme logit of 0
+
 _brief = reprlib.Repr()
 _brief.maxstring = 80
 brief = _brief.repr  # quotes what somebody gave without repeating megabytes of it
@@ -66,6 +68,27 @@ def sigmoid_attention(logits: Tensor, offset: str, num_prefix: int) -> Tensor:
     """What a person reads and edits: s = sigmoid(x - c) of the patches, `[..., P]` in (0, 1)."""
     centred = logits - row_offset(logits, offset, num_prefix)
     return torch.sigmoid(centred[..., num_prefix:])
+
+
+def as_odds(weights: np.ndarray, now: float = 1.0) -> np.ndarray:
+    """Values that ask for attention in proportion to weights, float32 `[...]`, NaN where those are.
+
+    A map of people is no sigmoid attention: as values, its maximum of 1 would take the whole
+    softmax. As odds, its cells share what they have now; with the centred offset that is
+    P * h / sum(h) of the P patches. No cell gets less than `LOW` of their average.
+
+    Args:
+        weights: from 0, NaN where not known. now: the average odds of the known cells; of a whole
+            map with the centred offset 1.
+
+    Raises:
+        ValueError: a weight is negative, or all are 0 or unknown.
+    """
+    known = ~np.isnan(weights)
+    if (weights[known] < 0).any() or not weights[known].any():
+        raise ValueError("a map of weights needs numbers from 0, and one above 0 at least")
+    odds = now * np.maximum(weights / weights[known].mean(dtype=np.float64), LOW)
+    return (odds / (1 + odds)).astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,12 +20,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lib.data.corrections import load_corrections
+from lib.edit import LOW
 from lib.widgets import brush
 from lib.widgets.brush import _listed
 from lib.widgets.controller import EditorController
 from lib.widgets.editor import attention_editor
-from lib.widgets.history import LOW, SLIDERS
+from lib.widgets.history import SLIDERS
+from lib.widgets.panel import Panel
 from lib.widgets.pixels import COLOURS, OPACITY, coloured
+from lib.widgets.rungs import blocks_to_begin_with, wider
 
 ROOT = Path(__file__).resolve().parents[1]
 NASTY = "<img src=x onerror=alert(1)>"
@@ -55,6 +58,7 @@ class FakeSession:
         self.fingerprint = "0123456789abcdef"
         self.outcomes = 0  # how often the model was asked
         self.broken = False
+        self.moves = None  # how far an edit moves a probability, by blocks
 
     def __len__(self):
         return 5
@@ -85,7 +89,9 @@ class FakeSession:
         self.outcomes += 1
         attention, class_token = np.full((2, 2, 3), 0.1), np.full(2, 0.4)
         probabilities = np.array([0.6, 0.3, 0.1])
-        if edit is not None:
+        if edit is not None and self.moves:
+            probabilities = probabilities + self.moves[edit.blocks] * np.array([-1, 1, 0])
+        elif edit is not None:
             blocks = {"last": [1], "last2": [0, 1], "all": [0, 1]}.get(edit.blocks, edit.blocks)
             attention[list(blocks)] = 0.9 * edit.mask / edit.mask.sum()
             class_token[list(blocks)] = 0.1
@@ -464,7 +470,7 @@ def tool(tmp_path):
 
 
 def result(tool):
-    return shown_text(tool._html["result"].value)[0]
+    return shown_text(tool._html["verdict"].value + tool._html["result"].value)[0]
 
 
 def test_a_stroke_reaches_controller_scores_and_browser(tool):
@@ -531,9 +537,8 @@ def test_garbage_is_shown_and_does_not_break_the_tool(tool, state, message):
     browser_says(tool.paint, painted=good, stroke=1)
     browser_says(tool.paint, **state)
     (error,) = tool.errors
-    shown = tool._html["error"].value
+    shown = tool._html["notice"].value
     assert message in shown and type(error).__name__ in shown and "<b>" not in shown
-    assert tool._error_row.layout.display is None
     assert tool.paint.painted == good and tool.paint.brush_value == 0.9
     assert tool.paint.ack == (1 if "brush_value" in state else 2)
     browser_says(tool.paint, painted=[0.5] * 6, stroke=3)
@@ -547,13 +552,11 @@ def test_an_exception_in_a_callback_is_kept_and_shown_as_text(tool):
     tool.controls["suppression"].value = 0.5
     tool.controls["ladder"].click()
     assert [str(error) for error in tool.errors] == [f"the model is gone {NASTY}"] * 4
-    text, tags = shown_text(tool._html["error"].value)
+    text, tags = shown_text(tool._html["notice"].value)
     assert text == f"RuntimeError: the model is gone {NASTY}" and tags == ["span"]
     tool.controller.session.broken = False
-    tool.refresh()
-    assert tool._error_row.layout.display is None  # it stays until somebody has read it
-    tool.controls["dismiss"].click()
-    assert tool._error_row.layout.display == "none"
+    tool.controls["suppression"].value = 0.6  # the next action: what was said of the last one goes
+    assert tool._html["notice"].value == ""
     assert "of the attention moved" in result(tool)
 
 
@@ -565,7 +568,7 @@ def test_class_names_and_ids_with_html_are_text(tool):
     tool.refresh()
     tool.controls["ladder"].click()
     tool.controls["save"].click()
-    for name in ("title", "result", "ladder", "notice"):
+    for name in ("title", "verdict", "result", "ladder", "notice"):
         html = tool._html[name].value
         text, tags = shown_text(html)
         assert NASTY in text or name == "notice"
@@ -599,15 +602,18 @@ def test_the_controls_lead_to_the_controller(tool):
 
 def test_heads_are_chosen_by_chips(tool):
     controls, controller = tool.controls, tool.controller
+    assert controls["heads_mean"].value
     controls["head_1"].value = True
-    assert controller.scope["heads"] == (1,) and not controls["all_heads"].value
+    assert controller.scope["heads"] == (1,) and not controls["heads_mean"].value
     controls["head_0"].value = True
     assert controller.scope["heads"] == (0, 1)
     controls["head_0"].value = controls["head_1"].value = False
-    assert controller.scope["heads"] == "all" and controls["all_heads"].value
+    assert controller.scope["heads"] == "mean" and controls["heads_mean"].value
     controls["head_1"].value = True
-    controls["all_heads"].value = True
+    controls["heads_all"].value = True
     assert controller.scope["heads"] == "all" and not controls["head_1"].value
+    controls["undo"].click()
+    assert controller.scope["heads"] == "mean"  # one step for all of the chips in a row
     assert tool._thumbs[0].layout.display == "none"
     controls["head_maps"].value = True
     assert all("<img" in thumb.value for thumb in tool._thumbs)
@@ -625,9 +631,22 @@ def test_pictures_go_round_and_buttons_follow_what_is_there(tool):
     assert tool.controls["copy_human"].disabled and tool.controls["copy_box"].disabled
     tool.controls["next"].click()
     assert not tool.controls["copy_human"].disabled
+    assert tool.controls["only_here"].disabled and "nothing is painted" in tip(tool, "only_here")
     tool.controls["copy_human"].click()
+    assert tool.controller.strength == 0.5 and tool.paint.painted[3] is None
     tool.controls["only_here"].click()
-    assert tool.paint.painted == [0, 0.5, 1, LOW, 0, 0] and tool.errors == []
+    assert tool.paint.painted[3] == LOW and tool.errors == []
+    tool.controls["note"].value = "why"
+    tool.controls["next"].click()
+    assert tool.controls["note"].value == "" and tool.controls["strength"].value == 1
+    tool.controls["previous"].click()
+    assert tool.controls["note"].value == "why" and tool.controls["strength"].value == 0.5
+
+
+def tip(tool, name):
+    """What is said of a control where the mouse rests on it."""
+    control = tool.controls[name]
+    return control.tooltip if control.has_trait("tooltip") else control.description_tooltip
 
 
 def test_the_ladder_is_shown_until_the_edit_changes(tool):
@@ -636,7 +655,7 @@ def test_the_ladder_is_shown_until_the_edit_changes(tool):
     assert "0.300" in tool._html["ladder"].value
     tool.refresh()
     assert tool._html["ladder"].value
-    tool.controls["strength"].value = 0.5
+    tool.controls["strength"].value = 0.25
     assert not tool._html["ladder"].value and tool.errors == []
     tool.controls["ladder"].click()
     tool.controller.session.fingerprint = "another model"
@@ -644,8 +663,9 @@ def test_the_ladder_is_shown_until_the_edit_changes(tool):
     assert not tool._html["ladder"].value and tool.errors == []
 
 
-def test_saving(tool, tmp_path):
-    tool.controls["save"].click()
+def test_saving(tool, tmp_path, monkeypatch):
+    assert tool.controls["save"].disabled and "nothing to save" in tip(tool, "save")
+    tool.controls["save"].click()  # from a page that does not know it yet
     assert "nothing to save" in tool._html["notice"].value
     assert not (tmp_path / "corrections").exists()
     tool.controls["copy_box"].click()
@@ -653,27 +673,89 @@ def test_saving(tool, tmp_path):
     tool.controls["save"].click()
     (found,), _ = load_corrections(tmp_path / "corrections")
     assert found.note == "look at the bird" and found.author == "me"
-    assert "Saved as" in tool._html["notice"].value and tool.errors == []
+    assert "Saved as" in tool._html["notice"].value and len(tool.errors) == 1
+    monkeypatch.setattr("lib.files.os.fsync", refuse)
+    tool.controls["save"].click()
+    assert "Saved" not in tool._html["notice"].value and "full" in tool._html["notice"].value
+    assert len(load_corrections(tmp_path / "corrections")[0]) == 1
+    browser_says(tool.paint, painted=[0.5] * 6, stroke=1)
+    assert tool._html["notice"].value == ""
 
 
-def test_teach_is_called_with_the_controller_and_its_model_is_shown():
-    given = []
+def refuse(_):
+    raise OSError(28, "the disk is full")
 
-    def teach(controller):
-        given.append(controller)
-        controller.session.fingerprint = "taught"
-        controller.session.classes = ["robin", "crow", "wren"]
 
-    tool = attention_editor(FakeSession(), on_teach=teach)
-    tool.controls["teach"].click()
-    assert given == [tool.controller] and tool.errors == []
-    assert "robin" in result(tool)
-    assert "teach" not in attention_editor(FakeSession()).controls
+def test_where_an_edit_does_something():
+    session = FakeSession()
+    session.moves = {"last": 0.02, "last2": 0.05, "all": 0.6}  # of the probability that moves most
+    controller = EditorController(session)
+    assert blocks_to_begin_with(controller) == "all"
+    controller.begin_in("all")
+    assert controller.scope["blocks"] == "all" and not controller.can_undo
+    controller.open(2)
+    assert controller.scope["blocks"] == "last"  # it was chosen for the first picture
+    controller.fill(0.9)
+    controller.begin_in("all")
+    assert controller.scope["blocks"] == "last"  # something has been done here
+    blocks, words = wider(controller)
+    assert blocks == "all" and "In all blocks the same edit does more" in words
+    controller.set_scope(blocks="all")
+    assert wider(controller) == ("", "")
+    session.moves = {"last": 0.3, "last2": 0.3, "all": 0.35}
+    other = EditorController(session)
+    assert blocks_to_begin_with(other) == "last" and wider(other) == ("", "")
+    other.fill(0.2)
+    assert wider(other) == ("", "")
+
+
+def test_what_is_to_be_guessed_is_not_said(tool):
+    tool.controls["guess"].value = tool.controls["present"].value = True
+    said = tool._html["title"].value + tool._html["verdict"].value + tool._html["result"].value
+    assert "true class" not in said and shown_text(tool._html["title"].value)[0].endswith("?")
+    assert "The model says" not in said and "ae-present" in tool._dom_classes
+    tool.controls["guess"].value = False
+    assert "true class" in result(tool) and "The model says" in result(tool)
+    assert tool.errors == []
+
+
+def test_parts_below_are_made_when_they_are_opened(tool):
+    made = []
+
+    class Part(Panel):
+        def __init__(self):
+            super().__init__()
+            made.append(self)
+            self.refreshed = 0
+
+        def refresh(self):
+            self.refreshed += 1
+
+    tool.add_part("Compare", Part)
+    tool.add_part("Pictures", Part)
+    assert not made
+    tool.controls["part Compare"].value = True
+    assert tool._below.children == (made[0],)
+    tool.controls["part Pictures"].value = True
+    assert tool._below.children == (made[1],) and not tool.controls["part Compare"].value
+    tool.controls["part Pictures"].value = False
+    assert not tool._below.children and len(made) == 2 and tool.errors == []
+    tool.refresh()
+    assert [part.refreshed for part in made] == [1, 1]
+
+
+@needs_anywidget
+def test_a_picture_of_the_state_stands_beside_the_widget(tool):
+    browser_says(tool.paint, painted=[0.9] * 6, stroke=1)
+    bundle = tool._repr_mimebundle_()
+    bundle = bundle[0] if isinstance(bundle, tuple) else bundle
+    assert Image.open(io.BytesIO(bundle["image/png"])).size[0] > 600
+    assert "application/vnd.jupyter.widget-view+json" in bundle
 
 
 def test_every_control_has_a_label(tool):
     for name, control in tool.controls.items():
-        assert control.description, name
+        assert control.description or control.placeholder, name
 
 
 @pytest.mark.parametrize("plain", [pytest.param(False, marks=needs_anywidget), True])

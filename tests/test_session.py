@@ -17,6 +17,7 @@ from lib.edit import AttentionEdit, sigmoid_attention
 from lib.model.live import LiveImage
 from lib.model.vit import SigmoidViT
 from lib.widgets.controller import EditorController
+from lib.widgets.rungs import climb
 from lib.widgets.session import KEPT_IMAGES, LiveSession
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -90,9 +91,18 @@ def test_sigmoid_is_that_of_the_unedited_model(session, bird_model, birds, offse
     assert np.allclose(heads, expected, atol=1e-6) and heads.dtype == np.float32
     session.outcome(2, painted(blocks="all"))  # an edit does not reach it
     assert np.array_equal(session.sigmoid(2, -2, offset), heads)
+    together = session.seen_together(2, 1, offset)
+    if offset == "centred":  # the mean of the softmax, as multiples of the mean patch
+        mean = rows[1][0].double().softmax(-1)[:, 1:].mean(0)
+        odds = (mean / mean.mean()).view(4, 4)
+        assert np.allclose(together, odds / (1 + odds), atol=1e-6)
+    else:
+        assert np.allclose(together, expected.mean(0), atol=1e-6)
     controller = EditorController(session, 2)
     controller.block = 1
     controller.set_scope(offset=offset)
+    assert np.array_equal(controller.own, together) and together.dtype == np.float32
+    controller.set_scope(heads="all")
     assert np.allclose(controller.own, expected.mean(0), atol=1e-6)
     controller.set_scope(heads=(0, 3))
     assert np.allclose(controller.own, expected[[0, 3]].mean(0), atol=1e-6)
@@ -117,7 +127,7 @@ def test_the_ladder_climbs_through_the_model(session, birds):
     controller = EditorController(session, 5)
     controller.set_scope(blocks=(0,), heads=(1,))
     controller.paint(painted().mask.argwhere(), 0.9)
-    edit, steps = controller.edit(), controller.ladder()
+    edit, steps = controller.edit(), climb(controller)
     names = ["no edit", "last block", "last two", "all blocks", "all blocks, all rows"]
     assert [step["rung"] for step in steps] == names
     label = birds.table["label"][5]

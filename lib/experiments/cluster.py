@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from lib.config import Config
-from lib.experiments.jobs import Ended, Needs, Waiting, Work
+from lib.experiments.jobs import Ended, Needs, Task, Waiting
 from lib.files import ROOT, make_folder, write_text
 
 if TYPE_CHECKING:  # an extra: imported where a cluster is asked for
@@ -70,7 +70,7 @@ class ClusterError(OSError):
 
 
 def on_cluster(
-    work: Work,
+    work: Task,
     tasks: Sequence[tuple],
     needs: Needs,
     where: str,
@@ -334,7 +334,7 @@ def _refusal(asked: dict[str, Any], dask_worker: Any) -> str | None:
         return None
 
 
-def _on_worker(asked: dict[str, Any], work: Work, task: tuple) -> tuple[Ended, str]:
+def _on_worker(asked: dict[str, Any], work: Task, task: tuple) -> tuple[Ended, str]:
     """One task, and the address of the worker that did it."""
     from distributed import get_worker
 

@@ -27,7 +27,7 @@ class Ended(NamedTuple):
     is_busy: bool = False  # somebody else is at this task: it is worth another try later
 
 
-Work = Callable[..., Ended]
+Task = Callable[..., Ended]
 Needs = Mapping[int, int]  # index of a task to that of the one that has to end well before it
 
 
@@ -48,7 +48,7 @@ class Waiting:
                 yield from self.ended(follower, f"what it starts from failed: {failure}")
 
 
-def in_turn(work: Work, tasks: Sequence[tuple], needs: Needs) -> Iterator[tuple[int, str | None]]:
+def in_turn(work: Task, tasks: Sequence[tuple], needs: Needs) -> Iterator[tuple[int, str | None]]:
     """`in_processes` in this process, one task after another."""
     waiting = Waiting(len(tasks), needs)
     while waiting.ready:
@@ -57,7 +57,7 @@ def in_turn(work: Work, tasks: Sequence[tuple], needs: Needs) -> Iterator[tuple[
 
 
 def in_processes(
-    work: Work, tasks: Sequence[tuple], needs: Needs, environments: Sequence[Mapping[str, str]]
+    work: Task, tasks: Sequence[tuple], needs: Needs, environments: Sequence[Mapping[str, str]]
 ) -> Iterator[tuple[int, str | None]]:
     """Calls `work(*task)` for every task, in processes of their own.
 
@@ -138,7 +138,7 @@ def shares(jobs: int) -> list[dict[str, str]]:
     return [share | own[job % len(own)] for job in range(jobs)]
 
 
-def _serve(connection: Connection, work: Work) -> None:
+def _serve(connection: Connection, work: Task) -> None:
     """A process of `in_processes`: one task after another, until the other side ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too, but is the parent's
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -200,3 +200,31 @@ def sample_sheet(
     what = "rollout of all blocks, and the class row's sigmoid attention in the last block"
     axis.text(6, 20, f"{label(classes[true], 60)}: probabilities, {what}", fontsize=10)
     return figure
+
+
+def editor_state(
+    image: np.ndarray, edited: np.ndarray, summary: str, scores: Sequence[Mapping[str, object]]
+) -> Figure:
+    """The attention editor where no kernel runs: the picture, the same under the map, the scores.
+
+    Args:
+        image, edited: uint8 `[H, W, 3]`, of any sizes. summary: one or two sentences.
+        scores: rows with class, before, after (probabilities) and is_true, the likeliest first.
+    """
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(9.5, 3.4), layout="constrained", width_ratios=(1, 1, 1.1)
+    )
+    for axis, pixels, title in ((left, image, "the picture"), (middle, edited, "asked for")):
+        axis.imshow(pixels)
+        axis.set_axis_off()
+        name_axis(axis, title, 10)
+    places = np.arange(len(scores))
+    for shift, when, colour in ((-0.2, "before", PALETTE[1]), (0.2, "after", PALETTE[0])):
+        right.barh(places + shift, [row[when] for row in scores], 0.38, color=colour, label=when)
+    names = [label(f"{row['class']}{' (true)' * bool(row['is_true'])}") for row in scores]
+    right.set_yticks(places, names, fontsize=9)
+    right.invert_yaxis()
+    right.legend(fontsize=8, loc="lower right")
+    name_axis(right, "class scores", 10, xlim=(0, 1), xlabel="probability")
+    figure.suptitle(label(summary, 110), fontsize=11)
+    return figure

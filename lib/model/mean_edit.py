@@ -91,7 +91,7 @@ def edit_mean(
         moved = torch.where(asks[:, None], patches + strength * shift[:, None], patches)
     else:
         log_p, log_part = _parts(x, num_prefix)
-        shift = strength * _together(log_p, log_part, mask, torch.logit(wanted))[:, None]
+        shift = strength * _shifts_together(log_p, log_part, mask, torch.logit(wanted))[:, None]
         moved = patches + shift - torch.logsumexp(log_p + shift, dim=-1, keepdim=True)
         moved = torch.where(asks.any(dim=-1)[:, None, :, None], moved, patches)
     return torch.cat([prefix, moved], dim=-1).to(logits.dtype)
@@ -108,7 +108,7 @@ def _each_alone(patches: Tensor, wanted: Tensor) -> Tensor:
     return (low + high) / 2
 
 
-def _together(log_p: Tensor, log_part: Tensor, mask: Tensor, log_odds: Tensor) -> Tensor:
+def _shifts_together(log_p: Tensor, log_part: Tensor, mask: Tensor, log_odds: Tensor) -> Tensor:
     """Shifts `[B, Q, P]` with which the mean over heads of softmax(log_p + shift) is the target.
 
     They maximise sum(target * shift) - sum_h part_h logsumexp(log_p_h + shift), which is concave,

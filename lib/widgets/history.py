@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from lib.edit import EPS
+from lib.edit import EPS, LOW
 
 SLIDERS = {"strength": (1.0, 1.0), "sharpness": (1.0, 4.0), "suppression": (0.0, 1.0)}  # off, most
-LOW = 0.02  # "do not look here": a fiftieth of the average patch, without the extreme logit of 0
 OFF = {name: off for name, (off, _) in SLIDERS.items()}
 
 
@@ -92,6 +91,11 @@ class History:
         self._steps[self._position + (not goes_on) :] = [(work, gesture)]
         self._position = len(self) - 1
 
+    def start_with(self, scope: Mapping[str, Any]) -> None:
+        """Another scope of the first work; nothing where more has been done."""
+        if len(self) == 1:
+            self._steps = [(replace(self.work, scope=scope), None)]
+
     def undo(self) -> None:
         """One step back, where there is one."""
         self._position = max(self._position - 1, 0)
@@ -112,37 +116,15 @@ def asked_map(
     free = np.isnan(painted)
     wanted = np.where(free, own, painted)
     if sharpness != 1:
-        wanted = _sigmoid(sharpness * _logit(wanted))
+        wanted = _sigmoid(sharpness * as_logits(wanted))
     wanted = np.where(free, wanted + suppression * (LOW - wanted), wanted)
     if strength < 1:  # a share of the shift of the logits
-        moved = _sigmoid((1 - strength) * _logit(own) + strength * _logit(wanted))
+        moved = _sigmoid((1 - strength) * as_logits(own) + strength * as_logits(wanted))
         wanted = np.where(wanted == own, own, moved)
     return np.clip(wanted, 0, 1).astype(np.float32)
 
 
-def as_odds(weights: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Values that ask for attention in proportion to weights, float32 [gh, gw], NaN as there.
-
-    A map of people is no sigmoid attention: as values, its maximum of 1 would take the whole
-    softmax. As odds they share what those cells have now; for a whole map with the centred offset,
-    P * h / sum(h) of the P patches. No cell gets less than `LOW` of their average.
-
-    Args:
-        weights: [gh, gw], from 0, NaN where not known. own: the model's map, in (0, 1).
-
-    Raises:
-        ValueError: a weight is negative, or all are 0 or unknown.
-    """
-    known = ~np.isnan(weights)
-    weights = np.where(known, weights, 0).astype(np.float64)
-    if (weights < 0).any() or not weights.any():
-        raise ValueError("a map of weights needs numbers from 0, and one above 0 at least")
-    now = np.exp(_logit(own))[known].mean()
-    share = np.maximum(weights / weights[known].mean(), LOW)
-    return np.where(known, _sigmoid(np.log(now * share)), np.nan).astype(np.float32)
-
-
-def _logit(values: np.ndarray) -> np.ndarray:
+def as_logits(values: np.ndarray) -> np.ndarray:
     inside = np.clip(values.astype(np.float64), EPS, 1 - EPS)
     return np.log(inside / (1 - inside))
 

@@ -100,6 +100,12 @@ def make_slider(text: str, value: float, top: float, step: float = 0.01) -> widg
     )
 
 
+def hint(control: widgets.Widget, words: str) -> None:
+    """What is said of a control where the mouse rests on it."""
+    # Of ipywidgets 7 (Colab), sliders and menus have the other name.
+    setattr(control, "tooltip" if control.has_trait("tooltip") else "description_tooltip", words)
+
+
 def in_row(children: Iterable[widgets.Widget], name: str = "ae-row") -> widgets.HBox:
     return widgets.HBox(list(children)).add_class(name)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -21,9 +23,51 @@ from lib.edit import (
 from lib.model.live import LiveImage
 from lib.model.mean_edit import read_mean
 from lib.model.vit import SigmoidViT
-from lib.widgets.controller import Outcome, Shown
 
 KEPT_IMAGES = 8  # pictures a LiveSession keeps; one of a ViT-S/16 at 224 pixels takes 14 MB
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One picture of a data set, as the editor shows it."""
+
+    index: int  # position in the data set
+    image_id: str
+    image: np.ndarray  # uint8 [H, W, 3], RGB, as large as the model sees it
+    label: int
+    class_name: str
+    file: str  # name of the picture's file; "" where it is drawn
+    human: np.ndarray | None  # float32 [gh, gw] in [0, 1], NaN where not known; None: no map
+    box: np.ndarray | None  # float32 [gh, gw], share of the cell in the bird's box; None: no box
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a model makes of a picture, after an edit if there is one."""
+
+    probabilities: np.ndarray  # float32 [classes]
+    attention: np.ndarray  # float32 [depth, gh, gw]: class row's softmax on patches, mean of heads
+    class_token: np.ndarray  # float32 [depth]: what the class row keeps on the class token itself
+
+
+class Session(Protocol):
+    """What the editor asks of a model and its pictures; a `LiveSession` answers it."""
+
+    classes: list[str]  # names by label
+    grid: tuple[int, int]  # (gh, gw), the patches of the model
+    depth: int  # blocks of the model
+    num_heads: int
+    fingerprint: str  # of the weights: another one when the model has changed
+
+    def __len__(self) -> int: ...
+
+    def open(self, index: int) -> Shown: ...
+
+    def sigmoid(self, index: int, block: int, offset: str) -> np.ndarray: ...
+
+    def seen_together(self, index: int, block: int, offset: str) -> np.ndarray: ...
+
+    def outcome(self, index: int, edit: AttentionEdit | None = None) -> Outcome: ...
 
 
 class LiveSession:

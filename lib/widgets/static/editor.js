@@ -24,8 +24,8 @@ const logit = (value) => {
 /** What the edit makes of a painted cell: asked_map of history.py, for one cell. */
 export function asked(value, own, strength, sharpness) {
   if (strength === 1 && sharpness === 1) return value;
-  const moved = (1 - strength) * logit(own) + strength * sharpness * logit(value);
-  return 1 / (1 + Math.exp(-moved));
+  const wanted = clamp(sharpness * logit(value), logit(0), logit(1));
+  return 1 / (1 + Math.exp(-(1 - strength) * logit(own) - strength * wanted));
 }
 
 /** Distance of a point to the line from one point to another; a point is [x, y]. */

@@ -1,0 +1,239 @@
+"""The controls of the attention editor, and what they set in its controller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as widgets
+
+from lib.widgets.controller import EditorController
+from lib.widgets.history import SLIDERS
+from lib.widgets.panel import Panel, hint, in_column, in_row, make_slider, wide
+from lib.widgets.pixels import coloured, data_url, png
+
+# Buttons above the picture: text, what they do, and a hint.
+OPERATIONS = {
+    "undo": ("Undo", EditorController.undo, "one step back: strokes, sliders, scope, copies"),
+    "redo": ("Redo", EditorController.redo, "one step forward again"),
+    "reset": ("Reset", EditorController.reset, "back to the model's own map"),
+    "only_here": (
+        "Only here",
+        EditorController.only_here,
+        "a low value on every cell that is not painted",
+    ),
+    "copy_human": (
+        "Human map",
+        EditorController.copy_human,
+        "ask for people's attention, half of the way (Strength)",
+    ),
+    "copy_box": ("Box", EditorController.copy_box, "ask for the bounding box, half of the way"),
+}
+# Why a button can do nothing now.
+WHY_NOT = {
+    "undo": "nothing has been done on this picture yet",
+    "redo": "nothing was undone",
+    "only_here": "nothing is painted yet",
+    "copy_human": "this picture has no human map",
+    "copy_box": "this picture has no bounding box",
+    "save": "nothing is edited yet, so there is nothing to save",
+}
+
+# Menus of the scope: text, entries with their values, and what they mean in plain words.
+MENUS = {
+    "blocks": {
+        "last block": "last",
+        "last two blocks": "last2",
+        "all blocks": "all",
+        "the shown block": "shown",
+    },
+    "queries": {"class token": "cls", "all tokens": "all"},
+    "offset": {"centred": "centred", "none (the paper)": "none"},
+}
+HINTS = {
+    "strength": "how much of the edit is made: 0 none of it, 1 all of it",
+    "sharpness": "above 1 the map becomes starker, below 1 flatter",
+    "suppression": "how far down the cells go that nobody painted",
+    "block": "the layer of the model whose map is shown on the picture",
+    "blocks": "in how many layers of the model the edit is made",
+    "queries": "whose attention is edited: that of the class token, which decides, or of all",
+    "offset": "centred: 0.5 is as much as the average patch; none: the raw sigmoid of the paper",
+}
+
+
+class Controls(Panel):
+    """Buttons, sliders and menus of a controller; what their buttons lead to is the editor's."""
+
+    def __init__(self, controller: EditorController, folder: Path) -> None:
+        super().__init__()
+        self.controller, self._folder = controller, folder
+        self._is_showing = False  # the tool itself sets its controls; nobody moved them
+        self._has_chosen_blocks = False
+        self._hinted = ""  # blocks in which the edit would do more
+        self._html = {
+            name: widgets.HTML(layout=widgets.Layout(width="auto"))
+            for name in ("title", "verdict", "notice", "result", "ladder", "hint")
+        }
+
+    # -- building
+
+    def _header(self) -> widgets.Widget:
+        last = len(self.controller.session) - 1
+        number = widgets.BoundedIntText(
+            self.controller.index,
+            min=0,
+            max=last,
+            description="Picture",
+            layout=widgets.Layout(width="130px"),
+            style={"description_width": "50px"},
+        )
+        self._watch("picture", number, self.controller.open)
+        previous = self.button("previous", "Previous", lambda: self._step(-1))
+        following = self.button("next", "Next", lambda: self._step(1))
+        present = widgets.ToggleButton(
+            description="Present", tooltip="a large picture and large bars, for a class"
+        )
+        guess = widgets.ToggleButton(
+            description="Guess first", tooltip="hides the true class and the verdict"
+        )
+        for name, toggle in (("present", present), ("guess", guess)):
+            self._watch(name, toggle, lambda _: None)
+        return in_row(
+            [previous, number, following, self._html["title"], guess, present], "ae-header"
+        )
+
+    def _toolbar(self) -> widgets.Widget:
+        buttons = [
+            self.button(name, text, partial(operation, self.controller), tooltip)
+            for name, (text, operation, tooltip) in OPERATIONS.items()
+        ]
+        note = widgets.Text(placeholder="Note: why, for the saved file", **wide())
+        note.add_class("ae-note")
+        self._watch("note", note, partial(setattr, self.controller, "note"))
+        save = self.button("save", "Save correction", self._save, f"to the folder {self._folder}")
+        save.button_style = "primary"
+        return in_row([*buttons, save, note], "ae-toolbar")
+
+    def _settings(self) -> list[widgets.Widget]:
+        texts = {"strength": "Strength", "sharpness": "Sharpness", "suppression": "Background"}
+        for name, text in texts.items():
+            slider = make_slider(text, *SLIDERS[name], 0.1 if name == "sharpness" else 0.01)
+            self._watch(name, slider, partial(setattr, self.controller, name))
+        depth = self.controller.session.depth
+        blocks = {f"{k}{' (last)' * (k == depth - 1)}": k for k in range(depth)}
+        scope = self.controller.set_scope
+        menus = {
+            "blocks": ("Edit in", MENUS["blocks"], self._set_blocks),
+            "block": ("Shown block", blocks, self._show_block),
+            "queries": ("Queries", MENUS["queries"], lambda chosen: scope(queries=chosen)),
+            "offset": ("Offset", MENUS["offset"], lambda chosen: scope(offset=chosen)),
+        }
+        for name, (text, entries, callback) in menus.items():
+            menu = widgets.Dropdown(options=list(entries.items()), description=text, **wide())
+            self._watch(name, menu, callback)
+        for name, words in HINTS.items():
+            hint(self.controls[name], words)
+        more = widgets.ToggleButton(description="More settings")
+        folded = [self.controls[name] for name in ("sharpness", "suppression", "block")]
+        folded += [self.controls[name] for name in ("queries", "offset")]
+        self._more = in_column([*folded, self._heads()], "ae-more")
+        self._watch("more", more, lambda _: None)
+        ladder = self.button("ladder", "Ladder", self._ladder, "the same edit in more of the model")
+        wider = self.button("wider", "Edit there", self._take_hint)
+        self._hint_row = in_row([self._html["hint"], wider], "ae-hint")
+        shown = [self.controls["strength"], self.controls["blocks"], self._hint_row]
+        return [*shown, in_row([ladder, more]), self._html["ladder"], self._more]
+
+    def _heads(self) -> widgets.Widget:
+        """A chip a head, and on request its map above it."""
+        chosen = {"mean": "together", "all": "each"}
+        words = {
+            "mean": "the mean of the heads shows what is painted, and each keeps its part",
+            "all": "every head is set to what is painted",
+        }
+        chips = []
+        for name, text in chosen.items():
+            chip = widgets.ToggleButton(description=text, tooltip=words[name])
+            self._watch(f"heads_{name}", chip, partial(self._set_heads, name))
+            chips.append(chip)
+        maps = widgets.ToggleButton(False, description="show maps")
+        self._watch("head_maps", maps, lambda _: None)
+        self._thumbs = []
+        for head in range(self.controller.session.num_heads):
+            chip = widgets.ToggleButton(False, description=str(head))
+            self._watch(f"head_{head}", chip, partial(self._set_heads, "chips"))
+            thumb = widgets.HTML(layout=widgets.Layout(display="none"))
+            self._thumbs.append(thumb)
+            chips.append(in_column([thumb, chip], "ae-head"))
+        label = widgets.HTML('<span class="ae-label">Heads</span>')
+        return in_row([label, *chips, maps], "ae-heads")
+
+    def _watch(self, name: str, control: widgets.Widget, callback: Callable[[Any], None]) -> None:
+        """Calls back with a control's new value when a person changed it, then shows the state."""
+        self.controls[name] = control
+
+        def changed(change: Any) -> None:
+            if not self._is_showing:
+                self.act(partial(callback, change["new"]))
+
+        control.observe(changed, "value")
+
+    # -- callbacks
+
+    def _step(self, by: int) -> None:
+        self.controller.open((self.controller.index + by) % len(self.controller.session))
+
+    def _show_block(self, block: int) -> None:
+        follows = self.controller.scope["blocks"] == (self.controller.block,)
+        self.controller.block = block
+        self.controller.set_scope(blocks=(block,) if follows else None)
+
+    def _set_blocks(self, blocks: str) -> None:
+        self._has_chosen_blocks = True
+        self.controller.set_scope(blocks=(self.controller.block,) if blocks == "shown" else blocks)
+
+    def _set_heads(self, chosen: str, _: bool) -> None:
+        """The heads whose chips are pressed; without any, what they see together."""
+        if chosen == "chips":
+            heads = range(self.controller.session.num_heads)
+            pressed = tuple(head for head in heads if self.controls[f"head_{head}"].value)
+            chosen = pressed or "mean"
+        self.controller.set_scope(heads=chosen)
+
+    # -- showing
+
+    def _set_controls(self) -> None:
+        controller, controls = self.controller, self.controls
+        scope = controller.scope
+        blocks = "shown" if scope["blocks"] == (controller.block,) else scope["blocks"]
+        if not isinstance(blocks, str):  # other blocks, chosen from Python: no entry of the menu
+            blocks = None
+        values = {"picture": controller.index, "block": controller.block, "blocks": blocks}
+        values |= {name: scope[name] for name in ("queries", "offset")}
+        values |= controller.work.sliders | {"note": controller.note}
+        values |= {f"heads_{name}": scope["heads"] == name for name in ("mean", "all")}
+        for head in range(controller.session.num_heads):
+            values[f"head_{head}"] = (
+                scope["heads"] not in ("all", "mean") and head in scope["heads"]
+            )
+        for name, value in values.items():
+            controls[name].value = value
+        can = controller.possible()
+        for name, why in WHY_NOT.items():
+            controls[name].disabled = not can[name]
+            text = OPERATIONS[name][2] if name in OPERATIONS else f"to the folder {self._folder}"
+            hint(controls[name], text if can[name] else f"Not now: {why}.")
+        self._more.layout.display = None if controls["more"].value else "none"
+        self._hint_row.layout.display = None if self._hinted else "none"
+        (self.add_class if controls["present"].value else self.remove_class)("ae-present")
+        self._show_heads()
+
+    def _show_heads(self) -> None:
+        visible = self.controls["head_maps"].value
+        maps = self.controller.own_by_head if visible else []
+        for thumb in self._thumbs:
+            thumb.layout.display = None if visible else "none"
+        for thumb, values in zip(self._thumbs, maps, strict=False):
+            thumb.value = f'<img class="ae-headmap" alt="" src="{data_url(png(coloured(values)))}">'

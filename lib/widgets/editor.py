@@ -96,6 +96,8 @@ class AttentionEditor(Controls):
             for other in self._openers.children:
                 if opener.value and other is not opener:
                     other.value = False
+            if opener.value:
+                self.parts[text].refresh()
             self._below.children = [self.parts[text]] if opener.value else []
 
         self._watch(f"part {text}", opener, opened)

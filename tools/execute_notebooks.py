@@ -20,6 +20,10 @@ from first_cells import ID, rendered
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
+# Threads of several kernels would wait for each other by spinning.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 
 def execute(path: Path, check: bool = False) -> None:
     """Runs one notebook from a fresh kernel in its folder; unless `check`, writes it, tidied."""
@@ -47,6 +51,9 @@ def tidy(notebook: NotebookNode) -> None:
         cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags"}
         if cell.cell_type == "code":
             keep = "photographs" not in cell.metadata.get("tags", [])
+            for output in cell.outputs:
+                if "image/png" in output.get("data", {}):  # beside a tool, the picture of its state
+                    output.data.pop(WIDGET, None)
             cell.outputs = [out for out in cell.outputs if keep and _is_for_readers(out)]
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -55,8 +62,7 @@ def tidy(notebook: NotebookNode) -> None:
 
 
 def _is_for_readers(output: NotebookNode) -> bool:
-    is_widget = "application/vnd.jupyter.widget-view+json" in output.get("data", {})
-    return not is_widget and output.get("name") != "stderr"
+    return WIDGET not in output.get("data", {}) and output.get("name") != "stderr"
 
 
 if __name__ == "__main__":

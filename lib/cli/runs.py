@@ -27,6 +27,7 @@ from lib.config import (
     preset,
 )
 from lib.experiments.cluster import Slurm
+from lib.files import write_text
 
 # Each command imports what it needs itself: help and downloads do not wait for PyTorch.
 
@@ -286,6 +287,68 @@ def teaching(
         taught = part.loc[part["corrections"] > 0, "seconds"]
         print(f"\n{name}: seconds of one teaching, median {taught.median():.1f}\n")
         print(comparison_table(part).to_string())
+
+
+def edit_many(
+    runs: tyro.conf.Positional[tuple[str, ...]],
+    pictures: int = 200,
+    split: Literal["test", "val", "train"] = "test",
+    strength: tuple[float, ...] = (0.5, 1.0),
+    blocks: tuple[Literal["last", "last2", "all"], ...] = ("last",),
+    heads: Literal["mean", "all"] = "mean",
+    out: Path | None = None,
+) -> None:
+    """What one edit rule after the other does to many pictures: right to wrong, wrong to right.
+
+    Rules: the border to 0, low outside the box, people's map; each beside as many random cells, and
+    another image's. Counts are means over the seeds of a model, of runs that differ in -s<seed>.
+
+    Args:
+        runs: names, as for evaluate.
+        pictures: how many, at even distances.
+        strength: shares of the edit that are made, in (0, 1].
+        blocks: in which it is made; all of them takes a full forward pass an edit.
+        heads: the mean of the heads is edited, or each head is.
+        out: a CSV file with a row a run, picture, rule and control.
+    """
+    import numpy as np
+    import pandas as pd
+    from tqdm.auto import tqdm
+
+    from lib.evaluation import many
+    from lib.experiments.compare import load_trials
+
+    if pictures < 1 or not strength or not all(0 < share <= 1 for share in strength):
+        raise ValueError(f"pictures is {pictures} and strength {strength}; give 1 or more, (0, 1]")
+    trials, found = load_trials(runs, preset().runs), []
+    scopes = {
+        f"{place}, {share:g}": many.DEFAULT_SCOPE
+        | {"blocks": place, "strength": share, "heads": heads}
+        for place in blocks
+        for share in strength
+    }
+    for trial in trials:
+        dataset = trial.run.dataset(split)
+        count = min(pictures, len(dataset))
+        chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int)
+        rules = list(many.make_rules(dataset).values())
+        with tqdm(total=count, desc=f"{trial.variant}, seed {trial.seed}", unit="image") as bar:
+            frame = many.edit_many(
+                *(trial.run.model(), dataset, rules, chosen, scopes, trial.seed),
+                progress=lambda done, _, bar=bar: bar.update(done - bar.n) and None,
+            )
+        found.append(frame.assign(model=trial.variant, seed=trial.seed))
+    table = pd.concat(found, ignore_index=True)
+    if out is not None:
+        write_text(out, table.to_csv(index=False))
+    counts = [
+        many.count_changes(part).assign(model=model)
+        for (model, _), part in table.groupby(["model", "seed"], sort=False)
+    ]
+    keys = ["model", "rule", "scope", "control"]
+    mean = pd.concat(counts).groupby(keys, sort=False).mean(numeric_only=True)
+    print(f"{split} images; scope: blocks, strength; means over seeds\n")
+    print(mean.round(3).to_string())
 
 
 def called() -> str:

@@ -51,7 +51,8 @@ def make_rules(dataset: BirdDataset, edit: AttentionEdit | None = None) -> dict[
     rows, columns = dataset.grid
     ring = np.zeros(dataset.grid, dtype=bool)
     ring[[0, -1]] = ring[:, [0, -1]] = True
-    found = [Rule("border to 0", lambda _: Wanted(ring.ravel(), np.zeros(ring.size, np.float32)))]
+    border = Wanted(ring.ravel(), np.zeros(ring.size, dtype=np.float32))
+    found = [Rule("border to 0", lambda _: border)]
     cover = dataset.cover()
     if cover is not None:
         outside = cover.numpy() == 0
@@ -135,11 +136,10 @@ def edit_many(
             for rule in rules:
                 own = [asked[rule.name][place] for place in places]
                 others = [asked[rule.name][order[rule.name][place]] for place in places]
-                jobs = {
-                    "own": own,
-                    CONTROLS[0]: others,
-                    CONTROLS[1]: [_scattered(w, rng) for w in own],
-                }
+                jobs = {"own": own}
+                if any(other is not mine for other, mine in zip(others, own, strict=True)):
+                    jobs[CONTROLS[0]] = others  # else the rule asks the same of every picture
+                jobs[CONTROLS[1]] = [_scattered(wanted, rng) for wanted in own]
                 if rule.mean is not None:
                     jobs[CONTROLS[2]] = [w and rule.mean for w in own]
                 for scope, fields in scopes.items():

@@ -21,11 +21,15 @@ from typing import Any
 import ipywidgets as widgets
 
 from lib.widgets import brush, rungs, views
+from lib.widgets.browser import PictureBrowser
 from lib.widgets.brush import PaintWidget, PlainPaint
 from lib.widgets.controller import EditorController
 from lib.widgets.controls import Controls
+from lib.widgets.out import ComparePanel
 from lib.widgets.panel import Panel, in_column, in_row, style_sheet
-from lib.widgets.session import Session
+from lib.widgets.session import LiveSession, Session
+from lib.widgets.shelf import CorrectionShelf
+from lib.widgets.teaching import TeachPanel
 
 QUIET = 0.4  # seconds without an action before the other rungs are tried
 SLOW = 1.0  # seconds for a rung from which on they are not tried unasked
@@ -66,11 +70,13 @@ class AttentionEditor(Controls):
             in_column([self._html["result"]], "ae-result"),
             in_column(self._settings(), "ae-settings"),
         ]
-        top = in_column([self._html["verdict"], self._toolbar(), self._html["notice"]], "ae-top")
+        for name in ("verdict", "notice"):
+            self._html[name].add_class(f"ae-{name}")
+        top = [self._html["verdict"], self._toolbar(), self._html["notice"]]
         style = [style_sheet()] if plain else []  # else the brush brings it
         self._openers = in_row([], "ae-openers")
         self.children = [
-            *(*style, self._header(), top, in_row(columns, "ae-columns")),
+            *(*style, self._header(), *top, in_row(columns, "ae-columns")),
             *(self._openers, self._below),
         ]
         self.add_class("ae-tool")
@@ -196,6 +202,7 @@ def attention_editor(
     index: int = 0,
     folder: str | Path = "corrections",
     author: str = "anonymous",
+    teach: TeachPanel | None = None,
     plain: bool = False,
 ) -> AttentionEditor:
     """The attention editor for a notebook.
@@ -205,10 +212,20 @@ def attention_editor(
         index: of the picture that is opened first.
         folder: where "Save correction" writes; made when needed.
         author: is written into the corrections.
+        teach: trains on the saved corrections; opened by the button Teach.
         plain: sliders and buttons instead of the brush, as where anywidget is absent.
 
     Returns:
-        A widget with the attributes controller, paint, errors and controls.
+        A widget with the attributes controller, paint, parts, errors and controls.
     """
     controller = EditorController(session, index)
-    return AttentionEditor(controller, folder, author, plain or brush.anywidget is None)
+    tool = AttentionEditor(controller, folder, author, plain or brush.anywidget is None)
+    where = controller, tool.refresh, folder
+    tool.add_part("Compare and export", lambda: ComparePanel(*where, author))
+    if isinstance(session, LiveSession):  # it has a data set to browse
+        tool.add_part("Pictures", lambda: PictureBrowser(*where))
+        tool.add_part("Saved corrections", lambda: CorrectionShelf(*where))
+    if teach is not None:
+        teach.attach(controller, tool.refresh)
+        tool.add_part("Teach", lambda: teach)
+    return tool

@@ -170,7 +170,7 @@ def many_html(table: pd.DataFrame) -> str:
     where = escape("; ".join(dict.fromkeys(table["scope"])))
     return (
         f'<p>Edited: {where}.</p><div class="cp-wide">'
-        f"{table_html(['', *COLUMNS.values()], lines, 'ae-scores')}</div>"
-        f'<img class="cp-shown" src="{data_url(buffer.getvalue())}" '
-        'alt="bars of the table: right to wrong, and wrong to right">'
+        f"{table_html(['', *COLUMNS.values()], lines, 'ae-scores')}"
+        f'<img src="{data_url(buffer.getvalue())}" '
+        'alt="bars of the table: right to wrong, and wrong to right"></div>'
     )

@@ -243,7 +243,6 @@ def facts_html(entry: Entry) -> str:
             "edit": "; ".join([*scope, f"strength {edit.strength:g}"]),
             "saved": f"{one.time[:16].replace('T', ' ')} UTC by {one.author}",
             "made on": f"weights {one.model}",
-            "note": one.note,
         }
     lines = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items() if v)
     return f'<dl class="shelf-facts">{lines}</dl>'

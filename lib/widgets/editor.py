@@ -25,6 +25,7 @@ from lib.widgets.browser import PictureBrowser
 from lib.widgets.brush import PaintWidget, PlainPaint
 from lib.widgets.controller import EditorController
 from lib.widgets.controls import Controls
+from lib.widgets.many_panel import ManyPanel
 from lib.widgets.out import ComparePanel
 from lib.widgets.panel import Panel, in_column, in_row, style_sheet
 from lib.widgets.session import LiveSession, Session
@@ -225,6 +226,7 @@ def attention_editor(
     where = controller, tool.refresh, folder
     tool.add_part("Compare and export", lambda: ComparePanel(*where, author))
     if isinstance(session, LiveSession):  # it has a data set to browse
+        tool.add_part("Many pictures", lambda: ManyPanel(controller))
         tool.add_part("Pictures", lambda: PictureBrowser(*where))
         tool.add_part("Saved corrections", lambda: CorrectionShelf(*where))
     if teach is not None:

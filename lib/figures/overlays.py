@@ -225,13 +225,22 @@ def snapshot_sheet(
     for place, (name, (attention, painted, scores)) in enumerate(shots.items()):
         row, column = divmod(place, columns)
         above, below = axes[2 * row, column], axes[2 * row + 1, column]
-        overlay(above, image, attention)
+        _lay_over(above, image, attention)
         _outline(above, painted)
         right = next(iter(scores)) == true
         above.set_title(f"{label(name)}\n{'✓ right' if right else '✗ wrong'}", fontsize=9)
         _score_bars(below, scores, true)
     figure.suptitle(title, fontsize=10)
     return figure
+
+
+def _lay_over(axis: plt.Axes, image: np.ndarray, attention: np.ndarray) -> None:
+    """A picture, covered as much as each cell is attended to; the rest stays as it is."""
+    height, width = image.shape[:2]
+    scaled = attention / max(float(attention.max()), 1e-12)
+    for pixels in (image, transparent(scaled, (height, width))):
+        axis.imshow(pixels, extent=(0, width, height, 0))
+    axis.set_axis_off()
 
 
 def _outline(axis: plt.Axes, cells: np.ndarray) -> None:
@@ -275,9 +284,8 @@ def strength_frame(
         image: uint8 `[H, W, 3]`. attention: `[gh, gw]`. true: name of the picture's class.
         scores: probability of the prediction, and of the true class where that is another.
     """
-    figure = plt.figure(figsize=(3.6, 4.5), dpi=100)
-    axis = figure.add_axes((0.03, 0.22, 0.94, 0.7))
-    overlay(axis, image, attention)
+    figure = plt.figure(figsize=(3.6, 4.8), dpi=100)
+    _lay_over(figure.add_axes((0.03, 0.22, 0.94, 0.7)), image, attention)
     right = next(iter(scores)) == true
     figure.text(0.03, 0.95, f"strength {strength:.2f}", fontsize=10)
     figure.text(0.97, 0.95, "✓ right" if right else "✗ wrong", fontsize=10, ha="right")

@@ -135,14 +135,15 @@ def maps_in_a_row(
     return figure
 
 
-def transparent(grid_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def transparent(grid_map: np.ndarray, size: tuple[int, int], strength: float = 1.0) -> np.ndarray:
     """A map to be laid over a picture of `size` (height, width): uint8 `[H, W, 4]`.
 
     Args:
-        grid_map: `[gh, gw]` in [0, 1]: how opaque a patch is, and its colour. Alpha is the value.
+        grid_map: `[gh, gw]` in [0, 1]: how opaque a patch is, and its colour. Alpha is the value
+            times `strength`.
     """
     colours = plt.get_cmap(MAP_COLOURS)(grid_map)
-    colours[..., 3] = grid_map
+    colours[..., 3] = strength * grid_map
     cells = Image.fromarray(np.uint8(np.rint(255 * colours)), "RGBA")
     return np.asarray(cells.resize(size[::-1], Image.Resampling.NEAREST))
 
@@ -238,7 +239,7 @@ def _lay_over(axis: plt.Axes, image: np.ndarray, attention: np.ndarray) -> None:
     """A picture, covered as much as each cell is attended to; the rest stays as it is."""
     height, width = image.shape[:2]
     scaled = attention / max(float(attention.max()), 1e-12)
-    for pixels in (image, transparent(scaled, (height, width))):
+    for pixels in (image, transparent(scaled, (height, width), 0.8)):
         axis.imshow(pixels, extent=(0, width, height, 0))
     axis.set_axis_off()
 

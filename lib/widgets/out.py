@@ -157,7 +157,8 @@ def _frame(controller: EditorController, outcome: Outcome, strength: float) -> I
     )
     try:
         figure.canvas.draw()
-        return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3]).quantize(256, FAST)
+        frame = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])
+        return frame.quantize(palette=frame.quantize(256, FAST))  # with a palette, it is dithered
     finally:
         figures.plt.close(figure)
 

@@ -19,7 +19,7 @@ from lib.widgets.panel import Panel, in_row, table_html
 from lib.widgets.pixels import data_url
 from lib.widgets.snapshots import scope_in_words
 
-RULES = ("border to 0", "outside the box low", "people's map", "this edit")
+RULES = ("border to 0", "decoy to 0", "outside the box low", "people's map", "this edit")
 EVERY_RULE = "all of them"
 NUMBERS = (32, 128, 512)  # pictures, evenly spaced, beside all of them
 PARTS = {"train": "training", "val": "validation", "test": "test"}

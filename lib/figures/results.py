@@ -283,7 +283,7 @@ def rule_changes(table: pd.DataFrame) -> Figure:
                     at, found, 0.8 / len(kinds), label=label(kind), edgecolor="white", **look
                 )
                 axis.bar_label(bars, fmt="{:.0f}", fontsize=8, padding=1)
-            name_axis(axis, f"{words}, {scope}", 9)
+            name_axis(axis, f"{words}\n{label(scope, 60)}", 9)
             axis.set_xticks(range(len(rules)), [label(rule, 16) for rule in rules], fontsize=8)
             axis.margins(y=0.15)
         row[0].set_ylabel("pictures")

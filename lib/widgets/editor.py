@@ -25,6 +25,7 @@ from lib.widgets.browser import PictureBrowser
 from lib.widgets.brush import PaintWidget, PlainPaint
 from lib.widgets.controller import EditorController
 from lib.widgets.controls import Controls
+from lib.widgets.many_panel import ManyPanel
 from lib.widgets.out import ComparePanel
 from lib.widgets.panel import Panel, in_column, in_row, style_sheet
 from lib.widgets.session import LiveSession, Session
@@ -96,6 +97,8 @@ class AttentionEditor(Controls):
             for other in self._openers.children:
                 if opener.value and other is not opener:
                     other.value = False
+            if opener.value:
+                self.parts[text].refresh()
             self._below.children = [self.parts[text]] if opener.value else []
 
         self._watch(f"part {text}", opener, opened)
@@ -223,6 +226,7 @@ def attention_editor(
     where = controller, tool.refresh, folder
     tool.add_part("Compare and export", lambda: ComparePanel(*where, author))
     if isinstance(session, LiveSession):  # it has a data set to browse
+        tool.add_part("Many pictures", lambda: ManyPanel(controller))
         tool.add_part("Pictures", lambda: PictureBrowser(*where))
         tool.add_part("Saved corrections", lambda: CorrectionShelf(*where))
     if teach is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from copy import copy
 
 import numpy as np
 import pytest
@@ -118,3 +119,18 @@ def test_what_goes_wrong_is_told_and_ends_it(panel, monkeypatch):
     assert 'role="alert"' in panel._words.value and not panel.controls["apply"].disabled
     assert panel.table is None and panel._result.value == ""
     panel.errors.clear()
+
+
+def test_the_pictures_are_chosen_by_their_part(toy):
+    model, dataset = toy
+    joined = copy(dataset)
+    joined.table = dataset.table.assign(part=["train"] * 20 + ["val"] * 4)
+    panel = ManyPanel(EditorController(LiveSession(model, joined)))
+    panel.controls["set"].value = "validation (4)"
+    apply(panel)
+    assert said(panel) == "4 pictures, validation." and panel.table["pictures"].max() == 4
+    joined.table, joined.part = dataset.table, None  # pictures of anybody's
+    panel = ManyPanel(EditorController(LiveSession(model, joined)))
+    assert panel.controls["set"].options == ("all (24)",)
+    apply(panel)
+    assert panel.table["pictures"].max() == 24 and not panel.errors

@@ -54,11 +54,10 @@ class ManyPanel(Panel):
         self._stop, self._busy = threading.Event(), False
         dataset = controller.session.dataset
         parts = dataset.table.get("part", pd.Series(dataset.part, index=dataset.table.index))
+        words = parts.map(PARTS).fillna("all").to_numpy()
         self._sets = {
-            f"{PARTS.get(part, 'all')} ({count})": np.flatnonzero(
-                parts == part if part else parts.isna()
-            )
-            for part, count in parts.value_counts(dropna=False).items()
+            f"{word} ({(words == word).sum()})": np.flatnonzero(words == word)
+            for word in dict.fromkeys(words)
         }
         counts = [(f"{k} at even distances", k) for k in NUMBERS if k < len(dataset)]
         menus = {

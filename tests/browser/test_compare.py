@@ -136,7 +136,9 @@ def test_edits_are_kept_side_by_side_and_come_back(tool):
     assert tool.part.locator(".cp-map .cp-line").nth(1).bounding_box()["width"] > 20
 
     # a press on the picture restores, and one undo takes that back
-    tool.part.locator(".cp-map").nth(1).click()
+    tool.part.locator(".cp-map").nth(1).scroll_into_view_if_needed()
+    box = tool.part.locator(".cp-map").nth(1).bounding_box()
+    tool.page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 3)
     tool.part.locator(".cp-now").get_by_role("button", name="Restore A", exact=True).wait_for()
     assert tool.python("print(tool.controller.painted.tolist())") == first
     tool.press("Undo")
@@ -155,8 +157,8 @@ def test_edits_are_kept_side_by_side_and_come_back(tool):
     tool.page.wait_for_function("document.activeElement.closest('.cp-card')?.querySelector('input')"
                                 ".value === 'the <i>beak</i>'")  # fmt: skip
     press("Space")
-    tool.button("Restore the <i>beak</i>").wait_for()
-    tool.notebook.wait_idle()
+    tool.page.wait_for_function("[...document.querySelectorAll('.cp-card input')].at(-1).value"
+                                " === 'the <i>beak</i>'")  # fmt: skip
     assert tool.names() == ["B", "box", "the <i>beak</i>"]
     tool.cards.nth(2).get_by_role("button", name="Delete").focus()
     press("Enter")
@@ -275,13 +277,13 @@ def test_a_rule_is_applied_to_many_pictures(tool):
     tool.part.get_by_label("Rule", exact=True).select_option("all of them")
     tool.press("Apply")
     tool.part.get_by_text("control: random cells").first.wait_for()
-    tool.says("8 pictures, all.")
+    tool.says("4 pictures, all.")
     rows = tool.part.locator("tbody tr")
     table = [rows.nth(k).locator("th, td").all_inner_texts() for k in range(rows.count())]
     assert [row[0] for row in table if not row[0].startswith("control")] == [
         *("border to 0", "outside the box low", "people's map")
     ]
-    assert all(int(cell) <= 8 for row in table for cell in row[1:6])
+    assert all(int(cell) <= 4 for row in table for cell in row[1:6])
     for width in (1280, 390):
         tool.page.set_viewport_size({"width": width, "height": 1000})
         if width == 390:

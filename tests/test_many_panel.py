@@ -63,7 +63,7 @@ def test_a_rule_is_applied_beside_its_controls(panel):
 
 
 def test_this_edit_and_all_rules_on_some_of_the_pictures(panel, monkeypatch):
-    monkeypatch.setattr(many_panel, "NUMBERS", (5,))
+    monkeypatch.setattr(many_panel, "HOW_MANY", (5,))
     panel = ManyPanel(panel.controller)
     panel.controls["number"].value = 5
     panel.controls["rule"].value = "this edit"

@@ -21,11 +21,11 @@ from lib.widgets.snapshots import scope_in_words
 
 RULES = ("border to 0", "decoy to 0", "outside the box low", "people's map", "this edit")
 EVERY_RULE = "all of them"
-NUMBERS = (32, 128, 512)  # pictures, evenly spaced, beside all of them
-PARTS = {"train": "training", "val": "validation", "test": "test"}
+HOW_MANY = (32, 128, 512)  # pictures, evenly spaced, beside all of them
+SETS = {"train": "training", "val": "validation", "test": "test"}
 
 # Columns of `count_changes` that are shown, and their titles.
-COLUMNS = {
+COUNTED = {
     "pictures": "pictures",
     "right": "right before",
     "right_to_wrong": "right → wrong",
@@ -54,12 +54,12 @@ class ManyPanel(Panel):
         self._stop, self._busy = threading.Event(), False
         dataset = controller.session.dataset
         parts = dataset.table.get("part", pd.Series(dataset.part, index=dataset.table.index))
-        words = parts.map(PARTS).fillna("all").to_numpy()
+        words = parts.map(SETS).fillna("all").to_numpy()
         self._sets = {
             f"{word} ({(words == word).sum()})": np.flatnonzero(words == word)
             for word in dict.fromkeys(words)
         }
-        counts = [(f"{k} at even distances", k) for k in NUMBERS if k < len(dataset)]
+        counts = [(f"{k} at even distances", k) for k in HOW_MANY if k < len(dataset)]
         menus = {
             "rule": ("Rule", [*RULES, EVERY_RULE]),
             "set": ("Pictures", list(self._sets)),
@@ -161,7 +161,7 @@ def many_html(table: pd.DataFrame) -> str:
     for row in table.to_dict("records"):
         own = row["control"] == "own"
         title = f"<b>{escape(row['rule'])}</b>" if own else f"control: {escape(row['control'])}"
-        cells = [f"{row[name]:+.3f}" if name == "p_change" else str(row[name]) for name in COLUMNS]
+        cells = [f"{row[name]:+.3f}" if name == "p_change" else str(row[name]) for name in COUNTED]
         lines.append([title, *cells])
     figure, buffer = figures.rule_changes(table), io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
@@ -169,7 +169,7 @@ def many_html(table: pd.DataFrame) -> str:
     where = escape("; ".join(dict.fromkeys(table["scope"])))
     return (
         f'<p>Edited: {where}.</p><div class="cp-wide">'
-        f"{table_html(['', *COLUMNS.values()], lines, 'ae-scores')}"
+        f"{table_html(['', *COUNTED.values()], lines, 'ae-scores')}"
         f'<img src="{data_url(buffer.getvalue())}" '
         'alt="bars of the table: right to wrong, and wrong to right"></div>'
     )

@@ -281,7 +281,7 @@ def test_a_rule_is_applied_to_many_pictures(tool):
     rows = tool.part.locator("tbody tr")
     table = [rows.nth(k).locator("th, td").all_inner_texts() for k in range(rows.count())]
     assert [row[0] for row in table if not row[0].startswith("control")] == [
-        *("border to 0", "outside the box low", "people's map")
+        *("border to 0", "decoy to 0", "outside the box low", "people's map")
     ]
     assert all(int(cell) <= 4 for row in table for cell in row[1:6])
     for width in (1280, 390):

@@ -82,7 +82,7 @@ def test_this_edit_and_all_rules_on_some_of_the_pictures(panel, monkeypatch):
         assert own.loc[index, "p_true"] == pytest.approx(after[own.loc[index, "label"]], abs=1e-4)
     panel.controls["rule"].value = "all of them"
     apply(panel)
-    assert panel.table["rule"].unique().tolist() == [*many_panel.RULES]
+    assert panel.table["rule"].unique().tolist() == [*many_panel.OFFERED]
     assert len(panel.errors) == 1
 
 

@@ -28,7 +28,7 @@ from lib.edit import EPS
 FLOOR = 0.02  # of the mean patch: what cells that nobody painted keep, however much is asked for
 CLOSE = 1e-6  # of the odds, relative: a hundredth of what a reading to 4 decimals shows
 NEAR = 0.3  # as CLOSE; from here on Newton's step needs no watching
-PATIENCE = 6  # safe steps in a row
+SAFE_STEPS = 6  # safe steps in a row
 STEPS = 60  # at most; most edits take 4 to 8
 CAREFUL = 3.0  # logits, the longest of Newton's steps
 FAR = 600.0  # logits, the largest shift: e to its power is a number
@@ -161,7 +161,7 @@ def _shifts_together(
             break
         if worst < NEAR:
             shift = shift + _newton(q, mean, miss, part)
-        elif step < PATIENCE:
+        elif step < SAFE_STEPS:
             shift = shift + miss
         else:  # heads that hardly overlap: far away, Newton's step is taken where it leads up
             bold, safe = shift + _newton(q, mean, miss, part), shift + miss

@@ -112,7 +112,8 @@ class AttentionEditor(Controls):
         super().act(callback)
         super().act(self._show)
         for part in self._below.children:  # the one that is open
-            super().act(part.refresh)
+            if part.follows:
+                super().act(part.refresh)
         self._soon()
 
     def refresh(self) -> None:

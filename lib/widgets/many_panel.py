@@ -19,7 +19,7 @@ from lib.widgets.panel import Panel, in_row, table_html
 from lib.widgets.pixels import data_url
 from lib.widgets.snapshots import scope_in_words
 
-RULES = ("border to 0", "decoy to 0", "outside the box low", "people's map", "this edit")
+OFFERED = ("border to 0", "decoy to 0", "outside the box low", "people's map", "this edit")
 EVERY_RULE = "all of them"
 HOW_MANY = (32, 128, 512)  # pictures, evenly spaced, beside all of them
 SETS = {"train": "training", "val": "validation", "test": "test"}
@@ -61,7 +61,7 @@ class ManyPanel(Panel):
         }
         counts = [(f"{k} at even distances", k) for k in HOW_MANY if k < len(dataset)]
         menus = {
-            "rule": ("Rule", [*RULES, EVERY_RULE]),
+            "rule": ("Rule", [*OFFERED, EVERY_RULE]),
             "set": ("Pictures", list(self._sets)),
             "number": ("How many", [*counts, ("all", len(dataset))]),
         }

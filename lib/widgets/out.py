@@ -299,6 +299,8 @@ class ComparePanel(Panel):
         kept, out: the two parts, a `SnapshotPanel` and an `ExportPanel`; they share `errors`.
     """
 
+    follows = True
+
     def __init__(
         self,
         controller: EditorController,

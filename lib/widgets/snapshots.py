@@ -382,12 +382,13 @@ class SnapshotPanel(Panel):
 
     def move(self, place: int, by: int) -> None:
         """Moves a snapshot, and the focus with it, where ipywidgets knows how (8 does)."""
-        button = self._cards[self.kept.move(place, by)].moves[by]
+        place = self.kept.move(place, by)
+        goes_on = 0 <= place + by < len(self.kept.snapshots)
+        button = self._cards[place].moves[by if goes_on else -by]  # at the end, its own is disabled
         getattr(button, "focus", lambda: None)()
 
     def delete(self, place: int) -> None:
-        gone = self.kept.delete(place)
-        self._say(f"Deleted {gone.name}.")
+        self._say(f"Deleted {self.kept.delete(place).name}.")
 
     def _keep(self) -> None:
         self._say(f"Kept as {self.kept.keep().name}.")
@@ -435,9 +436,7 @@ class SnapshotPanel(Panel):
         for card, one in zip(cards, (first, *others), strict=True):
             card.show(one, self._texts_of(one), len(others))
             (card.box.add_class if one.edit == now else card.box.remove_class)("cp-now")
-        boxes = tuple(card.box for card in cards)
-        if self._row.children != boxes:
-            self._row.children = boxes
+        self._row.children = tuple(card.box for card in cards)  # the same ones change nothing
 
     def _texts_of(self, one: Judged) -> tuple[str, str]:
         """Map and scores of a card; made once, as all snapshots are shown after every stroke."""

@@ -30,6 +30,8 @@ MOVED = """(place) => {
   return card?.querySelector("input").value === "the <i>beak</i>"
     && card.contains(document.activeElement);
 }"""
+NAMED = """(names) => JSON.stringify(names) === JSON.stringify(
+  [...document.querySelectorAll(".cp-card input")].map((field) => field.value))"""
 WIDE = "(e) => [e.scrollWidth, e.clientWidth]"
 
 
@@ -72,10 +74,9 @@ class Tool:
                 return
         pytest.fail("the stroke did not reach Python")
 
-    def names(self) -> list[str]:
-        """The names on the cards, after "before"."""
-        fields = self.part.get_by_label("Name", exact=True)
-        return [fields.nth(k).input_value() for k in range(fields.count())]
+    def named(self, *names: str) -> None:
+        """Waits until the cards have these names, after "before"."""
+        self.page.wait_for_function(NAMED, arg=list(names))
 
     def export(self, what: str, shows: str) -> str:
         self.part.get_by_label("Export", exact=True).select_option(what)
@@ -122,7 +123,7 @@ def test_edits_are_kept_side_by_side_and_come_back(tool):
     tool.part.get_by_label("Ready-made").select_option("box")
     tool.press("Add")
     tool.cards.nth(3).wait_for()
-    assert tool.names() == ["A", "B", "box"]
+    tool.named("A", "B", "box")
     verdicts = tool.part.locator(".cp-verdict").all_inner_texts()
     assert all(words.startswith(("✓ right", "✗ wrong")) for words in verdicts)
     text = tool.cards.nth(1).inner_text()
@@ -162,20 +163,20 @@ def test_edits_are_kept_side_by_side_and_come_back(tool):
     for place in (1, 2):
         press("Space")
         tool.page.wait_for_function(MOVED, arg=place)
-    assert tool.names() == ["B", "box", "the <i>beak</i>"]
+    tool.named("B", "box", "the <i>beak</i>")
     tool.cards.nth(2).get_by_role("button", name="Delete").focus()
     press("Enter")
     tool.says("Deleted box.")
-    assert tool.names() == ["B", "the <i>beak</i>"]
+    tool.named("B", "the <i>beak</i>")
     tool.press("Bring back")
     tool.cards.nth(3).wait_for()
-    assert tool.names() == ["B", "box", "the <i>beak</i>"]
+    tool.named("B", "box", "the <i>beak</i>")
 
     tool.press("Next")
     tool.cards.nth(1).wait_for(state="detached")
     tool.press("Previous")
     tool.cards.nth(3).wait_for()
-    assert tool.names() == ["B", "box", "the <i>beak</i>"]
+    tool.named("B", "box", "the <i>beak</i>")
     tool.press("No edit")
     tool.element.get_by_text("The model says").first.wait_for()
 
@@ -268,7 +269,8 @@ def test_what_is_exported_lies_in_a_folder_and_in_the_page(tool, lab):
     tool.press("Export")
     alert = tool.part.get_by_role("alert")
     alert.wait_for()
-    assert "cannot be made" in alert.inner_text() and tool.names() == ["A"]
+    assert "cannot be made" in alert.inner_text()
+    tool.named("A")
     box, button = alert.bounding_box(), tool.button("Export").bounding_box()
     assert 0 < box["y"] - button["y"] < 80
     folder.unlink()

@@ -153,3 +153,41 @@ def test_parts_stack_the_columns():
         (0, 1), (0, 2), (1, 3), (2, 0)
     ]  # fmt: skip
     assert [text.get_text() for text in axis.get_yticklabels()] == ["a", "b"]
+
+
+def test_snapshots_stand_side_by_side_and_wrap():
+    scores = {"wren": 0.7, "$owl$": 0.2}
+    painted = np.eye(2, 3, dtype=bool)
+    shots = {f"_{k}": (MAP, painted, scores) for k in range(5)}
+    figure = figures.snapshot_sheet(IMAGE, shots, "wren", "five")
+    assert len(figure.axes) == 2 * 2 * 4
+    above, below = figure.axes[0], figure.axes[4]
+    assert above.get_title().endswith("✓ right") and below.texts[0].get_text() == "0.70 wren (true)"
+    assert [bar.get_width() for bar in below.patches] == [0.7, 0.2]
+    assert below.patches[0].get_facecolor() != below.patches[1].get_facecolor()
+    assert len(above.lines) == 2 * 8  # around two cells that meet in a corner, twice
+    wrong = figures.snapshot_sheet(IMAGE, {"A": (MAP, painted, scores)}, "$owl$", "one")
+    assert wrong.axes[0].get_title().endswith("✗ wrong") and not figure.axes[7 + 8].texts
+    wrong.draw_without_rendering()
+
+
+def test_a_frame_of_the_strength_keeps_the_true_class_in_its_place():
+    for scores, said in (({"wren": 0.7}, "✓ right"), ({"owl": 0.6, "wren": 0.3}, "✗ wrong")):
+        figure = figures.strength_frame(IMAGE, MAP, 0.25, scores, "wren")
+        assert [text.get_text() for text in figure.texts] == ["strength 0.25", said]
+        assert figure.axes[1].texts[0].get_text() == f"{scores['wren']:.2f} wren (true)"
+
+
+def test_a_rule_and_its_controls_are_bars_beside_each_other():
+    rows = [("a", "own", 3, 1), ("a", "random cells", 5, 0), ("b", "own", 2, 2)]
+    table = pd.DataFrame(rows, columns=["rule", "control", "right_to_wrong", "wrong_to_right"])
+    figure = figures.rule_changes(table.assign(scope="last block", pictures=9))
+    broken, mended = figure.axes
+    heights = [[bar.get_height() for bar in group] for group in broken.containers]
+    assert heights[0] == [3, 2] and heights[1][0] == 5 and np.isnan(heights[1][1])
+    assert [bar.get_height() for bar in mended.containers[0]] == [1, 2]
+    assert broken.get_title().startswith("right → wrong") and "9 pictures" in figure.get_suptitle()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["own", "random cells"]
+    hatches = {bar.patches[0].get_hatch() for bar in broken.containers}
+    assert len(hatches) == 2  # told apart without their colours, too

@@ -72,6 +72,8 @@ def test_masks_by_hand():
     cells = np.array([[1, 0], [1, 1]], dtype=bool)
     assert run_lengths(cells) == {"size": [2, 2], "counts": [0, 2, 1, 1]}
     assert outlines(cells, (4, 6)) == [[0, 0, 3, 0, 3, 2, 6, 2, 6, 4, 0, 4]]
+    # A pixel in the middle belongs to the cell in which its own middle lies.
+    assert to_pixels(np.array([[7, 8]]), (1, 5)).tolist() == [[7, 7, 8, 8, 8]]
     assert run_lengths(~cells)["counts"] == [2, 1, 1]
     assert outlines(~RING & False, (16, 16)) == []
     # one piece, two holes that meet in a corner; cut where the upper one begins

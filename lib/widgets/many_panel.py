@@ -168,7 +168,8 @@ def many_html(table: pd.DataFrame) -> str:
     figures.plt.close(figure)
     where = escape("; ".join(dict.fromkeys(table["scope"])))
     return (
-        f'<p>Edited: {where}.</p><div class="cp-wide">'
+        f'<p>Edited: {where}.</p><div class="cp-wide" tabindex="0" '
+        'role="region" aria-label="table and figure">'
         f"{table_html(['', *COUNTED.values()], lines, 'ae-scores')}"
         f'<img src="{data_url(buffer.getvalue())}" '
         'alt="bars of the table: right to wrong, and wrong to right"></div>'

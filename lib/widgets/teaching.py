@@ -325,9 +325,9 @@ def comparison_html(table: pd.DataFrame, validating: int = 0) -> str:
         return shown
     which = "is a validation picture" if validating == 1 else "are validation pictures"
     return (
-        f"{shown}<p>{validating} of the corrected pictures {which}, and no longer held out. Measure "
-        "this model without them, as the held-out rows above do; a model that is chosen by "
-        "validation must not be chosen with them.</p>"
+        f"{shown}<p>{validating} of the corrected pictures {which}, and no longer held out. "
+        "Measure this model without them, as the held-out rows above do; a model that is chosen "
+        "by validation must not be chosen with them.</p>"
     )
 
 

@@ -42,7 +42,9 @@ def birds(toy_model):
 
 def test_each_row_is_a_single_edit(toy_model, birds):
     rules = make_rules(birds)
-    assert list(rules) == ["border to 0", "outside the box low", "people's map"]
+    assert list(rules) == ["border to 0", "decoy to 0", "outside the box low", "people's map"]
+    decoy = rules.pop("decoy to 0").wanted(3)
+    assert 0 < decoy.mask.sum() < 6 and not decoy.values.any()
     chosen = [3, 0, 5]
     frame = edit_many(toy_model, birds, list(rules.values()), chosen, SCOPES)
     asked = [rule.wanted(index) for rule in rules.values() for index in chosen]

@@ -289,7 +289,7 @@ def teaching(
         print(comparison_table(part).to_string())
 
 
-def edit_many(
+def edit_pictures(
     runs: tyro.conf.Positional[tuple[str, ...]],
     pictures: int = 200,
     split: Literal["test", "val", "train"] = "test",

@@ -135,14 +135,15 @@ def maps_in_a_row(
     return figure
 
 
-def transparent(grid_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def transparent(grid_map: np.ndarray, size: tuple[int, int], strength: float = 1.0) -> np.ndarray:
     """A map to be laid over a picture of `size` (height, width): uint8 `[H, W, 4]`.
 
     Args:
-        grid_map: `[gh, gw]` in [0, 1]: how opaque a patch is, and its colour. Alpha is the value.
+        grid_map: `[gh, gw]` in [0, 1]: how opaque a patch is, and its colour. Alpha is the value
+            times `strength`.
     """
     colours = plt.get_cmap(MAP_COLOURS)(grid_map)
-    colours[..., 3] = grid_map
+    colours[..., 3] = strength * grid_map
     cells = Image.fromarray(np.uint8(np.rint(255 * colours)), "RGBA")
     return np.asarray(cells.resize(size[::-1], Image.Resampling.NEAREST))
 
@@ -225,13 +226,22 @@ def snapshot_sheet(
     for place, (name, (attention, painted, scores)) in enumerate(shots.items()):
         row, column = divmod(place, columns)
         above, below = axes[2 * row, column], axes[2 * row + 1, column]
-        overlay(above, image, attention)
+        _lay_over(above, image, attention)
         _outline(above, painted)
         right = next(iter(scores)) == true
         above.set_title(f"{label(name)}\n{'✓ right' if right else '✗ wrong'}", fontsize=9)
         _score_bars(below, scores, true)
     figure.suptitle(title, fontsize=10)
     return figure
+
+
+def _lay_over(axis: plt.Axes, image: np.ndarray, attention: np.ndarray) -> None:
+    """A picture, covered as much as each cell is attended to; the rest stays as it is."""
+    height, width = image.shape[:2]
+    scaled = attention / max(float(attention.max()), 1e-12)
+    for pixels in (image, transparent(scaled, (height, width), 0.8)):
+        axis.imshow(pixels, extent=(0, width, height, 0))
+    axis.set_axis_off()
 
 
 def _outline(axis: plt.Axes, cells: np.ndarray) -> None:
@@ -275,9 +285,8 @@ def strength_frame(
         image: uint8 `[H, W, 3]`. attention: `[gh, gw]`. true: name of the picture's class.
         scores: probability of the prediction, and of the true class where that is another.
     """
-    figure = plt.figure(figsize=(3.6, 4.5), dpi=100)
-    axis = figure.add_axes((0.03, 0.22, 0.94, 0.7))
-    overlay(axis, image, attention)
+    figure = plt.figure(figsize=(3.6, 4.8), dpi=100)
+    _lay_over(figure.add_axes((0.03, 0.22, 0.94, 0.7)), image, attention)
     right = next(iter(scores)) == true
     figure.text(0.03, 0.95, f"strength {strength:.2f}", fontsize=10)
     figure.text(0.97, 0.95, "✓ right" if right else "✗ wrong", fontsize=10, ha="right")

@@ -111,6 +111,9 @@ class AttentionEditor(Controls):
         self._html["notice"].value = ""  # it belongs to the last action
         super().act(callback)
         super().act(self._show)
+        for part in self._below.children:  # the one that is open
+            if part.follows:
+                super().act(part.refresh)
         self._soon()
 
     def refresh(self) -> None:

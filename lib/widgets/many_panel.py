@@ -19,13 +19,13 @@ from lib.widgets.panel import Panel, in_row, table_html
 from lib.widgets.pixels import data_url
 from lib.widgets.snapshots import scope_in_words
 
-RULES = ("border to 0", "decoy to 0", "outside the box low", "people's map", "this edit")
+OFFERED = ("border to 0", "decoy to 0", "outside the box low", "people's map", "this edit")
 EVERY_RULE = "all of them"
-NUMBERS = (32, 128, 512)  # pictures, evenly spaced, beside all of them
-PARTS = {"train": "training", "val": "validation", "test": "test"}
+HOW_MANY = (32, 128, 512)  # pictures, evenly spaced, beside all of them
+SETS = {"train": "training", "val": "validation", "test": "test"}
 
 # Columns of `count_changes` that are shown, and their titles.
-COLUMNS = {
+COUNTED = {
     "pictures": "pictures",
     "right": "right before",
     "right_to_wrong": "right → wrong",
@@ -55,14 +55,14 @@ class ManyPanel(Panel):
         dataset = controller.session.dataset
         parts = dataset.table.get("part", pd.Series(dataset.part, index=dataset.table.index))
         self._sets = {
-            f"{PARTS.get(part, 'all')} ({count})": np.flatnonzero(
+            f"{SETS.get(part, 'all')} ({count})": np.flatnonzero(
                 parts == part if part else parts.isna()
             )
             for part, count in parts.value_counts(dropna=False).items()
         }
-        counts = [(f"{k} at even distances", k) for k in NUMBERS if k < len(dataset)]
+        counts = [(f"{k} at even distances", k) for k in HOW_MANY if k < len(dataset)]
         menus = {
-            "rule": ("Rule", [*RULES, EVERY_RULE]),
+            "rule": ("Rule", [*OFFERED, EVERY_RULE]),
             "set": ("Pictures", list(self._sets)),
             "number": ("How many", [*counts, ("all", len(dataset))]),
         }
@@ -162,7 +162,7 @@ def many_html(table: pd.DataFrame) -> str:
     for row in table.to_dict("records"):
         own = row["control"] == "own"
         title = f"<b>{escape(row['rule'])}</b>" if own else f"control: {escape(row['control'])}"
-        cells = [f"{row[name]:+.3f}" if name == "p_change" else str(row[name]) for name in COLUMNS]
+        cells = [f"{row[name]:+.3f}" if name == "p_change" else str(row[name]) for name in COUNTED]
         lines.append([title, *cells])
     figure, buffer = figures.rule_changes(table), io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
@@ -170,7 +170,7 @@ def many_html(table: pd.DataFrame) -> str:
     where = escape("; ".join(dict.fromkeys(table["scope"])))
     return (
         f'<p>Edited: {where}.</p><div class="cp-wide">'
-        f"{table_html(['', *COLUMNS.values()], lines, 'ae-scores')}"
+        f"{table_html(['', *COUNTED.values()], lines, 'ae-scores')}"
         f'<img src="{data_url(buffer.getvalue())}" '
         'alt="bars of the table: right to wrong, and wrong to right"></div>'
     )

@@ -28,6 +28,7 @@ from lib.widgets.snapshots import LISTED, SnapshotList, SnapshotPanel
 
 FRAMES = 21  # of the animation: strength 0, .05, ..., 1
 FRAME_MS, LAST_MS = 120, 1500  # how long a frame is shown, and the last one
+FAST = Image.Quantize.FASTOCTREE  # keeps small areas of a colour of their own, too
 LINKED = 3_000_000  # bytes of a file that is handed to the browser as well, as a link
 
 # What can be exported, by its words in the menu: its key, and the suffix of its file.
@@ -156,7 +157,8 @@ def _frame(controller: EditorController, outcome: Outcome, strength: float) -> I
     )
     try:
         figure.canvas.draw()
-        return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3]).quantize(128)
+        frame = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])
+        return frame.quantize(palette=frame.quantize(256, FAST))  # with a palette, it is dithered
     finally:
         figures.plt.close(figure)
 
@@ -297,6 +299,8 @@ class ComparePanel(Panel):
         kept, out: the two parts, a `SnapshotPanel` and an `ExportPanel`; they share `errors`.
     """
 
+    follows = True
+
     def __init__(
         self,
         controller: EditorController,
@@ -311,6 +315,7 @@ class ComparePanel(Panel):
             part.errors = self.errors
             self.controls |= part.controls
         self.children = [self.kept, in_column([self.out], "cp-out")]
+        self.add_class("cp-panel")
 
     def refresh(self) -> None:
         """Shows the controller, after it or the session's model was changed."""

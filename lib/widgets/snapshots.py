@@ -244,7 +244,7 @@ def _map_html(one: Judged, block: int) -> str:
     )
     line = "".join(f'<path class="cp-{kind}" d="{path}"/>' for kind in ("under", "line"))
     attention = one.after.attention[block]
-    heat = figures.transparent(attention / max(float(attention.max()), EPS), one.edit.grid)
+    heat = figures.transparent(attention / max(float(attention.max()), EPS), one.edit.grid, 0.8)
     return (
         f'<div class="cp-map"><img src="{data_url(png(heat))}" '
         f'alt="attention: {escape(one.name)}">'

@@ -277,10 +277,12 @@ def test_another_model_is_asked_anew(controller, tmp_path):
     async def steps():
         panel = PictureBrowser(controller, folder=tmp_path)
         panel.controls["filter"].value = "unsure"
-        torch.manual_seed(1)
-        other = SigmoidViT(tiny_vit(classes=8))
+        other, former = SigmoidViT(tiny_vit(classes=8)), panel.seen
+        torch.nn.init.normal_(other.vit.head.weight)  # the same weights otherwise
         controller.session.replace_model(other)  # while the first one is being asked
         panel.refresh()
+        panel._take(former, [], True)  # its last answer was on its way
+        assert panel._computing and not panel.seen.asked.any()
         while panel._computing:
             await asyncio.sleep(0.01)
         assert not panel.errors

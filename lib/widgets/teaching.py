@@ -316,13 +316,18 @@ def comparison_html(table: pd.DataFrame, validating: int = 0) -> str:
         lines.append(cells)
     head = ["", "pictures", *map(escape, measures)]
     shown = table_html(head, lines, "ae-scores teach-table")
+    # On a narrow page it is moved sideways, by keyboard too.
+    region = (
+        'class="teach-scroll" tabindex="0" role="region" aria-label="before and after teaching"'
+    )
+    shown = f"<div {region}>{shown}</div>"
     if not validating:
         return shown
     which = "is a validation picture" if validating == 1 else "are validation pictures"
     return (
-        f"{shown}<p>{validating} of the corrected pictures {which}, and no longer held out: what "
-        "they say of this model is no validation, and a model that was chosen by validation was "
-        "chosen with them. Measure without them; they are left out of the held-out rows above.</p>"
+        f"{shown}<p>{validating} of the corrected pictures {which}, and no longer held out. "
+        "Measure this model without them, as the held-out rows above do; a model that is chosen "
+        "by validation must not be chosen with them.</p>"
     )
 
 

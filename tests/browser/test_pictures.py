@@ -217,6 +217,12 @@ def test_saved_corrections_are_opened_named_deleted_and_taught(pictures, lab):
     pictures.open_part("Teach")
     pictures.part.get_by_role("button", name="Teach", exact=True).click()
     pictures.says("taught 2 correction(s)")
+    pictures.page.set_viewport_size({"width": 390, "height": 900})
+    pictures.page.evaluate("window.jupyterapp.shell.collapseLeft()")
+    scrolled, shown = pictures.part.evaluate("(e) => [e.scrollWidth, e.clientWidth]")
+    assert scrolled <= shown + 1
+    pictures.page.evaluate("window.jupyterapp.shell.expandLeft()")
+    pictures.page.set_viewport_size({"width": 1280, "height": 1000})
     assert "1 of the corrected pictures is a validation picture" in pictures.part.inner_text()
     pictures.notebook.wait_idle()
     assert pictures.python(f"import numpy as np; {code}").startswith("2 0 ")

@@ -449,9 +449,17 @@ const STATES = {
   silent:
     "No answer from the kernel for a while: it is busy, or gone. What you painted is kept here.",
 };
-// Ticks of the scale: a value, and what it asks for. Without odds there are only values.
-const TICKS = [[0, "0"], [0.1, "1/9 ×"], [0.3, "less"], [0.5, "average patch"], [0.7, "more"],
-  [0.9, "9 ×"], [MOST, "99 ×"]];
+// Ticks of the scale: a value, what it asks for, and whether a narrow scale does without it. Without
+// odds there are only values.
+const TICKS = [
+  [0, "0"],
+  [0.1, "1/9 ×"],
+  [0.3, "less", "ae-minor"],
+  [0.5, "average patch"],
+  [0.7, "more", "ae-minor"],
+  [0.9, "9 ×"],
+  [MOST, "99 ×", "ae-minor"],
+];
 const PLAIN_TICKS = [0, 0.25, 0.5, 0.75, MOST].map((value) => [value, value.toFixed(2)]);
 
 /** Whether keys on an element are text that somebody writes. */
@@ -650,8 +658,8 @@ class View {
       input.setAttribute("aria-valuetext", output.textContent);
     }
     const ticks = this.model.get("odds") ? TICKS : PLAIN_TICKS;
-    const marks = ticks.map(([value, text]) =>
-      element("span", { style: `left: ${(100 * value) / MOST}%` }, text),
+    const marks = ticks.map(([value, text, name = ""]) =>
+      element("span", { class: name, style: `left: ${(100 * value) / MOST}%` }, text),
     );
     this.ticks.replaceChildren(...marks);
     if (tool !== "rectangle") this.corner = null;
@@ -816,7 +824,7 @@ class View {
       const at = 3 * Math.round(255 * LEVELS[k]);
       context.lineCap = "round";
       strokePath(context, path, "rgba(0, 0, 0, 0.6)", (3 + k) * dot);
-      strokePath(context, path, `rgb(${colours.slice(at, at + 3)})`, (1.2 + 0.6 * k) * dot);
+      strokePath(context, path, `rgb(${colours.slice(at, at + 3)})`, (1.5 + 0.5 * k) * dot);
     }
   }
 

@@ -601,7 +601,7 @@ class View {
     this.buttons = {
       out: button("−", "Zoom out", () => this.zoomAt(middle(), 1 / ZOOM_STEP)),
       in: button("+", "Zoom in", () => this.zoomAt(middle(), ZOOM_STEP)),
-      fit: button("Fit", "Fit: show the whole picture", () => this.fit()),
+      fit: button("Fit", "Fit", () => this.fit()),
       original: button("Original", "Original: hold to see the picture without the map"),
     };
     const { original } = this.buttons;

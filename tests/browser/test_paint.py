@@ -224,11 +224,11 @@ def test_the_map_is_shown_as_one_likes_and_values_are_odds(tool):
     assert "average" not in read.inner_text()
 
 
-INKED = """(canvas) => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => {
+INKED = """(canvas) => new Promise((done) => setTimeout(() => {
   const { width, height } = canvas;
   const { data } = canvas.getContext("2d").getImageData(0, 0, width, height);
   done(data.filter((value, k) => k % 4 === 3 && value > 0).length);
-})))"""
+}, 100))"""
 
 
 def test_zoomed_and_moved_one_paints_where_one_points(tool):
@@ -399,6 +399,7 @@ def test_listeners_go_with_the_view_and_every_control_is_named_and_large(tool):
     wider = """(root) => [...root.querySelectorAll("*")].filter((e) => !e.closest(".ae-stage")
       && e.getBoundingClientRect().right > root.getBoundingClientRect().right + 1)
       .map((e) => `${e.tagName} ${e.className} ${e.textContent}`)"""
+    page.evaluate("window.jupyterapp.shell.collapseLeft()")
     for width in (1280, 900, 390):
         page.set_viewport_size({"width": width, "height": 900})
         page.wait_for_timeout(300)

@@ -15,7 +15,7 @@ import tyro
 
 from lib.cli.bench import cached, editing, loading, memory, speed
 from lib.cli.data import check, fetch, split, weights
-from lib.cli.runs import demo, edit_many, evaluate_runs, sweep, teaching, train
+from lib.cli.runs import demo, edit_pictures, evaluate_runs, sweep, teaching, train
 
 # Mistakes that a person can mend: told in one sentence, exit code 2, no traceback; the last one
 # is a loss that is not finite.
@@ -66,7 +66,7 @@ def _run(arguments: list[str]) -> int:
         "split": split,
         "check": check,
         "simulate-teaching": teaching,
-        "edit-many": edit_many,
+        "edit-many": edit_pictures,
         "bench": speed,
         "bench-memory": memory,
         "bench-cached": cached,

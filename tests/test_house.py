@@ -49,9 +49,9 @@ INSIDES = {
 }
 OF_THE_SYSTEM = {"os.replace", "os.rename", "os.link", "os.fsync", "shutil.move"}
 
-# 4. How large things may be. The 65th file is the only one that knows Dask, an extra;
-# the 66th parses a sweep's words.
-FILE_LINES, CLASS_LINES, PARAMETERS, PYTHON_FILES, ROOMS = 450, 260, 8, 66, 12
+# 4. How large things may be. Dask, an extra, has a file of its own; so has each part of the
+# attention editor.
+FILE_LINES, CLASS_LINES, PARAMETERS, PYTHON_FILES, ROOMS = 450, 260, 8, 80, 12
 
 
 def name_of(path: Path) -> str:

@@ -12,7 +12,7 @@ from conftest import tiny_vit
 from lib.config import DataConfig
 from lib.data.dataset import make_dataset
 from lib.edit import LOW, AttentionEdit
-from lib.experiments.many import (
+from lib.evaluation.many import (
     CONTROLS,
     Rule,
     Wanted,
@@ -42,12 +42,15 @@ def birds(toy_model):
 
 def test_each_row_is_a_single_edit(toy_model, birds):
     rules = make_rules(birds)
-    assert list(rules) == ["border to 0", "outside the box low", "people's map"]
+    assert list(rules) == ["border to 0", "decoy to 0", "outside the box low", "people's map"]
+    decoy = rules.pop("decoy to 0").wanted(3)
+    assert 0 < decoy.mask.sum() < 6 and not decoy.values.any()
     chosen = [3, 0, 5]
     frame = edit_many(toy_model, birds, list(rules.values()), chosen, SCOPES)
     asked = [rule.wanted(index) for rule in rules.values() for index in chosen]
     can = np.array([one is not None for one in asked]).reshape(3, 3).sum(axis=1)
-    assert len(frame) == 2 * (can @ [2, 3, 4]) and can[2] == 3
+    assert can[1] == 1  # of one picture nobody else is left
+    assert len(frame) == 2 * (can @ [2, 2, 4]) and can[2] == 3
     assert set(frame["control"]) == {"own", *CONTROLS}
     own = frame[frame["control"] == "own"]
     for row in own.itertuples():

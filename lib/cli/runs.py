@@ -289,7 +289,7 @@ def teaching(
         print(comparison_table(part).to_string())
 
 
-def edit_many(
+def edit_pictures(
     runs: tyro.conf.Positional[tuple[str, ...]],
     pictures: int = 200,
     split: Literal["test", "val", "train"] = "test",
@@ -315,7 +315,7 @@ def edit_many(
     import pandas as pd
     from tqdm.auto import tqdm
 
-    from lib.experiments import many
+    from lib.evaluation import many
     from lib.experiments.compare import load_trials
 
     if pictures < 1 or not strength or not all(0 < share <= 1 for share in strength):

@@ -12,6 +12,8 @@ from lib.figures.overlays import (
     picture,
     rows_of_maps,
     sample_sheet,
+    snapshot_sheet,
+    strength_frame,
     transparent,
 )
 from lib.figures.results import (
@@ -22,6 +24,7 @@ from lib.figures.results import (
     ladder,
     outliers,
     reliability,
+    rule_changes,
     true_class_density,
 )
 from lib.figures.trainings import (

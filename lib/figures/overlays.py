@@ -135,14 +135,15 @@ def maps_in_a_row(
     return figure
 
 
-def transparent(grid_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def transparent(grid_map: np.ndarray, size: tuple[int, int], strength: float = 1.0) -> np.ndarray:
     """A map to be laid over a picture of `size` (height, width): uint8 `[H, W, 4]`.
 
     Args:
-        grid_map: `[gh, gw]` in [0, 1]: how opaque a patch is, and its colour. Alpha is the value.
+        grid_map: `[gh, gw]` in [0, 1]: how opaque a patch is, and its colour. Alpha is the value
+            times `strength`.
     """
     colours = plt.get_cmap(MAP_COLOURS)(grid_map)
-    colours[..., 3] = grid_map
+    colours[..., 3] = strength * grid_map
     cells = Image.fromarray(np.uint8(np.rint(255 * colours)), "RGBA")
     return np.asarray(cells.resize(size[::-1], Image.Resampling.NEAREST))
 
@@ -199,6 +200,102 @@ def sample_sheet(
     axis.set(xlim=(0, size[0]), ylim=(size[1], 0), aspect="auto")
     what = "rollout of all blocks, and the class row's sigmoid attention in the last block"
     axis.text(6, 20, f"{label(classes[true], 60)}: probabilities, {what}", fontsize=10)
+    return figure
+
+
+def snapshot_sheet(
+    image: np.ndarray,
+    shots: Mapping[str, tuple[np.ndarray, np.ndarray, Mapping[str, float]]],
+    true: str,
+    title: str,
+    columns: int = 4,
+) -> Figure:
+    """One picture under several edits: where the model looks, and its scores below.
+
+    Args:
+        image: uint8 `[H, W, 3]`. true: name of its class.
+        shots: of each edit, by name: the attention `[gh, gw]`, which cells were painted, bool
+            `[gh, gw]`, and the probability of some classes by name, the prediction first.
+    """
+    rows, wide = -(-len(shots) // columns), min(columns, len(shots))
+    figure, axes = axes_grid(
+        2 * rows, wide, 2.3 * wide, 3.3 * rows + 0.6, height_ratios=(3, 1.6) * rows
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for place, (name, (attention, painted, scores)) in enumerate(shots.items()):
+        row, column = divmod(place, columns)
+        above, below = axes[2 * row, column], axes[2 * row + 1, column]
+        _lay_over(above, image, attention)
+        _outline(above, painted)
+        right = next(iter(scores)) == true
+        above.set_title(f"{label(name)}\n{'✓ right' if right else '✗ wrong'}", fontsize=9)
+        _score_bars(below, scores, true)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _lay_over(axis: plt.Axes, image: np.ndarray, attention: np.ndarray) -> None:
+    """A picture, covered as much as each cell is attended to; the rest stays as it is."""
+    height, width = image.shape[:2]
+    scaled = attention / max(float(attention.max()), 1e-12)
+    for pixels in (image, transparent(scaled, (height, width), 0.8)):
+        axis.imshow(pixels, extent=(0, width, height, 0))
+    axis.set_axis_off()
+
+
+def _outline(axis: plt.Axes, cells: np.ndarray) -> None:
+    """A line around the cells that are True, on an axis that shows a picture."""
+    width, height = axis.images[0].get_extent()[1], axis.images[0].get_extent()[2]
+    dx, dy = width / cells.shape[1], height / cells.shape[0]
+    rimmed = np.pad(cells, 1)
+    lines = [
+        ((c * dx, (c + 1) * dx), (r * dy, r * dy))
+        for r, c in np.argwhere(rimmed[:-1, 1:-1] != rimmed[1:, 1:-1])
+    ]
+    lines += [
+        ((c * dx, c * dx), (r * dy, (r + 1) * dy))
+        for r, c in np.argwhere(rimmed[1:-1, :-1] != rimmed[1:-1, 1:])
+    ]
+    for colour, line in (("black", 2.4), ("white", 1.2)):
+        for x, y in lines:
+            axis.plot(x, y, color=colour, linewidth=line, solid_capstyle="round", clip_on=False)
+
+
+def _score_bars(axis: plt.Axes, scores: Mapping[str, float], true: str) -> None:
+    """A bar a class, its name and probability on it; the true class is blue and says so."""
+    for place, (name, probability) in enumerate(scores.items()):
+        is_true = name == true
+        axis.barh(place, probability, color=PALETTE[0 if is_true else 1], alpha=0.5, height=0.85)
+        words = f"{probability:.2f} {label(name, 60)}{' (true)' if is_true else ''}"
+        axis.text(0.02, place, words, fontsize=7, va="center", clip_on=True)
+    axis.set(xlim=(0, 1), ylim=(max(len(scores), 4) - 0.4, -0.6))
+
+
+def strength_frame(
+    image: np.ndarray,
+    attention: np.ndarray,
+    strength: float,
+    scores: Mapping[str, float],
+    true: str,
+) -> Figure:
+    """One picture of an animation: the attention at one strength of an edit, and two bars below.
+
+    Args:
+        image: uint8 `[H, W, 3]`. attention: `[gh, gw]`. true: name of the picture's class.
+        scores: probability of the prediction, and of the true class where that is another.
+    """
+    figure = plt.figure(figsize=(3.6, 4.8), dpi=100)
+    _lay_over(figure.add_axes((0.03, 0.22, 0.94, 0.7)), image, attention)
+    right = next(iter(scores)) == true
+    figure.text(0.03, 0.95, f"strength {strength:.2f}", fontsize=10)
+    figure.text(0.97, 0.95, "✓ right" if right else "✗ wrong", fontsize=10, ha="right")
+    bars = figure.add_axes((0.03, 0.02, 0.94, 0.18))
+    bars.set_axis_off()
+    # The true class keeps its place, so that its bar is seen to grow.
+    others = {name: share for name, share in scores.items() if name != true}
+    _score_bars(bars, {true: scores[true], **others}, true)
+    bars.set_ylim(1.5, -0.5)
     return figure
 
 

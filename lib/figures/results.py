@@ -14,6 +14,8 @@ from scipy.integrate import trapezoid
 from lib.figures.fonts import LEGEND_LETTERS, LONGEST, label, labelled
 from lib.figures.overlays import IMAGES_OF, PALETTE, axes_grid, name_axis
 
+HATCHES = ("", "///", "...", "xxx")  # bars are told apart without their colours, too
+
 
 def comparison(
     seeds: pd.DataFrame, columns: Mapping[str, str], split: str = "test", wide: int = 6
@@ -252,3 +254,41 @@ def mark_lines(axis: plt.Axes, lines: Mapping[str, float]) -> None:
         axis.axvline(value, color="0.4", linewidth=1, linestyle="--")
         axis.text(value, 0.02, f" {name}", transform=axis.get_xaxis_transform(), fontsize=8,
                   rotation=90, va="bottom", ha="right", color="0.3")  # fmt: skip
+
+
+def rule_changes(table: pd.DataFrame) -> Figure:
+    """How many predictions a rule breaks and mends: bars by rule, its controls beside them.
+
+    Args:
+        table: a row a rule, control and scope: columns rule, control, scope, pictures,
+            right_to_wrong, wrong_to_right.
+    """
+    rules, kinds = (list(dict.fromkeys(table[key])) for key in ("rule", "control"))
+    scopes = list(dict.fromkeys(table["scope"]))
+    panels = {"right_to_wrong": "right → wrong", "wrong_to_right": "wrong → right"}
+    width = max(3.2, 1.1 + 0.34 * len(rules) * len(kinds))
+    figure, axes = axes_grid(
+        len(scopes), 2, 2 * width, 2.6 * len(scopes) + 1, sharex=True, sharey=True
+    )
+    for row, scope in zip(axes, scopes, strict=True):
+        for axis, (key, words) in zip(row, panels.items(), strict=True):
+            part = table[table["scope"] == scope]
+            for place, kind in enumerate(kinds):
+                found = part[part["control"] == kind].set_index("rule")[key].reindex(rules)
+                at = [
+                    k + (place - (len(kinds) - 1) / 2) * 0.8 / len(kinds) for k in range(len(rules))
+                ]
+                look = {"color": PALETTE[place % len(PALETTE)], "hatch": HATCHES[place % 4]}
+                bars = axis.bar(
+                    at, found, 0.8 / len(kinds), label=label(kind), edgecolor="white", **look
+                )
+                axis.bar_label(bars, fmt="{:.0f}", fontsize=8, padding=1)
+            name_axis(axis, f"{words}\n{label(scope, 60)}", 9)
+            axis.set_xticks(range(len(rules)), [label(rule, 16) for rule in rules], fontsize=8)
+            axis.margins(y=0.15)
+        row[0].set_ylabel("pictures")
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=len(kinds), frameon=False, fontsize=8)
+    count = int(table["pictures"].max())
+    figure.suptitle(f"Predictions that one rule changes, of {count} pictures", fontsize=10)
+    return figure

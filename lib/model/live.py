@@ -11,7 +11,7 @@ unedited model computed in every block. An edit whose first named block is b the
 
 So an edit of the last block, the common one, is one or two tokens' worth of one block. On a GPU
 an edit is one tensor up and one back: what it asks for, and what it leads to. (That of the mean of
-the heads also waits for the device at each step of its search, in every edited block.)
+the heads waits for the device once more in each edited block: the search is done on the CPU.)
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def promising(dataset: BirdDataset) -> np.ndarray:
     """All positions of a data set, those first where a model is most likely to be wrong.
 
     Validation pictures before training pictures, drawn birds whose decoy names another class before
-    others, and then one of each class in turn.
+    others, and those of a class far from each other.
     """
     table = dataset.table
     order = spread_over_classes(table["label"].to_numpy(), len(table), seed=0)

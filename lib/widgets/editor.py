@@ -21,11 +21,16 @@ from typing import Any
 import ipywidgets as widgets
 
 from lib.widgets import brush, rungs, views
+from lib.widgets.browser import PictureBrowser
 from lib.widgets.brush import PaintWidget, PlainPaint
 from lib.widgets.controller import EditorController
 from lib.widgets.controls import Controls
+from lib.widgets.many_panel import ManyPanel
+from lib.widgets.out import ComparePanel
 from lib.widgets.panel import Panel, in_column, in_row, style_sheet
-from lib.widgets.session import Session
+from lib.widgets.session import LiveSession, Session
+from lib.widgets.shelf import CorrectionShelf
+from lib.widgets.teaching import TeachPanel
 
 QUIET = 0.4  # seconds without an action before the other rungs are tried
 SLOW = 1.0  # seconds for a rung from which on they are not tried unasked
@@ -92,6 +97,8 @@ class AttentionEditor(Controls):
             for other in self._openers.children:
                 if opener.value and other is not opener:
                     other.value = False
+            if opener.value:
+                self.parts[text].refresh()
             self._below.children = [self.parts[text]] if opener.value else []
 
         self._watch(f"part {text}", opener, opened)
@@ -104,6 +111,9 @@ class AttentionEditor(Controls):
         self._html["notice"].value = ""  # it belongs to the last action
         super().act(callback)
         super().act(self._show)
+        for part in self._below.children:  # the one that is open
+            if part.follows:
+                super().act(part.refresh)
         self._soon()
 
     def refresh(self) -> None:
@@ -198,6 +208,7 @@ def attention_editor(
     index: int = 0,
     folder: str | Path = "corrections",
     author: str = "anonymous",
+    teach: TeachPanel | None = None,
     plain: bool = False,
 ) -> AttentionEditor:
     """The attention editor for a notebook.
@@ -207,10 +218,21 @@ def attention_editor(
         index: of the picture that is opened first.
         folder: where "Save correction" writes; made when needed.
         author: is written into the corrections.
+        teach: trains on the saved corrections; opened by the button Teach.
         plain: sliders and buttons instead of the brush, as where anywidget is absent.
 
     Returns:
-        A widget with the attributes controller, paint, errors and controls.
+        A widget with the attributes controller, paint, parts, errors and controls.
     """
     controller = EditorController(session, index)
-    return AttentionEditor(controller, folder, author, plain or brush.anywidget is None)
+    tool = AttentionEditor(controller, folder, author, plain or brush.anywidget is None)
+    where = controller, tool.refresh, folder
+    tool.add_part("Compare and export", lambda: ComparePanel(*where, author))
+    if isinstance(session, LiveSession):  # it has a data set to browse
+        tool.add_part("Many pictures", lambda: ManyPanel(controller))
+        tool.add_part("Pictures", lambda: PictureBrowser(*where))
+        tool.add_part("Saved corrections", lambda: CorrectionShelf(*where))
+    if teach is not None:
+        teach.attach(controller, tool.refresh)
+        tool.add_part("Teach", lambda: teach)
+    return tool

@@ -20,7 +20,10 @@ class Panel(widgets.VBox):
     Attributes:
         errors: every exception of a callback, in order; the last one is shown in red.
         controls: the sliders, menus and buttons by name.
+        follows: whether it is shown anew after each stroke where it is a part of the editor.
     """
+
+    follows = False
 
     def __init__(self) -> None:
         super().__init__()

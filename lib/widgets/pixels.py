@@ -1,9 +1,13 @@
-"""Pictures as pixels and PNG files: a map over a picture, its colours, the line around cells."""
+"""Pictures as pixels and PNG files: a map over a picture, its colours, the line around cells.
+
+Of cells as pixels, a pixel has the value of the cell in which its middle lies ("nearest").
+"""
 
 from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -83,3 +87,106 @@ def heat_url(values: np.ndarray) -> str:
     opacity = np.full((*values.shape, 1), round(255 * 0.75), dtype=np.uint8)
     heat = coloured(values / max(float(values.max()), EPS))
     return data_url(png(np.concatenate([heat, opacity], axis=-1)))
+
+
+# ------------------------------------------------------------------------------ cells and pixels
+
+
+def _cell_of(pixels: int, cells: int) -> np.ndarray:
+    """The cell of each of `pixels` in a line: int64 [pixels]."""
+    return (2 * np.arange(pixels) + 1) * cells // (2 * pixels)
+
+
+def to_pixels(cells: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A map of cells `[gh, gw]` at the size (height, width) of a picture; "nearest"."""
+    rows, columns = (_cell_of(*line) for line in zip(size, cells.shape, strict=True))
+    return cells[rows[:, None], columns]
+
+
+def run_lengths(pixels: np.ndarray) -> dict[str, list[int]]:
+    """A mask, bool `[h, w]`, as COCO's uncompressed RLE: size [h, w], counts.
+
+    The counts are lengths of runs, column by column from the top left, of False and True in turn;
+    the first is of False, and may be 0.
+    """
+    flat = pixels.ravel(order="F").astype(np.int8)
+    turns = np.flatnonzero(np.diff(flat, prepend=0))
+    counts = np.diff(turns, prepend=0, append=flat.size)
+    return {"size": [int(side) for side in pixels.shape], "counts": counts.tolist()}
+
+
+def outlines(cells: np.ndarray, size: tuple[int, int]) -> list[list[float]]:
+    """The True cells `[gh, gw]` as COCO's polygons, x0, y0, x1, y1, ... in pixels of a picture.
+
+    One polygon for cells that share sides. COCO's polygons have no holes, so what goes round a
+    hole is cut at the hole's upper edge. Together they cover the pixels of `to_pixels` exactly.
+
+    Args:
+        size: (height, width) of the picture.
+    """
+    lines = zip(size, cells.shape, strict=True)
+    down, across = (
+        np.searchsorted(_cell_of(pixels, count), range(count + 1)) for pixels, count in lines
+    )
+    return [
+        [float(edge) for x, y in corners for edge in (across[x], down[y])]
+        for corners in _polygons({(int(r), int(c)) for r, c in np.argwhere(cells)})
+    ]
+
+
+def _polygons(cells: set[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """Corners (x, y) of cells, of each piece in turn."""
+    while cells:
+        piece, found = set(), {min(cells)}
+        while found:
+            piece |= found
+            around = {
+                (r + y, c + x) for r, c in found for y, x in ((0, 1), (1, 0), (0, -1), (-1, 0))
+            }
+            found = around & cells - piece
+        cells = cells - piece
+        outer, *holes = loops_around(piece)
+        if not holes:
+            yield outer
+        else:
+            cut = min(y for _, y in holes[0])
+            yield from _polygons({cell for cell in piece if cell[0] < cut})
+            yield from _polygons({cell for cell in piece if cell[0] >= cut})
+
+
+def loops_around(cells: set[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """The borders of cells (row, column), each as its corners (x, y), clockwise, from the top.
+
+    Those of holes go the other way. Of cells that share sides, the outer border comes first.
+    """
+    ahead: dict[tuple[int, int], list[tuple[int, int]]] = {}  # from corner to corner, cells right
+    for r, c in sorted(cells):
+        sides = (
+            ((r - 1, c), (c, r), (c + 1, r)),
+            ((r, c + 1), (c + 1, r), (c + 1, r + 1)),
+            ((r + 1, c), (c + 1, r + 1), (c, r + 1)),
+            ((r, c - 1), (c, r + 1), (c, r)),
+        )
+        for beside, start, end in sides:
+            if beside not in cells:
+                ahead.setdefault(start, []).append(end)
+    loops = []
+    while ahead:
+        # The topmost corner that is left; no border meets itself, or another one, there.
+        at = start = min(ahead, key=lambda corner: corner[::-1])
+        loop, way = [], (0, 0)
+        while True:
+            ends = ahead[at]
+            right = (at[0] - way[1], at[1] + way[0])  # two cells that meet in a corner stay two
+            end = right if right in ends else ends[0]
+            ends.remove(end)
+            if not ends:
+                del ahead[at]
+            turned = (end[0] - at[0], end[1] - at[1])
+            if turned != way:
+                loop.append(at)
+            at, way = end, turned
+            if at == start:
+                break
+        loops.append(loop)
+    return loops

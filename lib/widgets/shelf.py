@@ -30,7 +30,7 @@ from lib.widgets.panel import Panel, in_row, wide
 from lib.widgets.session import LiveSession
 from lib.widgets.thumbs import Thumbnails, told
 
-PAGE = 12  # corrections a page
+ON_SHELF = 12  # corrections a page
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class CorrectionShelf(Panel):
         self._chosen: Path | None = None
         self._gone: list[Path] = []  # what was deleted here, last one last
         self._words, self._facts = widgets.HTML(), widgets.HTML()
-        self.thumbs = Thumbnails(self, self._picture, self._name, self._choose, PAGE)
+        self.thumbs = Thumbnails(self, self._picture, self._name, self._choose, ON_SHELF)
         note = widgets.Text(description="Note", continuous_update=True, **wide())
         self.controls["note"] = note
         self.button("open", "Open in the editor", self._open).button_style = "primary"
@@ -243,7 +243,6 @@ def facts_html(entry: Entry) -> str:
             "edit": "; ".join([*scope, f"strength {edit.strength:g}"]),
             "saved": f"{one.time[:16].replace('T', ' ')} UTC by {one.author}",
             "made on": f"weights {one.model}",
-            "note": one.note,
         }
     lines = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items() if v)
     return f'<dl class="shelf-facts">{lines}</dl>'

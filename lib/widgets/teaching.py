@@ -288,6 +288,7 @@ class TeachPanel(Panel):
 
     def _enable(self) -> None:
         busy = "it is being taught now" if self._busy else ""
+        self._bar.layout.display = None if busy else "none"
         none = "" if self._corrections() else "paint and save a correction first"
         why = {"teach": busy or none, "cancel": "" if busy else "nothing is being taught"}
         why["undo"] = busy or ("" if self._before else "nothing was taught yet")

@@ -69,8 +69,8 @@ class Thumbnails(widgets.VBox):
         self._back = panel.button("earlier", "Earlier", lambda: self.turn(-1), "the page before")
         self._on = panel.button("later", "Later", lambda: self.turn(1), "the next page")
         keys = [ArrowKeys()] if anywidget else []
-        row = in_row([self._back, self._on, self._words])
-        self.children = [self._style, row, grid, *keys]
+        self._row = in_row([self._back, self._on, self._words])
+        self.children = [self._style, self._row, grid, *keys]
         self.add_class("thumbs").add_class(self._mark)
         self.show(())
 
@@ -103,11 +103,13 @@ class Thumbnails(widgets.VBox):
             button.description = button.tooltip = name
             (button.add_class if item == self._chosen else button.remove_class)("thumb-chosen")
             if self._urls.get(item):
-                rules.append(f".{self._mark} .thumb-{k} {{ background-image: {self._urls[item]} }}")
+                place = f".{self._mark} .thumbs-grid .thumb-{k}"
+                rules.append(f"{place} {{ background-image: {self._urls[item]} }}")
         self._style.value = f"<style>{' '.join(rules)}</style>"
         last = max(0, (len(self.items) - 1) // self.size)
         self._back.disabled, self._on.disabled = self.page == 0, self.page == last
-        self._words.value = f"page {self.page + 1} of {last + 1}" if last else ""
+        self._words.value = f"page {self.page + 1} of {last + 1}"
+        self._row.layout.display = None if last else "none"
 
     def _make(self) -> None:
         """Makes the pictures of the page that are missing."""

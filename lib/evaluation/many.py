@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lib.data.dataset import BirdDataset
+from lib.data.dataset import BirdDataset, decoy_cover
 from lib.edit import LOW, AttentionEdit, as_odds, resolve_blocks
 from lib.model.predict import tf32_products
 from lib.model.vit import SigmoidViT
@@ -23,6 +23,7 @@ from lib.model.vit import SigmoidViT
 CONTROLS = ("another image's", "random cells", "mean map")
 DEFAULT_SCOPE = {"blocks": "last", "heads": "mean", "offset": "centred", "strength": 1.0}
 PER_BATCH = 32  # pictures
+DECOY = 0.1  # share of a cell that the decoy covers, from which on it is painted
 
 
 class Wanted(NamedTuple):
@@ -44,15 +45,19 @@ class Rule:
 def make_rules(dataset: BirdDataset, edit: AttentionEdit | None = None) -> dict[str, Rule]:
     """The rules that make sense on a data set, by name.
 
-    "border to 0": the outermost ring of cells. "outside the box low": `LOW` where no part of the
-    box is. "people's map": their distribution (`lib.edit.as_odds`). "this edit": the cells and
-    values of `edit`, on `[gh, gw]`.
+    "border to 0": the outermost ring of cells. "decoy to 0": of drawn birds. "outside the box low":
+    `LOW` where no part of the box is. "people's map": their distribution (`lib.edit.as_odds`).
+    "this edit": the cells and values of `edit`, on `[gh, gw]`.
     """
     rows, columns = dataset.grid
     ring = np.zeros(dataset.grid, dtype=bool)
     ring[[0, -1]] = ring[:, [0, -1]] = True
-    found = [Rule("border to 0", lambda _: Wanted(ring.ravel(), np.zeros(ring.size, np.float32)))]
-    cover = dataset.cover()
+    border = Wanted(ring.ravel(), np.zeros(ring.size, dtype=np.float32))
+    found = [Rule("border to 0", lambda _: border)]
+    decoys, cover = decoy_cover(dataset), dataset.cover()
+    if decoys is not None:
+        on_decoy = [Wanted(one.numpy() > DECOY, np.zeros(len(one), np.float32)) for one in decoys]
+        found.append(Rule("decoy to 0", lambda k: on_decoy[k] if on_decoy[k].mask.any() else None))
     if cover is not None:
         outside = cover.numpy() == 0
         low = np.full(rows * columns, LOW, dtype=np.float32)

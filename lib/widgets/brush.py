@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -31,6 +32,9 @@ except ImportError:  # the tool then has the plain brush
     anywidget = None
 
 
+PAGES = 16  # whose last messages are remembered
+
+
 def _listed(values: np.ndarray) -> list[float | None]:
     """A map for the browser: row by row, 4 decimals, None for NaN."""
     flat = np.round(np.asarray(values, dtype=np.float64).ravel(), 4)
@@ -40,10 +44,10 @@ def _listed(values: np.ndarray) -> list[float | None]:
 class PaintWidget(anywidget.AnyWidget if anywidget else widgets.DOMWidget):
     """The picture with the map over it, to paint on; without anywidget it cannot be displayed.
 
-    The browser paints at once on its own copy and sends that copy as `painted`, with the number of
-    the `stroke`. It sends the next message when `ack` ticks, so one at most is on its way. Whatever
-    Python changes on its own gets a new `revision`; a message that was painted on an older one is
-    answered but not used, and the browser lays its strokes over the new map and sends them again.
+    Several pages may show one widget. Each paints at once on its own copy and sends what a stroke
+    changes, cells and values; it is laid over the map that is there now, and all pages get that.
+    A page sends its next message when its last one is in `answered`, so of each page one at most is
+    on its way.
     """
 
     _esm = STATIC / "editor.js"
@@ -52,27 +56,29 @@ class PaintWidget(anywidget.AnyWidget if anywidget else widgets.DOMWidget):
     # Written by Python. Lists are replaced as a whole, never changed in place.
     picture = traitlets.Unicode().tag(sync=True)  # PNG as a data URL
     subject = traitlets.Int(-1).tag(sync=True)  # number of the picture
+    draft_key = traitlets.Unicode().tag(sync=True)  # names picture and grid in the browser's store
+    run = traitlets.Unicode().tag(sync=True)  # another one for every widget
     rows = traitlets.Int().tag(sync=True)
     columns = traitlets.Int().tag(sync=True)
+    painted = traitlets.List().tag(sync=True)  # [P], None where not painted
     own = traitlets.List().tag(sync=True)  # [P], the model's own map
     base = traitlets.List().tag(sync=True)  # [P], what is shown where nothing is painted
     strength = traitlets.Float(1.0).tag(sync=True)
     sharpness = traitlets.Float(1.0).tag(sync=True)
+    odds = traitlets.Bool(True).tag(sync=True)  # whether v / (1 - v) is "times the average patch"
     colours = traitlets.List(COLOURS.ravel().tolist()).tag(sync=True)  # 256 times red, green, blue
     sentence = traitlets.Unicode().tag(sync=True)  # for screen readers
-    revision = traitlets.Int().tag(sync=True)
-    ack = traitlets.Int().tag(sync=True)  # messages from the browser that were answered
-
-    # Written by the browser, and by Python where it changes the map.
-    painted = traitlets.List().tag(sync=True, echo_update=False)  # [P], None where not painted
-    stroke = traitlets.Int().tag(sync=True, echo_update=False)
-    sent = traitlets.Dict().tag(sync=True, echo_update=False)  # n, subject, revision, action
+    answered = traitlets.Dict().tag(sync=True)  # by page: number of its last message
 
     # Set in the browser, or from Python.
     tool = traitlets.Enum(["brush", "erase", "rectangle", "fill"], "brush").tag(
         sync=True, echo_update=False
     )
-    brush_value = traitlets.Float(0.9, min=0, max=1).tag(sync=True, echo_update=False)
+    view = traitlets.Enum(["contour", "dimming", "heat"], "contour").tag(
+        sync=True, echo_update=False
+    )
+    # Beyond .99 odds mean nothing: one cell would take all there is.
+    brush_value = traitlets.Float(0.9, min=0, max=0.99).tag(sync=True, echo_update=False)
     brush_size = traitlets.Float(2.0, min=1, max=12).tag(sync=True, echo_update=False)  # cells
     soft_edge = traitlets.Float(0.0, min=0, max=1).tag(sync=True, echo_update=False)  # of the size
     opacity = traitlets.Float(OPACITY, min=0, max=1).tag(sync=True, echo_update=False)
@@ -80,55 +86,63 @@ class PaintWidget(anywidget.AnyWidget if anywidget else widgets.DOMWidget):
 
     def __init__(
         self,
-        on_stroke: Callable[[list, int], None],
+        on_stroke: Callable[[int, dict[int, float | None], str], None],
         on_action: Callable[[str], None],
         on_error: Callable[[Exception], None],
     ) -> None:
-        """The three are called with a painted map and its stroke, "undo" or "redo", an error."""
+        """The three are called with what a stroke changes, "undo" or "redo", an error.
+
+        A stroke comes in versions, as (number of the picture, value by cell, name of the stroke);
+        each holds what the stroke has changed since the one before, None for erased.
+        """
         self._on_stroke, self._on_action, self._on_error = on_stroke, on_action, on_error
-        super().__init__()
+        super().__init__(run=uuid.uuid4().hex[:8])
+        self.on_msg(self._receive)
 
     def show(self, controller: EditorController) -> None:
-        """Brings the browser to the state of the controller, in one message."""
+        """Brings all pages to the state of the controller, in one message."""
         with self.hold_sync():
-            painted = _listed(controller.painted)
             if self.subject != controller.index:
                 self.subject = controller.index
                 self.rows, self.columns = controller.session.grid
+                self.draft_key = f"{controller.shown.image_id}, {self.rows} x {self.columns}"
                 self.picture = data_url(png(controller.shown.image))
-                self.painted, self.revision = painted, self.revision + 1
-            elif painted != self.painted:
-                self.painted, self.revision = painted, self.revision + 1
+            self.painted = _listed(controller.painted)
             self.own, self.base = _listed(controller.own), _listed(controller.base)
             self.strength, self.sharpness = controller.strength, controller.sharpness
+            self.odds = controller.scope["offset"] == "centred"
             self.sentence = controller.summary()
 
     def set_state(self, sync_data: dict[str, Any]) -> None:
-        """Takes a message of the browser. It is always answered, and no error ends in a log."""
-        about_map = sync_data.keys() & {"painted", "stroke", "sent"}
+        """Takes what a control of the browser has set; no error ends in a log."""
+        try:
+            super().set_state(sync_data)
+        except Exception as error:
+            self.send_state(sync_data.keys() & set(self.keys))  # the browser takes ours back
+            self._on_error(error)
+
+    def _receive(self, _: widgets.Widget, message: Any, __: Any) -> None:
+        """Takes a stroke or an action of a page. It is always answered, in one message."""
         with self.hold_sync():
             try:
-                sent = sync_data.get("sent", {})
-                action = sent.get("action")
-                # A map belongs to the revision it was painted on, undo and redo to the picture.
-                name, now = ("subject", self.subject) if action else ("revision", self.revision)
-                stale = sent.get(name, now) != now
-                unused = about_map if stale else set()
-                super().set_state({k: v for k, v in sync_data.items() if k not in unused})
-                if about_map and not stale:
-                    self._take(action)
+                self._take(message)
             except Exception as error:
-                self.send_state(sync_data.keys() & set(self.keys))  # the browser takes ours back
-                self.revision += 1
                 self._on_error(error)
             finally:
-                self.ack += bool(about_map)
+                if isinstance(message, dict):
+                    page, number = str(message.get("page")), message.get("n")
+                    others = {p: n for p, n in self.answered.items() if p != page}
+                    last = list(others.items())[1 - PAGES :]
+                    self.answered = dict(last) | {page: number}
 
-    def _take(self, action: str | None) -> None:
-        if action:
+    def _take(self, message: Any) -> None:
+        subject, action = message["subject"], message.get("action")
+        if not action:
+            # Two pages count their strokes from 1 on.
+            name = f"{message['page']}-{message['number']}"
+            self._on_stroke(subject, dict(message["cells"]), name)
+        elif subject == self.subject:  # else it was meant for a picture that is no longer shown
             self._on_action(action)
-        else:
-            self._on_stroke(self.painted, self.stroke)
 
 
 class PlainPaint(widgets.VBox):

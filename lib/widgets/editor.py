@@ -128,8 +128,8 @@ class AttentionEditor(Controls):
     def _operate(self, operation: Callable[[EditorController], None]) -> None:
         self.act(partial(operation, self.controller))
 
-    def _stroke(self, cells: list[float | None], stroke: int) -> None:
-        self._operate(lambda controller: controller.stroke(dict(enumerate(cells)), stroke))
+    def _stroke(self, index: int, cells: dict[int, float | None], stroke: str) -> None:
+        self._operate(lambda controller: controller.stroke(cells, stroke, index))
 
     def _ladder(self) -> None:
         self._html["ladder"].value = views.ladder_html(rungs.climb(self.controller))

@@ -239,7 +239,10 @@ class Painting:
             cells: by number, row by row: the value in [0, 1], None for erased. stroke: its name.
             index: the picture on which it began; the open one by default.
         """
-        history = self._history_of(self.index if index is None else index)
+        index = self.index if index is None else index
+        if not is_index(index) or not 0 <= index < len(self.session):
+            raise ValueError(f"a stroke names picture {brief(index)} of {len(self.session)}")
+        history = self._history_of(index)
         painted = history.work.painted.copy()
         for cell, value in cells.items():
             if not is_index(cell) or not 0 <= cell < painted.size:

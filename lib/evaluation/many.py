@@ -22,7 +22,7 @@ from lib.model.vit import SigmoidViT
 
 CONTROLS = ("another image's", "random cells", "mean map")
 DEFAULT_SCOPE = {"blocks": "last", "heads": "mean", "offset": "centred", "strength": 1.0}
-PER_BATCH = 32  # pictures
+PER_BATCH = 16  # pictures, after which progress is told
 DECOY = 0.1  # share of a cell that the decoy covers, from which on it is painted
 
 

@@ -129,6 +129,26 @@ def worth_opening(model: SigmoidViT, dataset: BirdDataset, most: int = 128) -> t
     return int(index), words + _sentence(dataset, seen, index)
 
 
+def three_examples(model: SigmoidViT, dataset: BirdDataset, most: int = 64) -> dict[str, int]:
+    """Pictures for a class, by what the model makes of them; of the first `most`, see `promising`.
+
+    Returns:
+        positions by name: "a mistake", the surest one; "unsure" and "sure", the right ones of which
+        it is least and most sure. What there is none of is left out.
+    """
+    seen, order = Seen(len(dataset)), promising(dataset)[:most]
+    seen.keep(order, look(model, dataset, order))
+    is_right = (seen.predicted == dataset.table["label"].to_numpy())[order]
+    wrong, right = order[~is_right], order[is_right]
+    found = {}
+    if len(wrong):
+        found["a mistake"] = wrong[np.argmax(seen.confidence[wrong])]
+    if len(right):
+        found["unsure"] = right[np.argmin(seen.confidence[right])]
+        found["sure"] = right[np.argmax(seen.confidence[right])]
+    return {name: int(index) for name, index in found.items()}
+
+
 def _sentence(dataset: BirdDataset, seen: Seen, index: int) -> str:
     row = dataset.table.iloc[index]
     said = dataset.classes[seen.predicted[index]]

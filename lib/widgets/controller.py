@@ -16,6 +16,15 @@ from lib.widgets.pixels import map_over_picture, png
 from lib.widgets.session import Outcome, Session
 
 
+def attention_moved(before: Outcome, after: Outcome, block: int) -> float:
+    """Share of a block's attention that went elsewhere, in [0, 1].
+
+    Half the sum of absolute differences, over patches and class token, mean of the heads.
+    """
+    cells = np.abs(after.attention[block] - before.attention[block]).sum()
+    return float(cells + abs(after.class_token[block] - before.class_token[block])) / 2
+
+
 class EditorController(Painting):
     """State of the editor without any widget: what is painted, and what it leads to.
 
@@ -48,17 +57,20 @@ class EditorController(Painting):
             return self._unedited(*place)
         return self._edited(*place, self.block, work)
 
+    def possible(self) -> dict[str, bool]:
+        """Which of the operations would do something now."""
+        return {
+            "undo": self.can_undo,
+            "redo": self.can_redo,
+            "only_here": not np.isnan(self.painted).all(),
+            "copy_human": self.shown.human is not None,
+            "copy_box": self.shown.box is not None,
+            "save": not self.edit().is_empty,
+        }
+
     def moved(self) -> float:
-        """Share of the shown block's attention that went elsewhere, in [0, 1].
-
-        Half the sum of absolute differences, over patches and class token, mean of the heads.
-        """
-        return self._moved(*self.outcome())
-
-    def _moved(self, before: Outcome, after: Outcome) -> float:
-        cells = np.abs(after.attention[self.block] - before.attention[self.block]).sum()
-        kept = abs(after.class_token[self.block] - before.class_token[self.block])
-        return float(cells + kept) / 2
+        """Share of the shown block's attention that went elsewhere, see `attention_moved`."""
+        return attention_moved(*self.outcome(), self.block)
 
     def summary(self) -> str:
         """One or two sentences; not escaped for HTML."""
@@ -68,7 +80,7 @@ class EditorController(Painting):
         if before is after:
             right = "that is right" if first == true else f"it is {self.shown.class_name}"
             return f"The model says {name} ({before.probabilities[first]:.2f}); {right}."
-        share = f"{self._moved(before, after):.2f} of the attention moved."
+        share = f"{attention_moved(before, after, self.block):.2f} of the attention moved."
         if first == now:
             return f"The prediction stays {name} ({after.probabilities[now]:.2f}); {share}"
         turn = " It is right now." if now == true else " It was right before." * (first == true)

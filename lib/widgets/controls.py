@@ -9,10 +9,12 @@ from typing import Any
 
 import ipywidgets as widgets
 
+from lib.widgets.browser import three_examples
 from lib.widgets.controller import EditorController
 from lib.widgets.history import SLIDERS
 from lib.widgets.panel import Panel, hint, in_column, in_row, make_slider, wide
 from lib.widgets.pixels import coloured, data_url, png
+from lib.widgets.session import LiveSession
 
 # Buttons above the picture: text, what they do, and a hint.
 OPERATIONS = {
@@ -52,6 +54,7 @@ MENUS = {
     "queries": {"class token": "cls", "all tokens": "all"},
     "offset": {"centred": "centred", "none (the paper)": "none"},
 }
+EXAMPLES = ("a mistake", "unsure", "sure")  # what `three_examples` names
 HINTS = {
     "strength": "how much of the edit is made: 0 none of it, 1 all of it",
     "sharpness": "above 1 the map becomes starker, below 1 flatter",
@@ -96,13 +99,29 @@ class Controls(Panel):
             description="Present", tooltip="a large picture and large bars, for a class"
         )
         guess = widgets.ToggleButton(
-            description="Guess first", tooltip="hides the true class and the verdict"
+            description="Guess first",
+            tooltip="hides the true class and the verdict; the key G brings them back",
         )
+        guess.add_class("ae-guess")  # the brush presses it with the key G
         for name, toggle in (("present", present), ("guess", guess)):
             self._watch(name, toggle, lambda _: None)
-        return in_row(
-            [previous, number, following, self._html["title"], guess, present], "ae-header"
-        )
+        # For a class: pictures that were chosen, as soon as somebody asks for one.
+        self._examples: dict[str, int] = {}
+        shown = [
+            self.button(f"example {name}", name.capitalize(), partial(self._show_example, name))
+            for name in EXAMPLES
+        ]
+        self._example_row = in_row(shown)
+        parts = [
+            previous,
+            number,
+            following,
+            self._html["title"],
+            self._example_row,
+            guess,
+            present,
+        ]
+        return in_row(parts, "ae-header")
 
     def _toolbar(self) -> widgets.Widget:
         buttons = [
@@ -185,6 +204,14 @@ class Controls(Panel):
     def _step(self, by: int) -> None:
         self.controller.open((self.controller.index + by) % len(self.controller.session))
 
+    def _show_example(self, name: str) -> None:
+        session = self.controller.session
+        if not self._examples:
+            self._examples = three_examples(session.model, session.dataset)
+        if name not in self._examples:
+            raise ValueError(f'no picture is "{name}" among the first that were looked at')
+        self.controller.open(self._examples[name])
+
     def _show_block(self, block: int) -> None:
         follows = self.controller.scope["blocks"] == (self.controller.block,)
         self.controller.block = block
@@ -227,6 +254,8 @@ class Controls(Panel):
             hint(controls[name], text if can[name] else f"Not now: {why}.")
         self._more.layout.display = None if controls["more"].value else "none"
         self._hint_row.layout.display = None if self._hinted else "none"
+        is_shown = controls["present"].value and isinstance(controller.session, LiveSession)
+        self._example_row.layout.display = None if is_shown else "none"
         (self.add_class if controls["present"].value else self.remove_class)("ae-present")
         self._show_heads()
 

@@ -108,11 +108,11 @@ class AttentionEditor(Controls):
 
     def act(self, callback: Callable[[], object]) -> None:
         """Calls back; whatever becomes of it, the state is then shown."""
-        self._html["notice"].value = ""  # it belongs to the last action
+        self._html["notice"].value, index = "", self.controller.index  # it is the last action's
         super().act(callback)
         super().act(self._show)
         for part in self._below.children:  # the one that is open
-            if part.follows:
+            if part.follows or index != self.controller.index:
                 super().act(part.refresh)
         self._soon()
 
@@ -186,6 +186,8 @@ class AttentionEditor(Controls):
             self._html["title"].value = views.title_html(controller, self._mark, is_hidden)
             self._titled = titled
         self.paint.show(controller)
+        for box in (self._openers, self._below):  # which would tell
+            box.layout.display = "none" if is_hidden else None
         self._html["verdict"].value = views.verdict_html(controller, is_hidden)
         attention = views.attention_html(*controller.outcome(), controller.block)
         self._html["result"].value = (

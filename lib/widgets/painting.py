@@ -118,11 +118,8 @@ class Painting:
     @property
     def own_by_head(self) -> np.ndarray:
         """The model's own map in the shown block, float32 [heads, gh, gw]."""
-        return self._sigmoid(*self._place)
-
-    @property
-    def _place(self) -> tuple[str, int, int, str]:
-        return self.session.fingerprint, self.index, self.block, self.scope["offset"]
+        place = self.session.fingerprint, self.index, self.block, self.scope["offset"]
+        return self._sigmoid(*place)
 
     @property
     def own(self) -> np.ndarray:
@@ -131,7 +128,11 @@ class Painting:
         For heads "mean" what they see together (`lib.model.mean_edit.read_mean`), else the mean of
         `own_by_head`.
         """
-        return self._own(self.scope["heads"], *self._place)
+        return self._own_of(self.work)
+
+    def _own_of(self, work: Work) -> np.ndarray:
+        place = self.session.fingerprint, self.index, self.block, work.scope["offset"]
+        return self._own(work.scope["heads"], *place)
 
     def _mean_of_heads(self, heads: str | tuple[int, ...], *place: Any) -> np.ndarray:
         if heads == "mean":
@@ -151,7 +152,7 @@ class Painting:
         return self._asked(self.work)
 
     def _asked(self, work: Work) -> np.ndarray:
-        return asked_map(self.own, work.painted, **work.sliders)
+        return asked_map(self._own_of(work), work.painted, **work.sliders)
 
     def edit(self) -> AttentionEdit:
         """What is asked of the model: the painted cells, and those that a slider changes."""
@@ -160,7 +161,7 @@ class Painting:
     def edit_of(self, work: Work) -> AttentionEdit:
         """The same of any work on the open picture."""
         wanted = self._asked(replace(work, strength=1.0))
-        touched = ~np.isnan(work.painted) | (np.abs(wanted - self.own) > EPS)
+        touched = ~np.isnan(work.painted) | (np.abs(wanted - self._own_of(work)) > EPS)
         touched &= work.strength > 0
         return AttentionEdit(touched, wanted, **work.scope, strength=work.strength)
 
@@ -258,17 +259,6 @@ class Painting:
         return values
 
     # -- history
-
-    def possible(self) -> dict[str, bool]:
-        """Which of the operations would do something now."""
-        return {
-            "undo": self.can_undo,
-            "redo": self.can_redo,
-            "only_here": not np.isnan(self.painted).all(),
-            "copy_human": self.shown.human is not None,
-            "copy_box": self.shown.box is not None,
-            "save": not self.edit().is_empty,
-        }
 
     @property
     def can_undo(self) -> bool:

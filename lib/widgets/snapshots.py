@@ -21,7 +21,7 @@ import pandas as pd
 
 from lib import figures
 from lib.edit import EPS, AttentionEdit, as_odds
-from lib.widgets.controller import EditorController
+from lib.widgets.controller import EditorController, attention_moved
 from lib.widgets.history import OFF, Work
 from lib.widgets.panel import Panel, in_column, in_row
 from lib.widgets.pixels import data_url, loops_around, png
@@ -50,12 +50,6 @@ class Judged:
     edit: AttentionEdit
     before: Outcome
     after: Outcome
-
-    def moved(self, block: int) -> float:
-        """Share of the attention that went elsewhere in a block, see `EditorController.moved`."""
-        cells = np.abs(self.after.attention[block] - self.before.attention[block]).sum()
-        kept = abs(self.after.class_token[block] - self.before.class_token[block])
-        return float(cells + kept) / 2
 
 
 class SnapshotList:
@@ -182,7 +176,10 @@ class SnapshotList:
             row = {"name": one.name, "prediction": classes[best], "p_prediction": after[best]}
             row |= {"right": best == true, "p_true": after[true]}
             row |= {"change": 100 * (after[true] - before[true])}
-            row |= {"moved": one.moved(controller.block), "cells": int(edit.mask.sum())}
+            row |= {
+                "moved": attention_moved(one.before, one.after, controller.block),
+                "cells": int(edit.mask.sum()),
+            }
             scope = ("blocks", "heads", "queries", "offset", "strength")
             rows.append(row | {field: getattr(edit, field) for field in scope})
         return pd.DataFrame(rows)
@@ -276,7 +273,8 @@ def _scores_html(one: Judged, block: int, classes: list[str], true: int) -> str:
         )
     told = ""
     if not one.edit.is_empty:
-        told = f"{one.moved(block):.2f} of the attention moved; {scope_in_words(one.edit)}"
+        moved = attention_moved(one.before, one.after, block)
+        told = f"{moved:.2f} of the attention moved; {scope_in_words(one.edit)}"
     return (
         f'<p class="cp-verdict cp-{"right" if right else "wrong"}">{verdict}</p>'
         f'<ul class="cp-scores">{"".join(lines)}</ul><p class="ae-dim">{told}</p>'

@@ -434,6 +434,7 @@ const KEYS = [
   ["U or Ctrl-Z", "undo, wherever the focus is in the tool"],
   ["R or Ctrl-Y", "redo, likewise"],
   ["O, held", "the picture without the map, likewise"],
+  ["G", "hide the true class and the verdict, and show them again"],
   ["Escape", "give up a rectangle"],
 ];
 const POINTERS =
@@ -1132,10 +1133,12 @@ class View {
     const undo = command ? key === "z" && !event.shiftKey : key === "u";
     const redo = command ? key === "y" || (key === "z" && event.shiftKey) : key === "r";
     const original = !command && key === "o";
-    if (!(undo || redo || original)) return;
+    const guess = !command && key === "g" && home.querySelector(".ae-guess");
+    if (!(undo || redo || original || guess)) return;
     event.preventDefault();
     event.stopPropagation();
     if (original) this.showOriginal(true);
+    else if (guess) guess.click();
     else if (!this.stroke) this.store.act(undo ? "undo" : "redo");
   }
 

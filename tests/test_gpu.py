@@ -30,6 +30,7 @@ from lib.model.vit import SigmoidViT
 from lib.training.runs import Run, fine_tuning, human_in_the_loop, train_run
 from lib.training.teach import TeachConfig
 from lib.widgets.controller import EditorController
+from lib.widgets.rungs import climb
 from lib.widgets.session import LiveSession
 from lib.widgets.teaching import TeachPanel
 
@@ -202,7 +203,7 @@ def test_an_edit_and_a_lesson_are_answered_by_the_gpu(run, tmp_path, monkeypatch
         session = LiveSession(run.model(), train)
         controller = EditorController(session)
         controller.paint([(0, 0), (1, 2)], 0.9)
-        painted = {"own": controller.own, "ladder": pd.DataFrame(controller.ladder())}
+        painted = {"own": controller.own, "ladder": pd.DataFrame(climb(controller))}
         panel = TeachPanel(session, train, test, tmp_path, settings)
         history, table = panel.teach().history, panel.table
         taught, own = (dict(one.named_parameters()) for one in (session.model, panel._before[0]))

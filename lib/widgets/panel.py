@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterable
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -74,13 +75,16 @@ class Panel(widgets.VBox):
             return stop
 
         def tell(callback: Callable[[], object]) -> None:
-            loop.call_soon_threadsafe(self.act, callback)
+            try:
+                loop.call_soon_threadsafe(self.act, callback)
+            except RuntimeError:  # the kernel has ended, and nobody listens
+                stop.set()
 
         def safely() -> None:
             try:
                 work(tell, stop)
             except Exception as error:
-                loop.call_soon_threadsafe(self.fail, error)
+                tell(partial(self.fail, error))
 
         threading.Thread(target=safely, name=type(self).__name__, daemon=True).start()
         return stop

@@ -128,7 +128,7 @@ class Controls(Panel):
             self.button(name, text, partial(operation, self.controller), tooltip)
             for name, (text, operation, tooltip) in OPERATIONS.items()
         ]
-        note = widgets.Text(placeholder="Note: why, for the saved file", **wide())
+        note = widgets.Text(description="Note", placeholder="why, for the saved file", **wide())
         note.add_class("ae-note")
         self._watch("note", note, partial(setattr, self.controller, "note"))
         save = self.button("save", "Save correction", self._save, f"to the folder {self._folder}")

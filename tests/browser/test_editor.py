@@ -224,7 +224,7 @@ def test_a_soft_brush_fades_out(tool):
 def test_everything_works_from_the_keyboard(tool):
     press = tool.page.keyboard.press
     tool.element.get_by_role("radio", name="Brush").focus()
-    for _ in range(10):  # value, size, soft edge, and then the map
+    for _ in range(10):  # the lens, the value, and then the map
         if tool.canvas.evaluate("(canvas) => canvas === document.activeElement"):
             break
         press("Tab")
@@ -304,7 +304,7 @@ def test_a_correction_is_saved_and_loads_again(tool, lab):
     tool.element.get_by_role("button", name="Undo").wait_for()
     tool.settle()
     assert len(tool.cells()) == GRID * GRID
-    tool.element.get_by_placeholder("Note").fill("the <i>wing</i>")
+    tool.element.get_by_role("textbox", name="Note").fill("the <i>wing</i>")
     tool.press("Save correction")
     tool.element.get_by_text("Saved as").wait_for()
 
@@ -484,9 +484,7 @@ def test_notebook_06_paints_saves_and_teaches(lab, page, tmp_path):
     notebook.run_all(600)
 
     tool = Tool(notebook)
-    before = tool.says("")
-    tool.press("Reset")
-    assert tool.says(UNEDITED) != before
+    tool.says(UNEDITED)  # teaching has laid the edit aside
     tool.drag((2, 2), (5, 5), steps=20)
     tool.says(EDITED)
     saved = len(list(tmp_path.rglob("*.json")))

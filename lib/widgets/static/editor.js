@@ -537,14 +537,14 @@ class View {
     this.controls = {};
     this.ticks = element("div", { class: "ae-ticks", "aria-hidden": "true" });
     const twoDigits = (x) => x.toFixed(2);
-    const value = this.slider("brush_value", "Brush value", 0, MOST, 0.01, (x) =>
+    const input = this.slider("brush_value", "Brush value", 0, MOST, 0.01, (x) =>
       this.model.get("odds") ? `${twoDigits(x)} = ${oddsText(x)}` : twoDigits(x),
     );
     this.controls.brush_value.input.classList.add("ae-scale");
+    const value = element("div", {}, input, this.ticks);
     const sliders = element(
       "div",
       { class: "ae-sliders" },
-      element("div", { class: "ae-value" }, value, this.ticks),
       this.slider("brush_size", "Brush size", 1, MAX_SIZE, 0.5, (x) => String(x)),
       this.slider("soft_edge", "Soft edge", 0, 1, 0.05, twoDigits),
       this.slider("opacity", "Map opacity", 0, 1, 0.01, twoDigits),
@@ -567,7 +567,9 @@ class View {
     const tools = ["brush", "erase", "rectangle", "fill"];
     const texts = tools.map((tool) => [tool, tool[0].toUpperCase() + tool.slice(1)]);
     const top = element("div", { class: "ae-top" }, this.choice("tool", "Tool", texts), this.lens());
-    const shown = [top, sliders, this.banner, this.stage, this.readout, below, details];
+    // What is set seldom is below: picture and scores are to be seen together.
+    const above = [top, value, this.banner, this.stage, this.readout];
+    const shown = [...above, sliders, below, details];
     this.root = element("div", { class: "ae-paint" }, ...shown, this.live, this.spoken);
     el.append(this.root);
   }

@@ -541,7 +541,7 @@ class View {
       this.model.get("odds") ? `${twoDigits(x)} = ${oddsText(x)}` : twoDigits(x),
     );
     this.controls.brush_value.input.classList.add("ae-scale");
-    const value = element("div", {}, input, this.ticks);
+    const value = element("div", { class: "ae-value" }, input, this.ticks);
     const sliders = element(
       "div",
       { class: "ae-sliders" },

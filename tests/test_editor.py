@@ -750,6 +750,7 @@ def test_what_is_to_be_guessed_is_not_said(tool):
     tool.controls["guess"].value = tool.controls["present"].value = True
     said = tool._html["title"].value + tool._html["verdict"].value + tool._html["result"].value
     assert "true class" not in said and shown_text(tool._html["title"].value)[0].endswith("?")
+    assert tool.paint.sentence == "" and tool._openers.layout.display == "none"
     assert "The model says" not in said and "ae-present" in tool._dom_classes
     tool.controls["guess"].value = False
     assert "true class" in result(tool) and "The model says" in result(tool)

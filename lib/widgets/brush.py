@@ -99,8 +99,12 @@ class PaintWidget(anywidget.AnyWidget if anywidget else widgets.DOMWidget):
         super().__init__(run=uuid.uuid4().hex[:8])
         self.on_msg(self._receive)
 
-    def show(self, controller: EditorController) -> None:
-        """Brings all pages to the state of the controller, in one message."""
+    def show(self, controller: EditorController, is_hidden: bool = False) -> None:
+        """Brings all pages to the state of the controller, in one message.
+
+        Args:
+            is_hidden: the class is still to be guessed, so the outcome is not told.
+        """
         with self.hold_sync():
             if self.subject != controller.index:
                 self.subject = controller.index
@@ -111,7 +115,7 @@ class PaintWidget(anywidget.AnyWidget if anywidget else widgets.DOMWidget):
             self.own, self.base = _listed(controller.own), _listed(controller.base)
             self.strength, self.sharpness = controller.strength, controller.sharpness
             self.odds = controller.scope["offset"] == "centred"
-            self.sentence = controller.summary()
+            self.sentence = "" if is_hidden else controller.summary()
 
     def set_state(self, sync_data: dict[str, Any]) -> None:
         """Takes what a control of the browser has set; no error ends in a log."""
@@ -176,7 +180,7 @@ class PlainPaint(widgets.VBox):
         (r0, r1), (c0, c1) = self.row_range.value, self.column_range.value
         return [(r, c) for r in range(r0 - 1, r1) for c in range(c0 - 1, c1)]
 
-    def show(self, controller: EditorController) -> None:
+    def show(self, controller: EditorController, is_hidden: bool = False) -> None:
         """The picture, with a white line around what is painted and a red one around the choice."""
         sliders = (self.row_range, self.column_range)
         for slider, count in zip(sliders, controller.session.grid, strict=True):

@@ -185,7 +185,7 @@ class AttentionEditor(Controls):
         if self._titled != titled:
             self._html["title"].value = views.title_html(controller, self._mark, is_hidden)
             self._titled = titled
-        self.paint.show(controller)
+        self.paint.show(controller, is_hidden)
         for box in (self._openers, self._below):  # which would tell
             box.layout.display = "none" if is_hidden else None
         self._html["verdict"].value = views.verdict_html(controller, is_hidden)

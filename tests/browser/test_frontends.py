@@ -25,8 +25,8 @@ from lib.training.teach import TeachConfig
 
 quick = TeachConfig(steps=3, replay=4, batch_size=4)
 panel = TeachPanel(session, data, data, "corrections", quick)
-panel.on_change = tool.refresh
-panel
+panel.attach(tool.controller, tool.refresh)
+tool.add_part("Teach", lambda: panel)
 """
 PLAIN = """
 session = LiveSession(model, data)
@@ -46,6 +46,7 @@ def test_paint_undo_move_a_slider_and_teach(frontend, page, request):
     notebook.run_all()
     tool = Tool(notebook)
     before, drawn, scores = tool.says(UNEDITED), tool.drawn(), tool.scores.inner_text()
+    tool.press("More settings")
     block = tool.element.get_by_role("combobox", name="Shown block")
     assert block.evaluate("(menu) => menu.selectedIndex") == 2  # the last
     tool.drag((1, 1), (1, 6))
@@ -68,6 +69,7 @@ def test_paint_undo_move_a_slider_and_teach(frontend, page, request):
 
     tool.press("Save correction")
     tool.element.get_by_text("Saved as").wait_for()
+    tool.press("Teach")
     panel = notebook.widget(".teach-panel")
     panel.get_by_role("button", name="Teach", exact=True).click()
     panel.get_by_text("taught 1 correction(s)").wait_for()
@@ -75,6 +77,8 @@ def test_paint_undo_move_a_slider_and_teach(frontend, page, request):
     assert count.evaluate("(menu) => menu.selectedIndex") == 0  # all, not blank
     panel.get_by_role("button", name="Undo teaching").click()
     panel.get_by_text("Taken back").wait_for()
+    tool.says(UNEDITED)  # teaching laid the edit aside
+    tool.press("Undo")
     assert tool.says(EDITED) == after
     assert not tool.errors() and not notebook.python("print(*panel.errors)").strip()
     red = page.locator(":is(.ae-tool, .teach-panel) [role=alert]")
@@ -149,14 +153,9 @@ def test_a_message_through_a_kernel_of_colabs_stack(colab_kernel):
     (summary,) = [c for c, state in opened.items() if "ae-summary" in str(state.get("value"))]
     assert UNEDITED in opened[summary]["value"]
 
-    update = {
-        "method": "update",
-        "state": {
-            "painted": [0.9] * 8 + [None] * 56,
-            "stroke": 1,
-            "sent": {"n": 1, "subject": 0, "revision": opened[paint]["revision"], "action": ""},
-        },
-    }
+    cells = [[cell, 0.9] for cell in range(8)]
+    said = {"page": "one", "n": 1, "subject": 0, "action": "", "number": 1, "cells": cells}
+    update = {"method": "custom", "content": said}
     message = colab_kernel.session.msg("comm_msg", {"comm_id": paint, "data": update})
     colab_kernel.shell_channel.send(message)
     answers = {}
@@ -164,7 +163,7 @@ def test_a_message_through_a_kernel_of_colabs_stack(colab_kernel):
         if answer["msg_type"] == "comm_msg":
             state = answer["content"]["data"].get("state", {})
             answers.setdefault(answer["content"]["comm_id"], {}).update(state)
-    assert answers[paint]["ack"] == 1
+    assert answers[paint]["answered"] == {"one": 1}
     assert EDITED in answers[summary]["value"]
 
     # the plain tool, and teaching, in the same kernel
@@ -175,6 +174,7 @@ def test_a_message_through_a_kernel_of_colabs_stack(colab_kernel):
         "assert len(panel.teach().used) == 1 and panel.errors == []\n"
         "panel.undo()\n"
         "plain = attention_editor(session, plain=True)\n"
+        "plain.controller.paint([(0, 0)], 0.9)\n"
         "plain.controls['only_here'].click()\n"
         "assert plain.errors == [] and plain.controller.can_undo"
     )

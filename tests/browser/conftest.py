@@ -25,7 +25,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -430,6 +430,16 @@ class Notebook:
         found.wait_for()
         found.scroll_into_view_if_needed()
         return found
+
+
+@contextmanager
+def opened(browser: Any, lab: Lab, *cells: str, allowed: Sequence[str] = ()) -> Iterator[Notebook]:
+    """A notebook of these cells in a page of its own, where what is `allowed` is granted."""
+    with browser.new_context(viewport={"width": 1280, "height": 1000}) as context:
+        context.grant_permissions(list(allowed))
+        page = context.new_page()
+        page.set_default_timeout(90_000)
+        yield Notebook(page, lab, notebook_of(*cells))
 
 
 def notebook_of(*cells: str) -> NotebookNode:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from .conftest import Notebook, notebook_of, watched
+from .conftest import Notebook, opened, watched
 from .test_editor import MODEL
 
 pytestmark = pytest.mark.browser
@@ -87,11 +87,9 @@ class Tool:
 
 @pytest.fixture(scope="module")
 def notebook(lab: Any, browser: Any) -> Iterator[Notebook]:
-    with browser.new_context(viewport={"width": 1280, "height": 1000}) as context:
-        context.grant_permissions(["clipboard-read", "clipboard-write"])
-        page = context.new_page()
-        page.set_default_timeout(90_000)
-        yield Notebook(page, lab(), notebook_of(MODEL, TOOL))
+    allowed = ["clipboard-read", "clipboard-write"]
+    with opened(browser, lab(), MODEL, TOOL, allowed=allowed) as notebook:
+        yield notebook
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .conftest import START, Notebook, notebook_of, watched
+from .conftest import START, Notebook, opened, watched
 from .test_editor import EDITED, GRID, MODEL, UNEDITED, Tool
 
 pytestmark = pytest.mark.browser
@@ -24,10 +24,8 @@ BUSY = "lab.kernel().requestExecute({ code: 'import time; time.sleep(3)' }); nul
 
 @pytest.fixture(scope="module")
 def notebook(lab: Any, browser: Any) -> Iterator[Notebook]:
-    with browser.new_context(viewport={"width": 1280, "height": 1000}) as context:
-        page = context.new_page()
-        page.set_default_timeout(90_000)
-        yield Notebook(page, lab(), notebook_of(MODEL, TOOL))
+    with opened(browser, lab(), MODEL, TOOL) as notebook:
+        yield notebook
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 from lib.data.corrections import TRASH, load_corrections
 
-from .conftest import Notebook, notebook_of, watched
+from .conftest import Notebook, opened, watched
 
 pytestmark = pytest.mark.browser
 
@@ -89,10 +89,8 @@ class Pictures:
 
 @pytest.fixture(scope="module")
 def notebook(lab: Any, browser: Any) -> Iterator[Notebook]:
-    with browser.new_context(viewport={"width": 1280, "height": 1000}) as context:
-        page = context.new_page()
-        page.set_default_timeout(90_000)
-        yield Notebook(page, lab(), notebook_of(MODEL, TOOL))
+    with opened(browser, lab(), MODEL, TOOL) as notebook:
+        yield notebook
 
 
 @pytest.fixture

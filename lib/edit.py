@@ -158,11 +158,14 @@ class AttentionEdit:
         return (
             torch.equal(self.mask.cpu(), other.mask.cpu())
             and torch.equal(self.values.cpu().double(), other.values.cpu().double())
-            and self._scope() == other._scope()
+            and self.scope == other.scope
         )
 
-    def _scope(self) -> tuple[object, ...]:
-        return self.blocks, self.heads, self.queries, self.offset, self.strength
+    @property
+    def scope(self) -> dict[str, object]:
+        """What it takes beside cells and values: where it is made, how read, how much of it."""
+        names = ("blocks", "heads", "queries", "offset", "strength")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def grid(self) -> tuple[int, int]:

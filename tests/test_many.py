@@ -16,7 +16,6 @@ from lib.evaluation.many import (
     CONTROLS,
     Rule,
     Wanted,
-    apply_to_many,
     count_changes,
     edit_many,
     make_rules,
@@ -106,7 +105,7 @@ def test_counting_by_hand_and_stopping(toy_model, birds):
     seen = []
     stopped = apply_stopped(toy_model, birds, replace(rule), seen)
     assert len(stopped) == 0 and seen == [(0, 4)]
-    assert len(apply_to_many(toy_model, birds, [rule], range(2))) == 2
+    assert len(count_changes(edit_many(toy_model, birds, [rule], range(2)))) == 2
 
 
 def apply_stopped(model, birds, rule, seen):

@@ -50,7 +50,8 @@ def test_a_rule_is_applied_beside_its_controls(panel):
     session = controller.session
     rules = [many.make_rules(session.dataset)["people's map"]]
     scope = {"blocks": "all", "heads": "mean", "offset": "centred", "strength": 0.5}
-    wanted = many.apply_to_many(session.model, session.dataset, rules, None, {"": scope})
+    frame = many.edit_many(session.model, session.dataset, rules, None, {"": scope})
+    wanted = many.count_changes(frame)
     counts = ["pictures", "right", "right_to_wrong", "wrong_to_right", "changed", "p_change"]
     assert (panel.table[counts] == wanted[counts]).all(axis=None)
     assert panel.table["control"].tolist() == ["own", *many.CONTROLS]

@@ -311,10 +311,10 @@ def edit_pictures(
         heads: the mean of the heads is edited, or each head is.
         out: a CSV file with a row a run, picture, rule and control.
     """
-    import numpy as np
     import pandas as pd
     from tqdm.auto import tqdm
 
+    from lib.data.dataset import evenly_spaced
     from lib.evaluation import many
     from lib.experiments.compare import load_trials
 
@@ -329,10 +329,11 @@ def edit_pictures(
     }
     for trial in trials:
         dataset = trial.run.dataset(split)
-        count = min(pictures, len(dataset))
-        chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int)
+        chosen = evenly_spaced(dataset, pictures)
         rules = list(many.make_rules(dataset).values())
-        with tqdm(total=count, desc=f"{trial.variant}, seed {trial.seed}", unit="image") as bar:
+        with tqdm(
+            total=len(chosen), desc=f"{trial.variant}, seed {trial.seed}", unit="image"
+        ) as bar:
             frame = many.edit_many(
                 *(trial.run.model(), dataset, rules, chosen, scopes, trial.seed),
                 progress=lambda done, _, bar=bar: bar.update(done - bar.n) and None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
@@ -383,9 +383,9 @@ def subset(dataset: BirdDataset, images: Sequence[int] | None) -> Subset:
     return Subset(dataset, chosen)
 
 
-def evenly_spaced(dataset: BirdDataset, count: int) -> list[int]:
-    """`count` images at even distances; all where there are no more."""
-    return np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int).tolist()
+def evenly_spaced(images: Sized, count: int) -> list[int]:
+    """Places of `count` images at even distances; all where there are no more."""
+    return np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int).tolist()
 
 
 def _pixels(record: Record) -> Tensor:

@@ -67,22 +67,16 @@ def make_rules(dataset: BirdDataset, edit: AttentionEdit | None = None) -> dict[
                 lambda k: Wanted(outside[k], low) if outside[k].any() else None,
             )
         )
-    maps = [weights_of(dataset, k) for k in range(len(dataset))]
+    human, valid = (one.flatten(1) for one in dataset.maps)
+    weights = torch.where(valid, human.float(), torch.nan).numpy()
+    maps = [one if np.nansum(one) > 0 else None for one in weights]
     known = [one for one in maps if one is not None]
     if known:
-        mean = np.nanmean(known, axis=0)
-        found.append(people_rule("people's map", maps, mean, as_odds))
+        found.append(people_rule("people's map", maps, np.nanmean(known, axis=0), as_odds))
     if edit is not None:
         same = Wanted(edit.mask.numpy().ravel(), edit.values.float().numpy().ravel())
         found.append(Rule("this edit", lambda _: same))
     return {rule.name: rule for rule in found}
-
-
-def weights_of(dataset: BirdDataset, index: int) -> np.ndarray | None:
-    """The human map of a picture, float32 [P], NaN where not known; None without one."""
-    item = dataset.annotations(index)
-    weights = torch.where(item["valid"], item["human"], torch.nan).numpy()
-    return weights if np.nansum(weights) > 0 else None
 
 
 def people_rule(
@@ -173,11 +167,6 @@ def count_changes(frame: pd.DataFrame) -> pd.DataFrame:
     counts = grouped[["right", "right_to_wrong", "wrong_to_right", "changed"]].sum()
     counts.insert(0, "pictures", grouped.size())
     return counts.assign(p_change=grouped["p_change"].mean()).reset_index()
-
-
-def apply_to_many(*args: object, **more: object) -> pd.DataFrame:
-    """`count_changes` of `edit_many`, whose arguments it takes."""
-    return count_changes(edit_many(*args, **more))
 
 
 class _Batch:

@@ -208,10 +208,7 @@ def write_samples(
         record, image = dataset.records[position], dataset.image(position)
         _write_png(folder / str(record.image_id) / "picture.png", image)
         sheet = figures.sample_sheet(image, record.label, dataset.classes, models)
-        content = io.BytesIO()
-        sheet.savefig(content, format="png", dpi=100)
-        write_bytes(folder / f"{record.image_id}.png", content.getvalue())
-        figures.plt.close(sheet)
+        write_bytes(folder / f"{record.image_id}.png", figures.as_file(sheet, "png", dpi=100))
 
 
 def _sections(

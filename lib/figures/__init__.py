@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 from lib.figures.fonts import label
 from lib.figures.overlays import (
     PALETTE,
+    as_file,
     editor_state,
     maps_in_a_row,
     overlay,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -20,6 +21,16 @@ IMAGES_OF = {
     "test": "test images",
     "all": "training, validation and test images",
 }
+
+
+def as_file(figure: Figure, kind: str, dpi: int) -> bytes:
+    """A figure as the bytes of a file, such as "png" or "svg"; it is closed."""
+    content = io.BytesIO()
+    try:
+        figure.savefig(content, format=kind, dpi=dpi)
+    finally:
+        plt.close(figure)
+    return content.getvalue()
 
 
 def axes_grid(

@@ -23,9 +23,9 @@ from lib.model.predict import predict
 from lib.model.vit import SigmoidViT
 from lib.training.teach import spread_over_classes
 from lib.widgets.controller import EditorController
-from lib.widgets.panel import Panel, in_row
+from lib.widgets.panel import Panel, in_row, told
 from lib.widgets.shelf import CorrectionFolder
-from lib.widgets.thumbs import TELL, Thumbnails, told
+from lib.widgets.thumbs import TELL, Thumbnails
 
 PAGE = 24  # pictures a page
 BATCH = 8  # pictures that pass the model together: scores wait for one batch at most

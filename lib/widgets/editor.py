@@ -27,7 +27,7 @@ from lib.widgets.controller import EditorController
 from lib.widgets.controls import Controls
 from lib.widgets.many_panel import ManyPanel
 from lib.widgets.out import ComparePanel
-from lib.widgets.panel import Panel, in_column, in_row, style_sheet
+from lib.widgets.panel import Panel, in_column, in_row, style_sheet, told
 from lib.widgets.session import LiveSession, Session
 from lib.widgets.shelf import CorrectionShelf
 from lib.widgets.teaching import TeachPanel
@@ -141,7 +141,7 @@ class AttentionEditor(Controls):
 
     def _save(self) -> None:
         path = self.controller.save(self._folder, self._author, self.controller.note)
-        self._html["notice"].value = f'<span role="status">Saved as {escape(str(path))}</span>'
+        self._html["notice"].value = told(f"Saved as {path}")
         for part in self.parts.values():
             part.refresh()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lib.edit import EPS, LOW
+from lib.edit import EPS, LOW, as_odds
 
 SLIDERS = {"strength": (1.0, 1.0), "sharpness": (1.0, 4.0), "suppression": (0.0, 1.0)}  # off, most
 OFF = {name: off for name, (off, _) in SLIDERS.items()}
@@ -122,6 +122,13 @@ def asked_map(
         moved = _sigmoid((1 - strength) * as_logits(own) + strength * as_logits(wanted))
         wanted = np.where(wanted == own, own, moved)
     return np.clip(wanted, 0, 1).astype(np.float32)
+
+
+def in_proportion(weights: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """`lib.edit.as_odds` of weights [gh, gw]: the known cells share what they have in `own`."""
+    known = ~np.isnan(weights)
+    now = np.exp(as_logits(own))[known].mean() if known.any() else 1.0
+    return as_odds(weights, now)
 
 
 def as_logits(values: np.ndarray) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import threading
 from collections.abc import Callable
 from html import escape
@@ -12,10 +11,11 @@ import numpy as np
 import pandas as pd
 
 from lib import figures
+from lib.data.dataset import evenly_spaced
 from lib.edit import AttentionEdit
 from lib.evaluation.many import count_changes, edit_many, make_rules
 from lib.widgets.controller import EditorController
-from lib.widgets.panel import Panel, in_row, table_html
+from lib.widgets.panel import Panel, in_row, table_html, told
 from lib.widgets.pixels import data_url
 from lib.widgets.snapshots import scope_in_words
 
@@ -85,11 +85,10 @@ class ManyPanel(Panel):
         if name == "this edit" and edit.is_empty:
             raise ValueError("nothing is edited, so there is no edit to apply; paint first")
         chosen = self._sets[self.controls["set"].value]
-        count = min(self.controls["number"].value, len(chosen))
-        chosen = chosen[np.linspace(0, len(chosen) - 1, count).round().astype(int)]
+        chosen = chosen[evenly_spaced(chosen, self.controls["number"].value)]
         self._busy, self._result.value = True, ""
         self._enable()
-        self._progress(0, count)
+        self._progress(0, len(chosen))
         self._stop = self.behind(lambda tell, stop: self._work(name, edit, chosen, tell, stop))
 
     def _work(
@@ -111,8 +110,7 @@ class ManyPanel(Panel):
         if name not in (*rules, EVERY_RULE):
             raise ValueError(f'the pictures have nothing for "{name}"; choose another rule')
         asked = list(rules.values()) if name == EVERY_RULE else [rules[name]]
-        fields = ("blocks", "heads", "queries", "offset", "strength")
-        scopes = {scope_in_words(edit): {field: getattr(edit, field) for field in fields}}
+        scopes = {scope_in_words(edit): edit.scope}
         frame = edit_many(session.model, session.dataset, asked, chosen, scopes, progress=progress)
         tell(lambda: self._finish(frame, stop.is_set()))
 
@@ -138,7 +136,7 @@ class ManyPanel(Panel):
             self._result.value = many_html(self.table)
 
     def _say(self, words: str) -> None:
-        self._words.value = f'<span role="status">{escape(words)}</span>'
+        self._words.value = told(words)
 
     def _free(self) -> None:
         self._busy = False
@@ -163,14 +161,12 @@ def many_html(table: pd.DataFrame) -> str:
         title = f"<b>{escape(row['rule'])}</b>" if own else f"control: {escape(row['control'])}"
         cells = [f"{row[name]:+.3f}" if name == "p_change" else str(row[name]) for name in COUNTED]
         lines.append([title, *cells])
-    figure, buffer = figures.rule_changes(table), io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    figures.plt.close(figure)
+    drawn = figures.as_file(figures.rule_changes(table), "png", dpi=110)
     where = escape("; ".join(dict.fromkeys(table["scope"])))
     return (
         f'<p>Edited: {where}.</p><div class="cp-wide" tabindex="0" '
         'role="region" aria-label="table and figure">'
         f"{table_html(['', *COUNTED.values()], lines, 'ae-scores')}"
-        f'<img src="{data_url(buffer.getvalue())}" '
+        f'<img src="{data_url(drawn)}" '
         'alt="bars of the table: right to wrong, and wrong to right"></div>'
     )

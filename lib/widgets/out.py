@@ -21,7 +21,7 @@ from PIL import Image
 from lib import figures
 from lib.files import claimed, file_name, make_folder, write_bytes
 from lib.widgets.controller import EditorController
-from lib.widgets.panel import Panel, in_column, in_row
+from lib.widgets.panel import Panel, in_column, in_row, told
 from lib.widgets.pixels import outlines, png, run_lengths, to_pixels
 from lib.widgets.session import Outcome
 from lib.widgets.snapshots import LISTED, SnapshotList, SnapshotPanel
@@ -61,8 +61,7 @@ def as_code(controller: EditorController) -> str:
     edit, index = controller.edit(), controller.index
     cells = np.where(edit.mask, edit.values, np.nan).astype(np.float32)
     lines = "\n".join(f"    [{', '.join(map(str, row))}]," for row in cells)
-    fields = ("blocks", "heads", "queries", "offset", "strength")
-    scope = "\n".join(f"    {field}={getattr(edit, field)!r}," for field in fields)
+    scope = "\n".join(f"    {name}={value!r}," for name, value in edit.scope.items())
     return f"""\
 import numpy as np
 
@@ -104,16 +103,7 @@ def snapshot_figure(kept: SnapshotList, suffix: str) -> bytes:
         f"softmax attention of block {block}, edited cells outlined"
     )
     figure = figures.snapshot_sheet(shown.image, shots, classes[true], title)
-    try:
-        return _as_file(figure, suffix, dpi=150)
-    finally:
-        figures.plt.close(figure)
-
-
-def _as_file(figure: figures.Figure, suffix: str, dpi: int) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=suffix[1:], dpi=dpi)
-    return buffer.getvalue()
+    return figures.as_file(figure, suffix[1:], dpi=150)
 
 
 def strength_animation(
@@ -237,10 +227,10 @@ class ExportPanel(Panel):
             with claimed(names) as path:
                 write_bytes(path, content)
         height, width = controller.shown.image.shape[:2]
-        told = ""
+        words = ""
         if kind in ("map", "rle", "polygons"):
-            told = f" {width} x {height} pixels, as the model sees the picture; cells are exact."
-        self._said.value = _handed_over(path, content, told)
+            words = f" {width} x {height} pixels, as the model sees the picture; cells are exact."
+        self._said.value = _handed_over(path, content, words)
         return path
 
     def _made(self, kind: str, suffix: str) -> bytes:
@@ -265,12 +255,12 @@ class ExportPanel(Panel):
         return json.dumps(painted_cells(controller, kind)).encode()
 
     def _say(self, words: str) -> None:
-        self._said.value = f'<span role="status">{escape(words)}</span>'
+        self._said.value = told(words)
 
 
-def _handed_over(path: Path, content: bytes, told: str) -> str:
+def _handed_over(path: Path, content: bytes, words: str) -> str:
     """Where a file lies; a link to it, and what it shows, where it is small."""
-    said = f"Saved as {escape(str(path))}.{told}"
+    said = f"Saved as {escape(str(path))}.{words}"
     kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
     shown = ""
     if len(content) <= LINKED:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from lib.edit import EPS, LOW, AttentionEdit, as_odds, brief, is_index, is_share, resolve_heads
-from lib.widgets.history import OFF, SLIDERS, History, Work, as_logits, asked_map
+from lib.edit import EPS, LOW, AttentionEdit, brief, is_index, is_share, resolve_heads
+from lib.widgets.history import OFF, SLIDERS, History, Work, asked_map, in_proportion
 from lib.widgets.session import Session
 
 COPY_STRENGTH = 0.5  # of a copied map: of 100 right predictions it breaks about 7, and 1.0 about 20
@@ -53,6 +53,7 @@ class Painting:
         # The fingerprint is part of each key: after teaching, the model is another one.
         self._sigmoid = lru_cache(CACHED)(lambda _, *asked: session.sigmoid(*asked))
         self._own = lru_cache(CACHED)(self._mean_of_heads)
+        self._edits = lru_cache(CACHED)(self._make_edit)  # a work is known by itself: none changes
         self.open(index)
 
     def open(self, index: int) -> None:
@@ -159,7 +160,10 @@ class Painting:
         return self.edit_of(self.work)
 
     def edit_of(self, work: Work) -> AttentionEdit:
-        """The same of any work on the open picture."""
+        """The same of any work on the open picture; made once: a stroke asks for it many times."""
+        return self._edits(self.session.fingerprint, self.index, self.block, work)
+
+    def _make_edit(self, _: str, __: int, ___: int, work: Work) -> AttentionEdit:
         wanted = self._asked(replace(work, strength=1.0))
         touched = ~np.isnan(work.painted) | (np.abs(wanted - self._own_of(work)) > EPS)
         touched &= work.strength > 0
@@ -208,9 +212,7 @@ class Painting:
         Args:
             weights: [gh, gw], from 0, not 0 everywhere.
         """
-        known = ~np.isnan(weights)
-        now = np.exp(as_logits(self.own))[known].mean() if known.any() else 1.0
-        self._history.change(painted=as_odds(weights, now), strength=COPY_STRENGTH)
+        self._history.change(painted=in_proportion(weights, self.own), strength=COPY_STRENGTH)
 
     def reset(self) -> None:
         """Back to the model's own map: erases all, switches `OFF` the three sliders."""

@@ -121,6 +121,11 @@ def in_column(children: Iterable[widgets.Widget], name: str) -> widgets.VBox:
     return widgets.VBox(list(children)).add_class(name)
 
 
+def told(words: str) -> str:
+    """Words that are read out when they change."""
+    return f'<span role="status">{escape(words)}</span>'
+
+
 def table_html(head: Iterable[str], rows: Iterable[Iterable[str]], name: str) -> str:
     """A table with the CSS classes `name`; cells are HTML, and the first of a row is its title."""
     titles = "".join(f'<th scope="col">{text}</th>' if text else "<td></td>" for text in head)

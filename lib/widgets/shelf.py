@@ -26,9 +26,9 @@ from lib.data.pictures import read_picture
 from lib.edit import AttentionEdit, resolve_blocks, resolve_heads
 from lib.widgets.controller import EditorController
 from lib.widgets.history import Work
-from lib.widgets.panel import Panel, in_row, wide
+from lib.widgets.panel import Panel, in_row, told, wide
 from lib.widgets.session import LiveSession
-from lib.widgets.thumbs import Thumbnails, told
+from lib.widgets.thumbs import Thumbnails
 
 ON_SHELF = 12  # corrections a page
 
@@ -95,8 +95,8 @@ class CorrectionFolder:
 def work_of(edit: AttentionEdit) -> Work:
     """A saved edit as the editor holds it."""
     painted = np.where(edit.mask.numpy(), edit.values.numpy(), np.nan)
-    scope = {name: getattr(edit, name) for name in ("blocks", "heads", "queries", "offset")}
-    return Work(painted, strength=edit.strength, scope=scope)
+    scope = edit.scope
+    return Work(painted, strength=scope.pop("strength"), scope=scope)
 
 
 class CorrectionShelf(Panel):

@@ -20,10 +20,10 @@ import numpy as np
 import pandas as pd
 
 from lib import figures
-from lib.edit import EPS, AttentionEdit, as_odds
+from lib.edit import EPS, AttentionEdit
 from lib.widgets.controller import EditorController, attention_moved
-from lib.widgets.history import OFF, Work
-from lib.widgets.panel import Panel, in_column, in_row
+from lib.widgets.history import OFF, Work, in_proportion
+from lib.widgets.panel import Panel, in_column, in_row, told
 from lib.widgets.pixels import data_url, loops_around, png
 from lib.widgets.session import Outcome
 
@@ -91,11 +91,9 @@ class SnapshotList:
             raise ValueError(why)
         controller = self.controller
         own = controller.session.seen_together(controller.index, controller.block, "centred")
-        known = ~np.isnan(values)
-        now = float((own / (1 - own))[known].mean())
         scope = controller.scope | {"heads": "mean", "offset": "centred"}
         settings = OFF | {"strength": controller.strength}
-        return self._add(name, Work(as_odds(values, now), **settings, scope=scope))
+        return self._add(name, Work(in_proportion(values, own), **settings, scope=scope))
 
     def ready_made(self, name: str) -> tuple[np.ndarray | None, str]:
         """The map of one of `READY`, `[gh, gw]` from 0, and "" ; or None, and why there is none."""
@@ -180,8 +178,7 @@ class SnapshotList:
                 "moved": attention_moved(one.before, one.after, controller.block),
                 "cells": int(edit.mask.sum()),
             }
-            scope = ("blocks", "heads", "queries", "offset", "strength")
-            rows.append(row | {field: getattr(edit, field) for field in scope})
+            rows.append(row | edit.scope)
         return pd.DataFrame(rows)
 
     def _mean_map(self) -> np.ndarray | None:
@@ -392,7 +389,7 @@ class SnapshotPanel(Panel):
         self._say(f"Kept as {self.kept.keep().name}.")
 
     def _say(self, words: str) -> None:
-        self._said.value = f'<span role="status">{escape(words)}</span>'
+        self._said.value = told(words)
 
     # -- showing
 

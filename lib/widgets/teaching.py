@@ -27,11 +27,10 @@ from lib.training.state import Progress
 from lib.training.taught import Example, own_copy
 from lib.training.teach import TeachConfig, Teacher, TeachReport
 from lib.widgets.controller import EditorController
-from lib.widgets.panel import Panel, figure_html, style_sheet, table_html
+from lib.widgets.panel import Panel, figure_html, style_sheet, table_html, told
 from lib.widgets.pixels import coloured, data_url, heat_url, png
 from lib.widgets.session import LiveSession
 from lib.widgets.shelf import CorrectionFolder
-from lib.widgets.thumbs import told
 
 COUNTS = (1, 5, 25)  # corrections to pick from, beside all of them
 

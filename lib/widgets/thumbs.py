@@ -6,7 +6,6 @@ import base64
 import io
 import uuid
 from collections.abc import Callable, Hashable, Sequence
-from html import escape
 from threading import Event
 from time import monotonic
 
@@ -153,8 +152,3 @@ def small_url(pixels: np.ndarray) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=80)
     return f"url(data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')})"
-
-
-def told(words: str) -> str:
-    """Words that are read out when they change."""
-    return f'<span role="status">{escape(words)}</span>'

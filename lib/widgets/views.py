@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 from html import escape
 from typing import Any
@@ -81,7 +80,7 @@ def title_html(controller: EditorController, mark: str, is_hidden: bool) -> str:
 
 
 def ladder_html(rungs: Iterable[dict[str, Any]]) -> str:
-    """Takes `EditorController.ladder`."""
+    """Takes what `rungs.climb` gives."""
     rows = [
         (escape(rung), escape(prediction), f"{share:.3f}", f"{p_true:.3f}")
         for rung, prediction, share, p_true in map(dict.values, rungs)
@@ -96,7 +95,4 @@ def state_png(controller: EditorController) -> bytes:
     picture = np.asarray(map_over_picture(shown.image, controller.asked, edited))
     rows = controller.score_rows()
     figure = figures.editor_state(shown.image, picture, controller.summary(), rows)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=80)
-    figures.plt.close(figure)
-    return content.getvalue()
+    return figures.as_file(figure, "png", dpi=80)

@@ -166,7 +166,7 @@ class LiveSession:
         return Outcome(
             probabilities=torch.softmax(scores.float(), dim=-1).numpy(),
             attention=mass[:, self.num_prefix :].unflatten(-1, self.grid).numpy(),
-            class_token=mass[:, 0].numpy(),
+            class_token=mass[:, : min(self.num_prefix, 1)].sum(dim=1).numpy(),
         )
 
     def _run_trunk(self, index: int) -> LiveImage:

@@ -90,3 +90,115 @@ def test_every_vit_of_timm_equals_it_or_is_refused(name):
     assert model.num_prefix in family.prefix
     assert model.layout.pooled == (family.decides == "pooling row")
     assert (model.num_read == 2) == (family.decides == "class and distillation rows")
+
+
+WORKING = [family for family in FAMILIES if family.decides]
+each_family = pytest.mark.parametrize("family", WORKING, ids=lambda family: family.title)
+# Of what is as timm makes it: its own square grid; a wide one; another resolution than its own.
+SIZES = {"square": (4, 4), "wide": (3, 5), "other": (5, 3)}
+
+
+def example_of(family: Family, dtype: torch.dtype, size: str) -> tuple[SigmoidViT, Tensor]:
+    """A small model of the family, and two pictures."""
+    name = family.example
+    if name.partition(".")[0] not in KNOWN:
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+    changes = {} if family.trained else {"global_pool": "token"}
+    patch = small(name, **changes).patch_embed.feat_ratio()
+    rows, columns = SIZES[size]
+    height, width = rows * patch, columns * patch
+    if size == "other":
+        changes |= {"dynamic_img_size": True}
+    else:
+        changes |= {"img_size": (height, width)}
+    model = SigmoidViT(small(name, **changes)).to(dtype)
+    return model, pictures(model, size=(height, width)).to(dtype)
+
+
+Change = Callable[[int, Tensor], Tensor]
+
+
+def written_out(
+    vit: nn.Module, images: Tensor, change: Change = lambda _, logits: logits
+) -> tuple[Tensor, list[Tensor]]:
+    """timm's own forward pass, each attention in it computed here, with its logits changed.
+
+    Returns:
+        scores; the logits of every block, in order, before the change.
+    """
+    seen = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
+        assert not any(value for key, value in options.items() if key != "enable_gqa")
+        shared = q.shape[1] // k.shape[1]
+        k, v = (part.repeat_interleave(shared, dim=1) for part in (k, v))
+        seen.append(q.float() @ k.float().transpose(-2, -1) / q.shape[-1] ** 0.5)
+        shares = torch.softmax(change(len(seen) - 1, seen[-1]), dim=-1)
+        return shares.to(v.dtype) @ v
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", attend)
+        return vit(images), seen
+
+
+@torch.no_grad()
+@each_family
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_rows_are_those_of_timms_attention(family, size, dtype):
+    model, images = example_of(family, dtype, size)
+    near = 1e-5 if dtype is torch.float32 else 20 * torch.finfo(dtype).eps
+    plain, seen = written_out(model.vit, images)
+    scores, rows = model(images, rows="all")
+    assert_close(scores, plain, near)
+    assert len(seen) == model.depth and set(rows) == set(model.layout.read)
+    grid = model.grid_of(images)
+    for block, row in rows.items():
+        theirs = seen[block][:, :, 0]
+        hidden = row.shape[-1] - theirs.shape[-1]  # prefix tokens that a pooling leaves out
+        assert row.shape[-1] == model.num_prefix + grid[0] * grid[1]
+        assert hidden in (0, model.num_prefix) and (row[..., :hidden] < -1e3).all()
+        assert_close(row[..., hidden:], theirs, near)
+
+
+@torch.no_grad()
+@each_family
+@pytest.mark.parametrize("size", ["wide", "other"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("queries", ["cls", "all"])
+def test_edits_are_what_timm_gives_with_edited_logits(family, size, dtype, queries):
+    model, images = example_of(family, dtype, size)
+    grid = model.grid_of(images)
+    patches = grid[0] * grid[1]
+    generator = torch.Generator().manual_seed(2)
+    mask = torch.rand(patches, generator=generator) < 0.4
+    values = 0.02 + 0.96 * torch.rand(patches, generator=generator)
+    wanted = torch.log(values / (1 - values))
+    near = 1e-5 if dtype is torch.float32 else 20 * torch.finfo(dtype).eps
+    plain = model(images)
+    for blocks in ("last", "last2", "all", *(["pool"] if model.layout.pooled else [])):
+        edited = {"last": 1, "pool": 1, "last2": 2, "all": model.depth}[blocks]
+        edited = range(model.depth - edited, model.depth)
+
+        def change(block: int, logits: Tensor, edited: range = edited) -> Tensor:
+            rows = logits.shape[2] if queries == "all" else family_rows(model, block)
+            if block not in edited or not rows:
+                return logits
+            logits = logits.clone()
+            cells = logits[:, :, :rows, -patches:]
+            cells.copy_(torch.where(mask, wanted, cells))
+            return logits
+
+        theirs, _ = written_out(model.vit, images, change)
+        edit = AttentionEdit(mask, values, blocks=blocks, queries=queries)
+        if dtype is torch.float32:  # the edit does something
+            assert (theirs - plain).abs().max() > 100 * near
+        for one_query in (True, False):
+            model.one_query = one_query
+            assert_close(model(images, edit=edit), theirs, near)
+
+
+def family_rows(model: SigmoidViT, block: int) -> int:
+    """Rows of a block that an edit of the class rows changes."""
+    is_pool = model.layout.pooled and block == model.depth - 1
+    return 1 if is_pool else (model.vit.cls_token is not None) + hasattr(model.vit, "head_dist")

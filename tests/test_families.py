@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import fnmatch
+import re
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib.__main__ import main
 from lib.edit import AttentionEdit
 from lib.model.families import FAMILIES, Family, default_pool, family_of, why_refused
 from lib.model.vit import SigmoidViT, UnsupportedModelError, create_model
@@ -202,3 +202,125 @@ def family_rows(model: SigmoidViT, block: int) -> int:
     """Rows of a block that an edit of the class rows changes."""
     is_pool = model.layout.pooled and block == model.depth - 1
     return 1 if is_pool else (model.vit.cls_token is not None) + hasattr(model.vit, "head_dist")
+
+
+def keys(vit: nn.Module) -> set[str]:
+    return set(vit.state_dict())
+
+
+@pytest.mark.parametrize(
+    "family", [one for one in WORKING if one.average], ids=lambda one: one.title
+)
+def test_what_pooling_by_the_class_token_changes(family):
+    """What the table says of a file of weights: which of its norms fit, and that a head does."""
+    average, token = (small(family.example, global_pool=pool) for pool in ("avg", "token"))
+    changed = {"norm.weight", "norm.bias", "fc_norm.weight", "fc_norm.bias"}
+    assert keys(average) ^ keys(token) == (changed if "fc_norm" in family.average else set())
+    if "no norm behind the blocks" in family.average:
+        assert isinstance(token.norm, nn.Identity) and isinstance(token.fc_norm, nn.Identity)
+    # A head for their weights' own classes, or none: "a head is new in either case", "no head".
+    tags = timm.list_pretrained(f"{family.example}.*") or [family.example]
+    classes = {timm.get_pretrained_cfg(tag).num_classes for tag in tags}
+    assert (classes == {0}) == ("no head" in family.average or family.trained)
+
+
+def test_create_model_pools_by_what_the_weights_were_trained_with():
+    sizes = {"depth": 1, "embed_dim": 48, "num_heads": 4}
+    for name in ("vit_small_patch16_dinov3", "vit_small_patch16_dinov3.lvd1689m"):
+        assert create_model(name, 3, (32, 48), **sizes).vit.global_pool == "token"
+    assert create_model("vit_base_patch16_siglip_224", 3, (32, 32), **sizes).layout.pooled
+    said = r'pools its tokens with global_pool="avg".*\(EVA-02: fine-tuned with the average'
+    with pytest.raises(UnsupportedModelError, match=said):
+        create_model("eva02_tiny_patch14_224", 3, (28, 28), **sizes)
+    model = create_model("eva02_tiny_patch14_224", 3, (28, 28), global_pool="token", **sizes)
+    assert model.num_read == 1
+    with pytest.raises(UnsupportedModelError, match=r'without "_gap" in its name'):
+        create_model("vit_base_patch16_siglip_gap_224", 3, (32, 32), **sizes)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.title)
+def test_an_example_is_of_its_family_and_the_page_has_it(family):
+    assert family_of(family.example) is family_of(f"hf_hub:timm/{family.example}") is family
+    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    prefix = " or ".join(map(str, family.prefix))
+    cells = [family.title, f"`{family.example}`"]
+    if family.decides:
+        cells += [family.decides, prefix, family.positions]
+    assert f"| {' | '.join(cells)} |" in page
+
+
+def forget(owner: nn.Module, attribute: str) -> None:
+    """As if another version of timm had another name for it."""
+    parts = vars(owner), owner._modules, owner._parameters, owner._buffers
+    place = next(place for place in parts if attribute in place)
+    place[f"{attribute}_2"] = place.pop(attribute)
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "attributes"),
+    [
+        (
+            "vit_tiny_patch16_224",
+            "",
+            "patch_embed norm_pre norm fc_norm head_drop cls_token blocks",
+        ),
+        ("vit_tiny_patch16_224", "blocks.1", "norm1 attn ls1 drop_path1 norm2 mlp ls2 drop_path2"),
+        ("vit_tiny_patch16_224", "blocks.1.attn", "qkv q_norm k_norm attn_drop norm proj scale"),
+        ("vit_small_patch16_dinov3", "blocks.1", "norm1 attn gamma_2 drop_path1 norm2 mlp"),
+        ("vit_small_patch16_dinov3", "blocks.1.attn", "qkv q_norm num_heads num_prefix_tokens"),
+        ("vit_base_patch16_siglip_224", "attn_pool", "latent q kv q_norm k_norm proj mlp scale"),
+    ],
+)
+def test_a_renamed_attribute_is_one_sentence_that_names_it(name, where, attributes):
+    for attribute in attributes.split():
+        vit = small(name)
+        forget(vit.get_submodule(where), attribute)
+        with pytest.raises(UnsupportedModelError) as caught:
+            SigmoidViT(vit)
+        said = str(caught.value)
+        assert re.search(rf"has no attribute {attribute}, ", said), said
+        assert "or this version of timm names it otherwise; use a model" in said
+        assert "\n" not in said and ". " not in said
+
+
+# What each of timm's releases may have: one of each kind of reason.
+@pytest.mark.parametrize(
+    ("name", "changes", "says"),
+    [
+        ("vit_tiny_patch16_224", {"global_pool": "avg"}, 'create it with global_pool="token"'),
+        ("vit_base_patch16_gap_224", {}, "it has no class token, so use a model of"),
+        ("vit_tiny_patch16_224", {"global_pool": "prr"}, "is no query that pools the tokens"),
+        ("vit_tiny_patch16_224", {"patch_drop_rate": 0.5}, "create it with patch_drop_rate=0"),
+        ("eva02_enormous_patch14_clip_224", {}, "has its norms behind attention and MLP"),
+        ("vit_dwee_patch16_reg1_gap_256", {}, "subtracts two softmaxes"),
+        ("vit_base_patch16_xp_224", {}, "beside each other from one projection"),
+        ("vit_base_patch16_rpn_224", {}, "has its norms behind attention and MLP"),
+        ("vit_relpos_base_patch16_cls_224", {}, "adds relative positions to its logits"),
+    ],
+)
+def test_what_is_refused_says_why(name, changes, says):
+    if name not in KNOWN:
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+    try:
+        vit = small(name, **changes)
+    except AssertionError:
+        pytest.skip(f"timm {timm.__version__} has no {changes}")
+    with pytest.raises(UnsupportedModelError, match=says):
+        SigmoidViT(vit)
+
+
+def test_the_command_lists_families_and_single_names(capsys):
+    assert main(["models"]) == 0
+    told = capsys.readouterr().out
+    assert max(map(len, told.splitlines())) <= 100
+    assert all(family.title in told and family.example in told for family in WORKING)
+    assert "DiffAttention in Block of this VisionTransformer subtracts two softmaxes" in told
+    assert main(["models", "eva02_*224"]) == 0
+    told = capsys.readouterr().out
+    assert "eva02_base_patch16_clip_224: class row (EVA-02-CLIP)" in told
+    assert 'eva02_tiny_patch14_224: class row with global_pool="token" (EVA-02)' in told
+    assert "eva02_enormous_patch14_clip_224: refused\n    EvaBlockPostNorm of this Eva" in told
+    assert main(["models", "vit_small_*.dino"]) == 0
+    assert "vit_small_patch16_224.dino: class row (DINO)" in capsys.readouterr().out
+    assert main(["models", "dinov3"]) == 2
+    assert "has no model dinov3; for a part of a name put stars" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from fnmatch import fnmatchcase
 from textwrap import fill
 from typing import TYPE_CHECKING
@@ -24,15 +25,15 @@ def models(pattern: tyro.conf.Positional[str | None] = None) -> None:
 
     if pattern is not None:
         return _one_by_one(pattern)
-    at_once = [one for one in FAMILIES if one.decides and one.trained]
-    on_demand = [one for one in FAMILIES if one.decides and not one.trained]
-    print("What decides, tokens before the patches, positions; an example:\n")
-    for family in at_once:
-        _print_family(family)
-    print('\nAveraged by timm; the class row decides with overrides {"global_pool": "token"}:\n')
-    for family in on_demand:
-        _print_family(family)
-    print("\nRefused, as no row decides alone or none can be edited:\n")
+    print("Works: what decides, tokens before the patches, positions; an example\n")
+    for family in FAMILIES:
+        if family.decides and family.trained:
+            _print_family(family)
+    print('\nWorks with global_pool="token"; as timm makes it, it averages the patches\n')
+    for family in FAMILIES:
+        if family.decides and not family.trained:
+            _print_family(family)
+    print("\nRefused\n")
     for family in FAMILIES:
         if not family.decides:
             _print_refused(family)
@@ -41,7 +42,7 @@ def models(pattern: tyro.conf.Positional[str | None] = None) -> None:
 
 def _print_family(family: Family) -> None:
     prefix = " or ".join(map(str, family.prefix))
-    print(f"{family.title:32} {family.decides}, {prefix}, {family.positions}; {family.example}")
+    print(f"{family.title:30} {family.decides}, {prefix}, {family.positions}; {family.example}")
     for told in filter(None, (family.average, family.note)):
         print(_below(told))
 
@@ -50,10 +51,9 @@ def _print_refused(family: Family) -> None:
     from lib.model.families import why_refused
 
     print(f"{family.title}: {', '.join(family.names)}")
-    # The way out is the same for all, and stands in the headline of the page.
-    print(_below(why_refused(family.example).partition("; use a model of")[0]))
-    if family.note:
-        print(_below(family.note))
+    reason = why_refused(family.example).partition("; ")[0]  # the way out is this list
+    for told in filter(None, (reason, family.note)):
+        print(_below(told))
 
 
 def _below(text: str) -> str:
@@ -64,21 +64,30 @@ def _one_by_one(pattern: str) -> None:
     """Each name as soon as it is known: a large model takes half a second."""
     import timm
 
-    from lib.model.families import family_of, why_refused
+    from lib.model.families import advice, family_of, why_refused
 
-    names = [*timm.list_models(), *timm.list_pretrained()] if "." in pattern else timm.list_models()
-    names = [name for name in names if fnmatchcase(name, pattern)]
+    known = [*timm.list_models(), *timm.list_pretrained()] if "." in pattern else timm.list_models()
+    names = [name for name in known if fnmatchcase(name, pattern)]
     if not names:
         raise ValueError(
-            f'timm {timm.__version__} has no model {pattern}; for a part of a name put stars around '
-            f'it, as in "*dinov3*"'
+            f"timm {timm.__version__} has no model {pattern}; for a part of a name put stars "
+            'around it: "*dinov3*"'
         )
-    works = 0
+    told: dict[str, str] = {}  # reasons, and who was refused with them first
+    counts = Counter()
     for name in names:
         family, reason = family_of(name), why_refused(name)
-        works += not reason
         if not reason:
+            counts["work"] += 1
             print(f"{name}: {family.decides} ({family.title})", flush=True)
+        elif family and family.decides:
+            counts['work with global_pool="token"'] += 1
+            print(f'{name}: {family.decides} with global_pool="token" ({family.title})', flush=True)
         else:
-            print(f"{name}: refused\n{_below(reason)}", flush=True)
-    print(f"\n{works} of {len(names)} work")
+            counts["are refused"] += 1
+            reason += advice(name)
+            same = told.setdefault(reason, name)
+            print(f"{name}: refused{f', as {same}' * (same != name)}", flush=True)
+            if same == name:
+                print(_below(reason), flush=True)
+    print(f"\nof {len(names)}, " + ", ".join(f"{count} {what}" for what, count in counts.items()))

@@ -54,7 +54,8 @@ class Family:
 
 
 _AVERAGED = (
-    "fine-tuned with the average of the patches: class token, norm and head must be trained anew"
+    "fine-tuned with the average of the patches: the class row, its norm (which stands in place of "
+    "fc_norm) and the head have to learn"
 )
 
 # A model is of the first family that has its name, so what is particular comes first.
@@ -66,7 +67,8 @@ FAMILIES = (
         CLASS,
         (5,),
         ROTARY,
-        average="trained with the class token, and its norm is the same one; the head is new",
+        average="timm averages the patches; here it is made with global_pool=\"token\", as it was "
+        "trained: its norm is the same one, and a head is new in either case",
         note="EUPE has the same names",
     ),
     Family(
@@ -78,7 +80,13 @@ FAMILIES = (
     ),
     Family("DINOv2", ("vit_*_dinov2",), "vit_small_patch14_dinov2", CLASS),
     Family("DINO", ("vit_*.dino",), "vit_small_patch16_224.dino", CLASS),
-    Family("MAE", ("vit_*.mae",), "vit_base_patch16_224.mae", CLASS),
+    Family(
+        "MAE",
+        ("vit_*.mae",),
+        "vit_base_patch16_224.mae",
+        CLASS,
+        note="trained to fill in pixels: the class row and the head have to learn",
+    ),
     Family("LingBot-Vision", ("vit_*_lingbot",), "vit_small_patch16_lingbot", CLASS, (5,), ROTARY),
     Family("Sapiens2", ("vit_*_sapiens2",), "vit_base_patch16_sapiens2", CLASS, (9,), ROTARY),
     Family("TIPSv2", ("vit_*_tipsv2",), "vit_base_patch14_reg1_tipsv2", CLASS, (2,)),
@@ -125,7 +133,7 @@ FAMILIES = (
         note="the pooling reads the class token too, but for gigantic, which has none",
     ),
     Family(
-        "PE-lang, PE-spatial, gigantic",
+        "PE-lang and PE-spatial, gigantic",
         ("vit_pe_lang_gigantic_*", "vit_pe_spatial_gigantic_*"),
         "vit_pe_spatial_gigantic_patch14_448",
         note="vit_pe_core_* is pooled by attention",
@@ -136,8 +144,8 @@ FAMILIES = (
         "vit_pe_spatial_tiny_patch16_512",
         CLASS,
         positions=f"{LEARNED}, {ROTARY}",
-        average="made for maps of patches: no norm behind the blocks, no head, and a class token "
-        "that nothing asked for an answer",
+        average="made for maps of patches: no norm behind the blocks and no head; the class row has "
+        "to learn",
         trained=False,
     ),
     Family(
@@ -172,11 +180,11 @@ FAMILIES = (
         ("vit_*_xp_*", "vit_*_18x2_*", "vit_pwee_*"),
         "vit_base_patch16_xp_224",
     ),
-    Family("Norms behind, average", ("vit_*_rpn_*",), "vit_base_patch16_rpn_224"),
+    Family("Norms behind", ("vit_*_rpn_*",), "vit_base_patch16_rpn_224"),
     Family("Relative positions", ("*vit_*relpos*",), "vit_relpos_base_patch16_cls_224"),
     Family(
-        "Averaged patches, no class token (I-JEPA, searching for better baselines, AIMv2)",
-        ("vit_*_gap_*", "aimv2_*", "test_vit2", "test_vit4"),
+        "I-JEPA, AIMv2, ViTamin and others",
+        ("vit_*_gap_*", "aimv2_*", "vitamin_*", "test_vit2", "test_vit4"),
         "vit_huge_patch14_gap_224",
     ),
     Family(
@@ -188,7 +196,7 @@ FAMILIES = (
         note="axial, or mixed: frequencies learned by block and head",
     ),
     Family(
-        "RoPE ViT with learned positions",
+        "RoPE ViT + learned positions",
         ("vit_*_rope_ape_224", "vit_*_rope_mixed_ape_224"),
         "vit_small_patch16_rope_ape_224",
         CLASS,
@@ -209,14 +217,14 @@ FAMILIES = (
     Family("ViT", ("vit_*", "test_vit"), "vit_small_patch16_224", CLASS,
            note="AugReg, ImageNet-21k, SAM optimiser, MIIL, Bamboo"),
     Family("BEiT", ("beit_*", "beitv2_*"), "beit_base_patch16_224"),
-    Family("NaFlexViT", ("naflexvit_*",), "naflexvit_base_patch16_siglip"),
+    Family("NaFlexViT", ("naflexvit_*",), "naflexvit_base_patch16_siglip",
+           note="for SigLIP 2 and RADIO timm has models of one size, vit_*"),
     Family("SAM", ("samvit_*",), "samvit_base_patch16"),
     Family("Hiera", ("hiera_*", "sam2_hiera_*", "hieradet_*"), "hiera_tiny_224"),
     Family("Swin", ("swin_*", "swinv2_*"), "swin_tiny_patch4_window7_224"),
-    Family("ViTamin", ("vitamin_*",), "vitamin_small_224"),
     Family("Vision towers of language models", ("qwen3_vit_*", "gemma4_vit_*", "deepseek_vit_*"),
            "qwen3_vit_88m"),
-    Family("Class attention and others", ("cait_*", "xcit_*", "volo_*", "convit_*", "crossvit_*",
+    Family("Others with attention", ("cait_*", "xcit_*", "volo_*", "convit_*", "crossvit_*",
            "pit_*", "levit_*", "tnt_*", "tiny_vit_*"), "cait_xxs24_224"),
 )  # fmt: skip
 

@@ -1,8 +1,9 @@
 """Other people's checkpoints: from a file of any kind to tensors by name, and where a ViT is in it.
 
 Nesting and prefixes are one thing here: tensors get the path to them as their name, joined by
-dots, and a ViT is wherever, below some prefix, the names are such as timm, or `convert.py`, knows. The content
-of a file decides what kind it is, its suffix does not. No code in a file is ever imported or run.
+dots, and a ViT is wherever, below some prefix, the names are such as timm or `convert.py` knows.
+The content of a file decides what kind it is, its suffix does not. No code in a file is ever
+imported or run.
 """
 
 from __future__ import annotations

@@ -95,11 +95,14 @@ def whose_names(state: Mapping[str, Tensor], prefix: str) -> str:
 def in_timms_names(
     state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], prefix: str, vit: nn.Module
 ) -> tuple[dict[str, Tensor], str]:
-    """The tensors of one tower in names that timm, or its own conversion, knows; and whose they had.
+    """The tensors of one tower in names that timm, or its own conversion, knows.
 
     Args:
         state: the tower's, without the prefix. tensors: the whole file's, with paths.
         prefix: of the tower in the file; its head may stand beside it. vit: what they are for.
+
+    Returns:
+        the tensors; whose names they had, see `whose_names`.
     """
     whose = whose_names(state, prefix)
     parent = prefix[: prefix.rstrip(".").rfind(".") + 1]
@@ -121,9 +124,7 @@ def in_timms_names(
     if whose == TRANSFORMERS:
         _add_heads(named, around, state)
         _reshape(named, vit)
-    own = vit.state_dict()
-    _join_attention(named, own)
-    return _with_bias_of_head(named, vit), whose
+    return _with_bias_of_head(_like_own_blocks(named, vit.state_dict()), vit), whose
 
 
 def _add_heads(
@@ -162,42 +163,55 @@ def _reshape(named: dict[str, Tensor], vit: nn.Module) -> None:
             named[f"attn_pool.kv.{kind}"] = whole[width:]
 
 
-def _join_attention(named: dict[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Queries, keys, values, gates and scales in the form that the model has them in.
-
-    A bias that the model has no place for is left out where it is zero, as timm does with those
-    of DINOv3. Else it keeps a name that the model has not, and is refused.
-    """
-    for block in sorted({name.split(".")[1] for name in named if name.startswith("blocks.")}):
-        of, attn = f"blocks.{block}.", f"blocks.{block}.attn."
-        if f"{of}gamma_1" in own:
-            for number in (1, 2):
-                if f"{of}ls{number}.gamma" in named:
-                    named[f"{of}gamma_{number}"] = named.pop(f"{of}ls{number}.gamma")
-        for kind in ("weight", "bias"):
-            gates = [f"{of}mlp.fc1_{one}.{kind}" for one in "gx"]
-            if f"{of}mlp.fc1.{kind}" in own and all(name in named for name in gates):
-                named[f"{of}mlp.fc1.{kind}"] = torch.cat([named.pop(name) for name in gates])
-        weights = [named.get(f"{attn}{one}.weight") for one in "qkv"]
-        if any(weight is None for weight in weights):
-            continue
-        biases = {one: named.pop(f"{attn}{one}.bias", None) for one in "qkv"}
-        for one in "qkv":
-            del named[f"{attn}{one}.weight"]
-        if f"{attn}q_proj.weight" in own:
-            places = {one: f"{attn}{one}_proj.bias" for one in "qkv"}
-            named |= {f"{attn}{one}_proj.weight": w for one, w in zip("qkv", weights, strict=True)}
+def _like_own_blocks(named: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Layer scale, gated MLPs and attention of every block in the form that the model has."""
+    places = {name.removeprefix("blocks.0.") for name in own if name.startswith("blocks.0.")}
+    whole: dict[str, Tensor] = {}
+    blocks: dict[str, dict[str, Tensor]] = {}
+    for name, value in named.items():
+        if name.startswith("blocks."):
+            _, number, rest = name.split(".", 2)
+            blocks.setdefault(number, {})[rest] = value
         else:
-            places = {one: f"{attn}{one}_bias" for one in "qkv"}
-            named[f"{attn}qkv.weight"] = torch.cat(weights)
-        if f"{attn}qkv.bias" in own:
-            given = zip(biases.values(), weights, strict=True)
-            whole = [w.new_zeros(len(w)) if bias is None else bias for bias, w in given]
-            named[f"{attn}qkv.bias"] = torch.cat(whole)
-            continue
-        for one, bias in biases.items():
-            if bias is not None and (places[one] in own or bias.any()):
-                named[places[one]] = bias
+            whole[name] = value
+    for number, block in blocks.items():
+        if "gamma_1" in places:
+            block = {re.sub(r"^ls([12])\.gamma$", r"gamma_\1", k): v for k, v in block.items()}
+        for kind in ("weight", "bias"):
+            # Without a gate there is the second alone.
+            names = [one for one in (f"mlp.fc1_g.{kind}", f"mlp.fc1_x.{kind}") if one in block]
+            if names and f"mlp.fc1.{kind}" in places:
+                block[f"mlp.fc1.{kind}"] = torch.cat([block.pop(one) for one in names])
+        if all(f"attn.{one}.weight" in block for one in "qkv"):
+            block = _like_own_attention(block, places)
+        whole |= {f"blocks.{number}.{rest}": value for rest, value in block.items()}
+    return whole
+
+
+def _like_own_attention(block: dict[str, Tensor], places: set[str]) -> dict[str, Tensor]:
+    """Queries, keys and values, which are apart in `block`, in the form that the model has.
+
+    A bias for which the model has no place is left out where it is zero, as timm does with those of
+    DINOv3. Else it gets a name that the model has not, and is refused.
+    """
+    weights = [block.pop(f"attn.{one}.weight") for one in "qkv"]
+    biases = [block.pop(f"attn.{one}.bias", None) for one in "qkv"]
+    form = "attn.{}_bias"
+    if "attn.q_proj.weight" in places:
+        form = "attn.{}_proj.bias"
+        block |= {f"attn.{one}_proj.weight": w for one, w in zip("qkv", weights, strict=True)}
+    else:
+        block["attn.qkv.weight"] = torch.cat(weights)
+    if "attn.qkv.bias" in places:
+        pairs = zip(biases, weights, strict=True)
+        block["attn.qkv.bias"] = torch.cat(
+            [weight.new_zeros(len(weight)) if bias is None else bias for bias, weight in pairs]
+        )
+        return block
+    for one, bias in zip("qkv", biases, strict=True):
+        if bias is not None and (form.format(one) in places or bias.any()):
+            block[form.format(one)] = bias
+    return block
 
 
 def _with_bias_of_head(named: dict[str, Tensor], vit: nn.Module) -> dict[str, Tensor]:
@@ -218,16 +232,12 @@ def differences_told(state: Mapping[str, Tensor], vit: nn.Module) -> list[str]:
     theirs = [e for part, e in _EPSILONS.items() if any(part in name for name in state)]
     if theirs and eps is not None and not math.isclose(eps, theirs[0], rel_tol=1e-3):
         told.append(
-            f"the LayerNorms of transformers have epsilon {theirs[0]:g}, this model's {eps:g}: "
-            f"--model.norm-eps {theirs[0]:g} (norm_eps of create_model) makes the scores equal"
+            f"the usual epsilon of such weights is {theirs[0]:g} (layer_norm_eps in their "
+            f"config.json), this model's is {eps:g}: norm_eps={theirs[0]:g} makes the scores equal"
         )
-    has_gelu = any(type(module) is nn.GELU for module in vit.modules())
-    name = "quick_gelu" if any("pre_layrnorm" in one for one in state) else ""
-    name = "gelu_tanh" if any(one == "head.probe" for one in state) else name
-    exact = has_gelu and all(
-        module.approximate == "none" for module in vit.modules() if type(module) is nn.GELU
-    )
-    if name and exact:
+    names = {"gelu_tanh": "head.probe" in state, "quick_gelu": "pre_layrnorm.weight" in state}
+    exact = any(type(one) is nn.GELU and one.approximate == "none" for one in vit.modules())
+    for name in [name for name, is_theirs in names.items() if is_theirs and exact]:
         told.append(
             f"the usual activation of such weights is {name} (hidden_act in their config.json), "
             f'this model\'s is GELU: act_layer="{name}" makes the scores equal'

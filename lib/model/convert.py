@@ -80,7 +80,7 @@ _EPSILONS = {
 }
 
 
-def whose_names(state: Mapping[str, Tensor], prefix: str) -> str:
+def _whose(state: Mapping[str, Tensor], around: Mapping[str, Tensor], prefix: str) -> str:
     """Who names tensors so, where that is not timm; "" for what is left to timm."""
     if any(name.startswith("embeddings.patch_embedding") for name in state):
         return TRANSFORMERS
@@ -89,33 +89,33 @@ def whose_names(state: Mapping[str, Tensor], prefix: str) -> str:
     towers = ("visual.ln_pre.weight", "visual.class_embedding", "ln_pre.weight")
     if prefix.endswith("visual.trunk.") or any(name in state for name in towers):
         return "open_clip"
-    return ""
+    return "open_clip" if prefix.endswith("trunk.") and "head.proj.weight" in around else ""
 
 
 def in_timms_names(
-    state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], prefix: str, vit: nn.Module
+    state: dict[str, Tensor], tensors: Mapping[str, Tensor], prefix: str, vit: nn.Module
 ) -> tuple[dict[str, Tensor], str]:
     """The tensors of one tower in names that timm, or its own conversion, knows.
 
     Args:
-        state: the tower's, without the prefix. tensors: the whole file's, with paths.
+        state: the tower's, without the prefix; may be changed. tensors: the whole file's.
         prefix: of the tower in the file; its head may stand beside it. vit: what they are for.
 
     Returns:
-        the tensors; whose names they had, see `whose_names`.
+        the tensors; whose names they had, "" for timm's and what is left to timm.
     """
-    whose = whose_names(state, prefix)
     parent = prefix[: prefix.rstrip(".").rfind(".") + 1]
     around = {k.removeprefix(parent): v for k, v in tensors.items() if k.startswith(parent)}
+    whose = _whose(state, around, prefix)
     if whose == "open_clip":
         if "ln_pre.weight" in state:  # the tower alone; timm knows it below `visual.`
             return {f"visual.{name}": value for name, value in state.items()}, whose
-        if prefix.endswith("trunk."):
-            heads = {name: value for name, value in around.items() if name.startswith("head.")}
-            state = {**state, **{re.sub(r"^head\.proj\.", "head.", k): v for k, v in heads.items()}}
-        return _with_bias_of_head(dict(state), vit), whose
+        if prefix.endswith("trunk."):  # of timm, with a projection beside it
+            heads = [name for name in around if name.startswith("head.")]
+            state |= {re.sub(r"^head\.proj\.", "head.", name): around[name] for name in heads}
+        return _with_bias_of_head(state, vit), whose
     if not whose:
-        return dict(state), whose
+        return state, whose
     named = {}
     for name, value in state.items():
         for pattern, ours in _RULES[whose]:

@@ -36,6 +36,7 @@ from lib.model.checkpoints import (
 )
 from lib.model.convert import differences_told, fit_embeddings, in_timms_names
 from lib.model.vit import SigmoidViT
+from lib.model.zero_shot import head_of_file
 
 FORMATS = (".safetensors", ".pt", ".pth")
 _OF_JAX = "embedding/kernel"  # in the original files (.npz) of google-research
@@ -118,9 +119,18 @@ def load_weights(model: SigmoidViT, path: Path) -> LoadReport:
     best = min(found, key=lambda one: len(_differences(_sizes(one.fitted), _sizes(own))))
     _refuse_unlike(best, own, path, type(model.vit).__name__)
     fitted, state = best.fitted, best.state
+    head = head_of_file(model.vit, fitted)
+    if head is not None:  # of `zero_shot`, in place of the model's
+        own = {key: value for key, value in own.items() if not key.startswith("head.")}
+        own |= {f"head.{key}": value for key, value in head.state_dict().items()}
     loaded = {key: one for key, one in fitted.items() if key in own and one.shape == own[key].shape}
+    for part in _VIT_HEADS:  # a bias belongs to its weight
+        if part + "weight" not in loaded:
+            loaded.pop(part + "bias", None)
     for key, value in loaded.items():
         _refuse_unusable(state.get(key, value), f"{path} has", best.prefix + key)
+    if head is not None:
+        model.vit.head = head
     model.vit.load_state_dict(loaded, strict=False)
     new = tuple(key for key in own if key not in loaded)
     # Where there is nothing to resample, timm hands on the very tensor.
@@ -165,8 +175,8 @@ def _candidate(
     theirs = below(tensors, prefix)
     above = [place for place in grids if not place or prefix.startswith(f"{place}.")]
     grid = grids[max(above, key=len)] if above else None
-    state, whose = in_timms_names(theirs, tensors, prefix, vit)
     beware = tuple(differences_told(theirs, vit))
+    state, whose = in_timms_names(theirs, tensors, prefix, vit)
     try:
         return _Candidate(prefix, state, fit_embeddings(state, grid, vit), None, whose, beware)
     except Exception as error:  # timm's conversions of foreign files have no common class

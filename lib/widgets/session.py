@@ -17,6 +17,7 @@ from lib.data.dataset import BirdDataset
 from lib.data.maps import box_map
 from lib.edit import (
     AttentionEdit,
+    Layout,
     resolve_blocks,
     sigmoid_attention,
 )
@@ -55,7 +56,8 @@ class Session(Protocol):
 
     classes: list[str]  # names by label
     grid: tuple[int, int]  # (gh, gw), the patches of the model
-    depth: int  # blocks of the model
+    layout: Layout  # blocks of the model
+    depth: int
     num_heads: int
     fingerprint: str  # of the weights: another one when the model has changed
 
@@ -81,7 +83,8 @@ class LiveSession:
 
     Attributes:
         model, dataset: as given; the model by `replace_model` in the end.
-        classes: class names by label. grid: (gh, gw). depth, num_heads, num_prefix: the model's.
+        classes: class names by label. grid: (gh, gw). layout, depth, num_heads, num_prefix:
+            the model's.
         fingerprint: 16 hex digits that name the weights.
 
     Every method that takes an index raises IndexError outside the data set.
@@ -107,7 +110,8 @@ class LiveSession:
         self._refuse_misfit(model)
         self.model = model.eval()
         self.grid = model.grid
-        self.depth, self.num_heads, self.num_prefix = model.depth, model.num_heads, model.num_prefix
+        self.layout, self.num_prefix = model.layout, model.num_prefix
+        self.depth, self.num_heads = model.depth, model.num_heads
         self.fingerprint = _fingerprint(model)
         self._live.cache_clear()
 
@@ -157,7 +161,8 @@ class LiveSession:
                 f"{self.grid[0]} x {self.grid[1]}; paint it again on this model's grid"
             )
         scores, rows = self._live(self._position(index)).run(edit)
-        mass = torch.softmax(rows.float(), dim=-1).mean(dim=1)  # [depth, N]
+        # Of a block without a row to read NaN: the mean of no heads.
+        mass = torch.stack([torch.softmax(row.float(), dim=-1).mean(dim=0) for row in rows])
         return Outcome(
             probabilities=torch.softmax(scores.float(), dim=-1).numpy(),
             attention=mass[:, self.num_prefix :].unflatten(-1, self.grid).numpy(),

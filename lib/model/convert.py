@@ -236,7 +236,10 @@ def differences_told(state: Mapping[str, Tensor], vit: nn.Module) -> list[str]:
             f"config.json), this model's is {eps:g}: norm_eps={theirs[0]:g} makes the scores equal"
         )
     names = {"gelu_tanh": "head.probe" in state, "quick_gelu": "pre_layrnorm.weight" in state}
-    exact = any(type(one) is nn.GELU and one.approximate == "none" for one in vit.modules())
+    exact = any(  # PyTorch's, or timm's class of that name
+        type(one).__name__ == "GELU" and getattr(one, "approximate", "none") == "none"
+        for one in vit.modules()
+    )
     for name in [name for name, is_theirs in names.items() if is_theirs and exact]:
         told.append(
             f"the usual activation of such weights is {name} (hidden_act in their config.json), "

@@ -147,7 +147,8 @@ def _arrays(path: Path) -> Mapping[str, object]:
         raise ValueError("it is not .npy, .npz or .safetensors")
     with safetensors.safe_open(path, framework="pt") as file:
         found: dict[str, object] = {
-            key: file.get_tensor(key).float().numpy() for key in file.keys()  # noqa: SIM118
+            key: file.get_tensor(key).float().numpy()
+            for key in file.keys()  # noqa: SIM118
         }
         names = (file.metadata() or {}).get("names")
     return found if names is None else found | {"names": json.loads(names)}

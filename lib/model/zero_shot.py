@@ -79,9 +79,11 @@ class TextEmbeddings:
                 name = f" ({self.names[row]})" if self.names else ""
                 what = "is all zeros" if length == 0 else "has values that are NaN or infinite"
                 raise ValueError(f"text embedding {row}{name} {what}; make it again")
-        for name in ("logit_scale", "logit_bias"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} is {getattr(self, name)}; give a finite number")
+        if not (self.logit_scale < 15 and math.isfinite(self.logit_bias)):
+            raise ValueError(
+                f"logit_scale is {self.logit_scale:g} and logit_bias {self.logit_bias:g}; give both "
+                "as the model has them: finite, and the scale before exp (CLIP's is 4.6)"
+            )
 
     def of(self, classes: Sequence[str]) -> TextEmbeddings:
         """Those of a data set's classes, in its order.
@@ -126,12 +128,12 @@ def read_embeddings(path: Path) -> TextEmbeddings:
             "numpy.savez(file, embeddings=..., names=...)"
         )
     names = arrays.get("names")
-    given = {key: float(arrays[key]) for key in ("logit_scale", "logit_bias") if key in arrays}
+    told = [key for key in ("logit_scale", "logit_bias") if key in arrays]
     try:
         return TextEmbeddings(
             torch.from_numpy(np.asarray(arrays["embeddings"], dtype=np.float32)),
             None if names is None else tuple(str(name) for name in names),
-            **given,
+            **{key: np.asarray(arrays[key]).item() for key in told},
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -158,8 +160,8 @@ def zero_shot(
     model: SigmoidViT,
     embeddings: TextEmbeddings | Tensor | np.ndarray | Path | str,
     names: Sequence[str] | None = None,
-    logit_scale: float | None = None,
-    logit_bias: float | None = None,
+    logit_scale: float | Tensor | None = None,
+    logit_bias: float | Tensor | None = None,
 ) -> None:
     """Makes the classes' text embeddings the head of a CLIP or SigLIP image tower, in place.
 
@@ -177,13 +179,18 @@ def zero_shot(
     Raises:
         ValueError: embeddings of another width than the model's, or as `read_embeddings`.
     """
+    numbers = {"logit_scale": logit_scale, "logit_bias": logit_bias}
+    told: dict[str, object] = {
+        key: torch.as_tensor(value).item() for key, value in numbers.items() if value is not None
+    }
+    if names is not None:
+        told["names"] = tuple(names)
     if isinstance(embeddings, str | Path):
         embeddings = read_embeddings(Path(embeddings))
-    elif not isinstance(embeddings, TextEmbeddings):
-        embeddings = TextEmbeddings(torch.as_tensor(embeddings).detach().float().cpu(), None)
-    given = {"logit_scale": logit_scale, "logit_bias": logit_bias}
-    given = {key: float(value) for key, value in given.items() if value is not None}
-    text = replace(embeddings, **given, **({} if names is None else {"names": tuple(names)}))
+    if isinstance(embeddings, TextEmbeddings):
+        text = replace(embeddings, **told)
+    else:
+        text = TextEmbeddings(torch.as_tensor(embeddings).detach().float().cpu(), **told)
     vit = model.vit
     projection = vit.head.projection if isinstance(vit.head, ZeroShotHead) else vit.head
     width = projection.out_features if isinstance(projection, nn.Linear) else vit.num_features
@@ -204,7 +211,7 @@ def zero_shot(
 
 
 def head_of_file(vit: nn.Module, state: Mapping[str, Tensor]) -> ZeroShotHead | None:
-    """A head as the one in a file of `save_weights`, if it has one, for as many classes as the model.
+    """A head like the one in a file of `save_weights`, for as many classes as the model has.
 
     Args:
         state: in timm's names.

@@ -28,7 +28,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from lib.data.maps import painted_on
 from lib.edit import AttentionEdit, brief, is_index, is_share
 from lib.files import (
     StorageError,
@@ -162,7 +164,8 @@ def load_corrections(
 
     Args:
         folder: where corrections are kept; every *.json file directly in it is looked at.
-        grid: (gh, gw); corrections on another grid are skipped.
+        grid: (gh, gw); corrections on a finer grid are brought to this one (`on_grid`), those on a
+            coarser one are skipped.
 
     Returns:
         The corrections, oldest first, and the files that were left out, by name, each with the
@@ -174,6 +177,7 @@ def load_corrections(
     listed = list_corrections(folder, grid)
     skipped = [Skipped(one.path, one.reason) for one in listed if one.reason]
     found = [one.correction for one in listed if not one.reason]
+    found = found if grid is None else [on_grid(one, grid) for one in found]
     return found, sorted(skipped, key=lambda left: left.path)
 
 
@@ -208,11 +212,21 @@ def list_corrections(folder: str | Path, grid: tuple[int, int] | None = None) ->
 
 
 def _misfit(found: tuple[int, int], wanted: tuple[int, int] | None) -> str:
-    """Why a correction on one grid is of no use on another; "" where it is."""
-    if wanted is None or found == tuple(wanted):
+    """Why a correction on one grid is of no use on another; "" where it is, see `on_grid`."""
+    if wanted is None or (found[0] >= wanted[0] and found[1] >= wanted[1]):
         return ""
     rows, columns = wanted
     return f"grid is {found[0]} x {found[1]}, but the model has {rows} x {columns} patches"
+
+
+def on_grid(correction: Correction, grid: tuple[int, int]) -> Correction:
+    """The correction on another grid, see `painted_on`; the very same where it is on this one."""
+    edit = correction.edit
+    if edit.grid == tuple(grid):
+        return correction
+    painted = painted_on(torch.where(edit.mask, edit.values, torch.nan).numpy(), grid)
+    cells = ~np.isnan(painted)
+    return replace(correction, edit=AttentionEdit(cells, np.nan_to_num(painted), **edit.scope))
 
 
 def found_again(

@@ -44,6 +44,7 @@ from lib.files import (
 SCHEMA = 1
 MAX_BYTES = 4 * 2**20  # of one file; a correction on 64 x 64 patches takes 0.04 MB
 NAME_LENGTH = 40  # characters of the image id that stay in the file name
+REPLACED = "replaced by "  # before the name of the newer file, in the reason
 TRASH = "trash"  # folder below that of the corrections, for those that somebody deleted
 
 TEXTS = ("image_id", "class_name", "file", "model", "author", "time", "note")
@@ -206,7 +207,7 @@ def list_corrections(folder: str | Path, grid: tuple[int, int] | None = None) ->
     newest = {pictures[path]: path for path in in_order if not other[path]}
     for path in in_order:
         last = newest.get(pictures[path])
-        replaced = "" if last == path or other[path] else f"replaced by {last.name}"
+        replaced = "" if last == path or other[path] else f"{REPLACED}{last.name}"
         listed.append(Saved(path, found[path], other[path] or replaced))
     return listed
 

@@ -83,10 +83,10 @@ class ResizedDataset(BirdDataset):
         sigma = dataset.config.sigma * (finer if dataset.config.sigma_unit == "patch" else 1)
         changes = {"image_size": tuple(image_size), "sigma": float(sigma), "cache": None}
         self.config, self.grid = replace(dataset.config, **changes), grid
-        scale = np.divide(image_size, dataset.config.image_size)[::-1]  # of x and y
-        names = [name for name in self.table if name[-2:] in CORNERS]
-        sides = [scale["xy".index(name[-2])] for name in names]
-        self.table = self.table.assign(**dict(zip(names, (self.table[names] * sides).T.values)))
+        scale = np.tile(np.divide(image_size, dataset.config.image_size)[::-1], 2)  # x, y, x, y
+        self.table = self.table.copy()
+        for prefix in {prefix for record in self.records for prefix in record.boxes}:
+            self.table[[prefix + corner for corner in CORNERS]] *= scale
         self._decoded, self._fixations = None, {}
 
     @cached_property

@@ -52,6 +52,12 @@ def own_size(model: SigmoidViT) -> tuple[int, int]:
     return tuple(model.vit.patch_embed.img_size)
 
 
+def size_for(model: SigmoidViT, grid: tuple[int, int]) -> tuple[int, int]:
+    """Height and width in pixels of the picture that has `grid` patches."""
+    patch = model.vit.patch_embed.patch_size
+    return grid[0] * patch[0], grid[1] * patch[1]
+
+
 def as_size(model: SigmoidViT, image_size: int | Sequence[int]) -> tuple[int, int]:
     """Height and width of pictures that the model can be made for; ValueError for others."""
     size = (image_size, image_size) if is_index(image_size) else image_size
@@ -60,7 +66,7 @@ def as_size(model: SigmoidViT, image_size: int | Sequence[int]) -> tuple[int, in
         size = tuple(size)
     except TypeError:
         size = ()
-    if len(size) != 2 or not all(map(is_index, size)) or any(s < p for s, p in zip(size, patch)):
+    if len(size) != 2 or not all(map(is_index, size)) or min(size) < 1:
         raise ValueError(
             f"image_size is {brief(image_size)}; give height and width in pixels, "
             f"multiples of the model's patches of {patch[0]} x {patch[1]}"

@@ -51,7 +51,7 @@ class Painting:
         # By grid and picture: on another grid, another one is painted.
         self._histories: dict[tuple[tuple[int, int], int], History] = {}
         self._notes: dict[int, str] = {}
-        # What the model is, is part of each key: after teaching, and at another size, it is another.
+        # The model is part of each key: after teaching, and at another size, it is another one.
         self._sigmoid = lru_cache(CACHED)(lambda _, *asked: session.sigmoid(*asked))
         self._own = lru_cache(CACHED)(self._mean_of_heads)
         self._edits = lru_cache(CACHED)(self._make_edit)  # a work is known by itself: none changes

@@ -100,6 +100,19 @@ def blocks_in_words(layout: Layout, blocks: str | tuple[int, ...]) -> str:
     return ", ".join([names[0], *(name.removeprefix("block ") for name in names[1:])])
 
 
+def scope_in_words(edit: AttentionEdit, layout: Layout) -> str:
+    """Where an edit is made, short."""
+    heads = {"mean": "mean of the heads", "all": "all heads"}
+    words = [
+        blocks_in_words(layout, edit.blocks).replace("the ", ""),
+        heads.get(edit.heads) or f"head {', '.join(map(str, edit.heads))}",
+        *["all rows"] * (edit.queries == "all"),
+        *["offset none"] * (edit.offset == "none"),
+        *[f"strength {edit.strength:.2f}"] * (edit.strength < 1),
+    ]
+    return ", ".join(words)
+
+
 def refuse_scope(layout: Layout, edit: AttentionEdit) -> None:
     """ValueError where an edit names a block or a head that cannot be edited in a model."""
     heads = () if isinstance(edit.heads, str) else edit.heads  # a correction's count from 0
@@ -177,13 +190,11 @@ class LiveSession:
         if model is not self.model:
             dataset = ResizedDataset(dataset, self.image_size, self.grid)
         self.now = AtSize(model, dataset)
-        share = math.prod(self.model.grid) / math.prod(self.grid)
-        self._live = lru_cache(min(KEPT_IMAGES, max(1, round(KEPT_IMAGES * share))))(
-            self._run_trunk
-        )
+        share = min(1, math.prod(self.model.grid) / math.prod(self.grid))
+        self._live = lru_cache(max(1, round(KEPT_IMAGES * share)))(self._run_trunk)
 
     def as_trained(self, index: int) -> np.ndarray | None:
-        """Probabilities at the model's own size, float32 [classes]; None where it is asked there."""
+        """Probabilities at the model's own size, float32 [classes]; None where that is asked."""
         at_own = self.now.model is self.model
         return None if at_own else self._as_trained(self._position(index))
 

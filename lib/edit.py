@@ -28,13 +28,79 @@ _brief = reprlib.Repr()
 _brief.maxstring = 80
 brief = _brief.repr  # quotes what somebody gave without repeating megabytes of it
 
-# The same edit, wider rung by rung: where it is made. One class row of one block at first.
+# The same edit, wider rung by rung: where it is made. The one row that decides at first.
 LADDER: dict[str, dict[str, str]] = {
     "last block": {"blocks": "last", "queries": "cls"},
     "last two": {"blocks": "last2", "queries": "cls"},
     "all blocks": {"blocks": "all", "queries": "cls"},
     "all blocks, all rows": {"blocks": "all", "queries": "all"},
 }
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The blocks of a model, the pooling by attention counted, and which have a row to read.
+
+    A row can be read where a class token is, and in the pooling, whose one query is learned.
+    """
+
+    heads: tuple[int, ...]  # of every block
+    read: tuple[int, ...]  # blocks with such a row; the last is always one
+    pooled: bool = False  # the last block is the pooling, which is named "pool" then
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.heads)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of every block, for people."""
+        count = self.depth - self.pooled
+        return (*map(str, range(count)), *["pool"] * self.pooled)
+
+    def resolve(
+        self, blocks: str | Sequence[int], queries: Literal["cls", "all"] = "cls"
+    ) -> tuple[int, ...]:
+        """Block names to indices: those of `resolve_blocks`, and "pool".
+
+        Args:
+            queries: with "cls", words mean only blocks with a row to read.
+
+        Raises:
+            ValueError: as `resolve_blocks`; "pool" in a model without; with "cls", an index of a
+                block that has no such row.
+        """
+        if blocks == "pool":
+            if not self.pooled:
+                raise ValueError(
+                    'blocks is "pool", but this model does not pool by attention; use "last"'
+                )
+            return (self.depth - 1,)
+        wanted = resolve_blocks(blocks, self.depth)
+        if queries == "all" or set(wanted) <= set(self.read):
+            return wanted
+        if not isinstance(blocks, str):
+            block = next(one for one in wanted if one not in self.read)
+            raise ValueError(
+                f"block {block} is named, but without a class token it has no single row; use "
+                f'"pool", the row that decides, or edit all rows of block {block} (queries="all")'
+            )
+        return tuple(block for block in wanted if block in self.read)
+
+    def read_from(self, start: int) -> list[int]:
+        """The blocks from `start` on that have a row to read."""
+        return [block for block in self.read if block >= start]
+
+    @property
+    def ladder(self) -> dict[str, dict[str, str]]:
+        """`LADDER` without rungs that are the same as the one before."""
+        rungs, last = {}, None
+        for name, rung in LADDER.items():
+            where = self.resolve(**rung), rung["queries"]
+            if where != last:
+                rungs[name], last = rung, where
+        return rungs
 
 
 def row_offset(logits: Tensor, offset: str, num_prefix: int) -> Tensor:
@@ -112,11 +178,12 @@ class AttentionEdit:
     # Wanted sigmoid attention in [0, 1], shaped like mask, or one number; kept in float32 (tensors
     # of float64 as they are), 0 where nothing is edited.
     values: Tensor | np.ndarray | float
-    blocks: str | Sequence[int] = "last"  # "last", "last2", "all", or indices (-1: the last)
+    # "last", "last2", "all", "pool", or indices (-1: the last); see `Layout`.
+    blocks: str | Sequence[int] = "last"
     # "mean": what the heads see together, see lib.model.mean_edit; "all": each of them; or indices
     # (-1: the last).
     heads: str | Sequence[int] = "all"
-    queries: Literal["cls", "all"] = "cls"  # rows the classifier reads, or the rows of all tokens
+    queries: Literal["cls", "all"] = "cls"  # rows that are read out, or the rows of all tokens
     offset: Literal["none", "centred"] = "none"  # see `row_offset`
     strength: float = 1.0  # in [0, 1]: share of the shift of the logits that is made
 
@@ -147,7 +214,7 @@ class AttentionEdit:
         vars(self).update(  # frozen for everybody else
             mask=mask,
             values=values,
-            blocks=_scope("blocks", self.blocks, ("last", "last2", "all")),
+            blocks=_scope("blocks", self.blocks, ("last", "last2", "all", "pool")),
             heads=_scope("heads", self.heads, ("all", "mean")),
             strength=float(self.strength),
         )
@@ -324,15 +391,17 @@ def rollout(matrices: Sequence[Tensor]) -> Tensor:
     """Attention rollout of Abnar and Zuidema ("Quantifying Attention Flow", ACL 2020).
 
     Args:
-        matrices: softmax attention of every block in order, each `[B, H, N, N]`.
+        matrices: softmax attention of every block in order, each `[B, H, N, N]`; that of a
+            pooling by attention, the last, `[B, H, 1, N]`.
 
     Returns:
-        `[B, N, N]`, rows sum to 1: the product over blocks of (mean over heads + identity) / 2,
-        the identity standing for the residual path.
+        `[B, N, N]`, with a pooling `[B, 1, N]`, rows sum to 1: the product over blocks of (mean
+        over heads + identity) / 2, the identity standing for the residual path. A pooling has none.
     """
     rolled = None
     for matrix in matrices:
         mixed = matrix.float().mean(dim=1)
-        mixed = (mixed + torch.eye(mixed.shape[-1], device=mixed.device)) / 2
+        if mixed.shape[-2] == mixed.shape[-1]:
+            mixed = (mixed + torch.eye(mixed.shape[-1], device=mixed.device)) / 2
         rolled = mixed if rolled is None else mixed @ rolled
     return rolled

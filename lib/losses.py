@@ -190,7 +190,7 @@ def correction_loss(name: str, rows: dict[int, Tensor], asked: dict[str, Tensor]
 
     Args:
         name: one of CORRECTION_LOSSES.
-        rows: `{block: [C, H, N]}`, class-row logits of all learning blocks.
+        rows: `{block: [C, heads of the block, N]}`, class-row logits of all learning blocks.
         asked: what `lib.training.teach.targets` gives.
     """
     per_block = []
@@ -198,7 +198,7 @@ def correction_loss(name: str, rows: dict[int, Tensor], asked: dict[str, Tensor]
         parts = (logits.float(), asked)
         plain, centred = (_asked_of(name, *parts, offset) for offset in ("none", "centred"))
         losses = torch.where(asked["centred"][:, None], centred, plain)  # [C, H]
-        per_block.append((losses * share).sum(dim=1).mean())
+        per_block.append((losses * share[:, : losses.shape[1]]).sum(dim=1).mean())
     return sum(per_block)
 
 

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data._utils import pin_memory as pinning
 
-from lib.model import predict
+from lib.model import adapter, predict
 
 GPU, STANDS_IN = torch.device("cuda", 0), torch.device("meta")
 LARGE = ("mm", "bmm", "addmm", "baddbmm", "convolution", "native_layer_norm", "_scaled_dot_product")
@@ -210,6 +210,8 @@ def fake_gpu() -> Iterator[Counted]:
         # Memory cannot be pinned here, and a thread or process would not know of this GPU.
         stack.enter_context(patch.object(pinning, "pin_memory", lambda data, *_: data))
         stack.enter_context(patch.object(predict, "count_workers", lambda *_: 0))
+        # A few tokens are computed where a model is made, which is the CPU.
+        stack.enter_context(patch.object(adapter, "_refuse_other_results", lambda _: None))
         # Of optimisers, by their names in older and newer versions: is a CUDA graph recorded?
         for name in ("_accelerator", "_cuda"):
             name += "_graph_capture_health_check"

@@ -242,7 +242,10 @@ def test_equal_edits_compare_equal_and_others_do_not():
         ({"values": VALUES - 0.5}, "values holds -0.25 on an edited cell"),
         ({"values": np.full((2, 3), np.nan)}, "values holds nan on an edited cell"),
         ({"values": np.full((2, 3), np.inf)}, "values holds inf on an edited cell"),
-        ({"blocks": "first"}, 'blocks is \'first\'; use "last" or "last2" or "all" or different'),
+        (
+            {"blocks": "first"},
+            'blocks is \'first\'; use "last" or "last2" or "all" or "pool" or different',
+        ),
         ({"blocks": ()}, "blocks is ()"),
         ({"blocks": (1, 1)}, "blocks is (1, 1)"),
         ({"blocks": 3}, "blocks is 3"),

@@ -119,14 +119,15 @@ def test_what_is_measured_of_a_run_runs_on_the_gpu(run):
     same(on_gpu, on_cpu)
 
 
-def test_what_is_measured_is_float32_whatever_is_allowed(toy, monkeypatch):
+def test_what_is_measured_is_float32_whatever_is_allowed(toy):
     """PyTorch allows TF32 in convolutions by itself, and a person may in all products."""
-    (model, dataset), found, embed = toy, [], SigmoidViT.embed
+    (model, dataset), found = toy, []
 
     def allowed() -> tuple[str, bool]:
         return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
 
-    monkeypatch.setattr(SigmoidViT, "embed", lambda *a: found.append(allowed()) or embed(*a))
+    patches = model.vit.patch_embed
+    watch = patches.register_forward_pre_hook(lambda *_: found.append(allowed()))
     some, before = {"images": range(2)}, allowed()
     with tf32_products(True):
         per_image(model, dataset)
@@ -135,6 +136,7 @@ def test_what_is_measured_is_float32_whatever_is_allowed(toy, monkeypatch):
         outliers.read_patch_tokens(model, dataset, **some)
         LiveImage(model, dataset[0]["image"])
         assert allowed() == ("high", True)
+    watch.remove()
     assert len(found) >= 5 and set(found) == {("highest", False)} and allowed() == before
 
 

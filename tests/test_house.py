@@ -50,8 +50,8 @@ INSIDES = {
 OF_THE_SYSTEM = {"os.replace", "os.rename", "os.link", "os.fsync", "shutil.move"}
 
 # 4. How large things may be. Dask, an extra, has a file of its own; so has each part of the
-# attention editor.
-FILE_LINES, CLASS_LINES, PARAMETERS, PYTHON_FILES, ROOMS = 450, 260, 8, 80, 12
+# attention editor. So have the kinds of models: blocks, wholes, families, names from elsewhere.
+FILE_LINES, CLASS_LINES, PARAMETERS, PYTHON_FILES, ROOMS = 450, 260, 8, 84, 12
 
 
 def name_of(path: Path) -> str:
@@ -100,12 +100,12 @@ def test_packages_stay_in_their_wings(path):
 
 
 @every_file
-def test_one_file_knows_timms_insides_one_opens_pictures_one_writes(path):
+def test_two_files_know_timms_insides_one_opens_pictures_one_writes(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     called = {ast.unparse(call.func) for call in calls}
-    if name_of(path) != "model/block.py":
+    if name_of(path) not in ("model/block.py", "model/adapter.py"):
         assert not attributes & INSIDES
     # Elsewhere than on Linux, Python takes text for the letters of one country.
     for call in calls:

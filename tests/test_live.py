@@ -88,9 +88,10 @@ def assert_close(ours: torch.Tensor, real: torch.Tensor, tolerance: float = 1e-5
 def assert_kept(model: SigmoidViT, cached: LiveImage, edit: AttentionEdit, rows: torch.Tensor):
     """The first edited row is that of `edit_logits`; what nobody changed keeps its bits."""
     first = resolve_blocks(edit.blocks, model.depth)[0]
-    expected = rows_after(model, list(cached.rows[:, None]), edit)[first]
-    # logit(v) + c near 0 is a difference of numbers of order 1: held to a bit of those.
-    assert torch.allclose(rows[first], expected, rtol=1e-6, atol=1e-6)
+    expected = rows_after(model, [row[None] for row in cached.rows], edit)[first]
+    # logit(v) + c near 0 is a difference of numbers of order 1: held to a bit of those, or what a
+    # search for the mean ends with.
+    assert torch.allclose(rows[first], expected, rtol=1e-6, atol=4e-6)
     kept = expected == cached.rows[first]
     assert torch.equal(rows[first][kept], expected[kept]) and kept[:, : model.num_prefix].all()
 
@@ -111,8 +112,8 @@ def test_any_edit_equals_the_real_model(kind, scope, value, seed, form):
     expected, before = model(image, edit=edit, rows="all")
     assert_close(scores, expected[0])
     after = rows_after(model, before, edit)
-    assert_close(rows, after)
-    assert_close(rows.softmax(-1), after.softmax(-1))
+    assert_close(torch.stack(rows), after)
+    assert_close(torch.stack(rows).softmax(-1), after.softmax(-1))
     if edit.queries == "cls":
         assert_kept(model, cached, edit, rows)
 
@@ -123,13 +124,13 @@ def test_no_edit_is_the_unedited_model(kind):
     model, image, cached = live(kind)
     expected, rows = model(image, rows="all")
     assert_close(cached.scores, expected[0])
-    assert_close(cached.rows, torch.cat(list(rows.values())))
+    assert_close(torch.stack(cached.rows), torch.cat(list(rows.values())))
     nothing = torch.zeros(model.grid, dtype=torch.bool)
     for edit in (None, AttentionEdit(nothing, 0.0), AttentionEdit(nothing, 0.0, blocks="all")):
         # An edit in between must leave nothing behind.
         cached.run(random_edit(model, 0.0, 1, blocks="all", queries="all"))
         scores, found = cached.run(edit)
-        assert torch.equal(scores, cached.scores) and torch.equal(found, cached.rows)
+        assert torch.equal(scores, cached.scores) and all(map(torch.equal, found, cached.rows))
 
 
 @torch.no_grad()
@@ -139,10 +140,10 @@ def test_an_edit_is_in_the_rows_and_in_the_scores():
     edit = random_edit(model, 0.7, 3, heads=(1,))
     scores, rows = cached.run(edit)
     changed = edit.mask.flatten()
-    assert torch.allclose(rows[2, 1, 1:][changed].sigmoid(), torch.tensor(0.7), atol=1e-6)
+    assert torch.allclose(rows[2][1, 1:][changed].sigmoid(), torch.tensor(0.7), atol=1e-6)
     kept = ~torch.stack([changed & (head == 1) for head in range(4)])
-    assert torch.equal(rows[2, :, 1:][kept], cached.rows[2, :, 1:][kept])
-    assert torch.equal(rows[:2], cached.rows[:2])
+    assert torch.equal(rows[2][:, 1:][kept], cached.rows[2][:, 1:][kept])
+    assert all(map(torch.equal, rows[:2], cached.rows[:2]))
 
     tokens, block = model.tokens(image, 2), model.vit.blocks[2]
     values = block.attn.qkv(block.norm1(tokens)).chunk(3, dim=-1)[2][0]  # [N, dim]
@@ -162,12 +163,14 @@ def test_saturated_models_and_half_precision(kind, dtype):
         block.attn.scale = 20.0  # logits of plus or minus 40 and more
     model, image = model.to(dtype), images_for(model, 1)
     cached = LiveImage(model, image[0])  # float32: the picture follows the model
-    assert cached.rows.abs().max() > 20 and cached.rows.dtype == dtype
+    assert torch.stack(cached.rows).abs().max() > 20 and cached.rows[0].dtype == dtype
     for seed, value in enumerate([0.0, 1e-9, 0.5, 1 - 1e-9, 1.0]):
         for blocks, queries in itertools.product(["last", "last2", "all"], ["cls", "all"]):
             edit = random_edit(model, value, seed, blocks=blocks, queries=queries)
             scores, rows = cached.run(edit)
-            assert torch.isfinite(scores).all() and torch.isfinite(rows.softmax(-1)).all()
+            assert (
+                torch.isfinite(scores).all() and torch.isfinite(torch.stack(rows).softmax(-1)).all()
+            )
             if queries == "cls":
                 assert_kept(model, cached, edit, rows)
             expected = model(image.to(dtype), edit=edit)[0]
@@ -182,7 +185,7 @@ def test_the_grid_is_that_of_the_picture():
     cached = LiveImage(model, image[0])
     mask = torch.rand(2, 5, generator=torch.Generator().manual_seed(0)) < 0.5
     edit = AttentionEdit(mask, 0.0, blocks="last2")
-    assert cached.rows.shape == (3, 4, 11)
+    assert [tuple(row.shape) for row in cached.rows] == 3 * [(4, 11)]
     assert_close(cached.run(edit)[0], model(image, edit=edit)[0])
     with pytest.raises(ValueError, match=r"mask is \[5, 2\]; the model has a grid of 2 x 5"):
         cached.run(AttentionEdit(mask.T, 0.0))
@@ -201,7 +204,7 @@ def test_answers_of_a_gpu_come_back_to_the_cpu():
     for blocks, queries in itertools.product(["last", "last2", "all"], ["cls", "all"]):
         edit = random_edit(model, "random", 0, blocks=blocks, queries=queries)
         scores, rows = cached.run(edit)
-        assert scores.device.type == rows.device.type == "cpu"
+        assert scores.device.type == rows[0].device.type == "cpu"
         assert_close(scores, model(image.cuda(), edit=edit)[0].cpu(), 1e-4)
         assert_close(cached.scores, model(image.cuda())[0].cpu(), 1e-4)
 

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from lib.data.dataset import BirdDataset, decoy_cover
-from lib.edit import LOW, AttentionEdit, as_odds, resolve_blocks
+from lib.edit import LOW, AttentionEdit, as_odds
 from lib.model.predict import tf32_products
 from lib.model.vit import SigmoidViT
 
@@ -186,7 +186,7 @@ class _Batch:
         nothing = Wanted(np.zeros(patches, dtype=bool), np.zeros(patches, dtype=np.float32))
         masks, values = zip(*(one or nothing for one in wanted), strict=True)
         edit = AttentionEdit(np.stack(masks), np.stack(values), **scope)
-        after = self._probabilities(resolve_blocks(edit.blocks, self._model.depth)[0], edit)
+        after = self._probabilities(self._model.layout.resolve(edit.blocks, edit.queries)[0], edit)
         there = np.array([one is not None for one in wanted])
         places = np.arange(len(there)), self._labels
         columns = {

@@ -53,8 +53,10 @@ def read_patch_tokens(
     """Norms and class rows of every block for the images of a data set (None is all of them).
 
     Attention is the softmax on patches, divided by its mass there: what the class token and the
-    registers keep is left out. `contrast` is the standard deviation of the patch's pixels, mean of
-    the three channels. About 8 bytes an image, block and patch are held in memory.
+    registers keep is left out. It is NaN in a block without a row to read. Of a pooling by
+    attention, the last block, norms are those of the tokens that it pools. `contrast` is the
+    standard deviation of the patch's pixels, mean of the three channels. About 8 bytes an image,
+    block and patch are held in memory.
 
     Raises:
         ValueError: an image that the data set does not have.
@@ -67,6 +69,9 @@ def read_patch_tokens(
         pictures, norms, attention = batch["image"].to(model.device, non_blocking=True), [], []
         for tokens, row in model.block_by_block(pictures):
             norms.append(tokens[:, model.num_prefix :].float().norm(dim=-1))
+            if row is None:  # no class token, so that nothing in this block decides
+                attention.append(torch.full_like(norms[-1], torch.nan))
+                continue
             on_patches = metrics.patch_attention(row, model.num_prefix)
             attention.append(on_patches / on_patches.sum(-1, keepdim=True))
         found["index"].append(batch["index"])

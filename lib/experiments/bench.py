@@ -32,9 +32,9 @@ from tqdm.auto import tqdm
 
 from lib.config import DataConfig, HumanConfig, TrainConfig
 from lib.data.dataset import BirdDataset, make_dataset
-from lib.edit import LADDER, AttentionEdit
+from lib.edit import AttentionEdit
 from lib.experiments.jobs import environment
-from lib.model.block import classify, embed, take_apart
+from lib.model.adapter import classify, embed, is_pooled, take_apart
 from lib.model.live import LiveImage
 from lib.model.predict import count_workers, loader, to_device
 from lib.model.vit import SigmoidViT, create_model
@@ -48,8 +48,9 @@ def explicit_scores(vit: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
 
     The way of the original experiment, kept as a yardstick: scores and the last class row.
     """
-    tokens = embed(vit, images)
-    for block in map(take_apart, vit.blocks):
+    tokens, ropes = embed(vit, images)
+    for index in range(len(vit.blocks) + is_pooled(vit)):
+        block = take_apart(vit, index, ropes[index])
         q, k, v = block.queries_keys_values(block.norm(tokens))
         logits = block.logits(q, k)
         tokens = block.leave(tokens, logits.softmax(-1) @ v)
@@ -353,7 +354,7 @@ def live_edits(
     model = _random_model(name, image_size).eval()
     images = torch.randn(1, 3, image_size, image_size, device=DEVICE)
     mask = torch.rand(model.grid) < 0.25  # where people's edits are made
-    edits = {way: AttentionEdit(mask, 0.9, **scope) for way, scope in LADDER.items()}
+    edits = {way: AttentionEdit(mask, 0.9, **scope) for way, scope in model.layout.ladder.items()}
     live = LiveImage(model, images[0])
     ways = {
         "timm, no edit": partial(model.vit, images),

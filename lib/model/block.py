@@ -1,9 +1,12 @@
-"""timm's ViT taken apart: the only file that knows what its blocks and heads are made of.
+"""timm's blocks taken apart: this file and `adapter` alone know what a ViT is made of.
 
-`take_apart(block)` gives the steps of one block by name, so that what stands between them (an
-edit, a row that is wanted) can be done by whoever runs it. Today there is one kind, timm's `Block`
-with `Attention`: `PlainBlock`. Another kind is another class with the same methods, chosen in
-`take_apart` and no longer refused by `refuse_unsupported`.
+The steps of one block have names here, so that what stands between them (an edit, a row that is
+wanted) can be done by whoever runs it. There is a class a kind:
+
+- `PlainBlock`: timm's `Block` with `Attention`;
+- `RotaryBlock`: `EvaBlock` with `EvaAttention` or `AttentionRope` (DINOv3, EVA-02, rope ViTs, PE);
+- `PoolingBlock`: `AttentionPoolLatent` with the norm before it (SigLIP, PE). Its one query does not
+  depend on the picture. It comes after all others and is one more block.
 """
 
 from __future__ import annotations
@@ -13,16 +16,15 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm, Mlp
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from timm.layers import DropPath, LayerNorm, Mlp, apply_rot_embed_cat
 from torch import Tensor, nn
 
+# Logit of a token that is not read: its softmax is exactly 0, and gradients stay finite, which they
+# do not with -inf.
+HIDDEN = -1e4
+
 Layer = Callable[[Tensor], Tensor]
-
-
-class UnsupportedModelError(ValueError):
-    """The model's prediction is not decided by class rows that this project can edit."""
+QKV = tuple[Tensor, Tensor, Tensor]
 
 
 class PlainBlock:
@@ -41,35 +43,41 @@ class PlainBlock:
         attn, mlp = block.attn, block.mlp
         self._attn = attn
         self.num_heads = attn.num_heads
-        layers = _bound if bound else tuple
+        layers = bind if bound else tuple
         split = bound and type(mlp) is Mlp
         parts = (mlp.fc1, mlp.act, mlp.drop1, mlp.norm, mlp.fc2, mlp.drop2) if split else (mlp,)
+        scale1, scale2 = self._layer_scales(block)
         self._norm = layers((block.norm1,))
         self._dropout = layers((attn.attn_drop,))
-        self._project = layers((attn.norm, attn.proj, attn.proj_drop, block.ls1, block.drop_path1))
-        self._mlp = layers((block.norm2, *parts, block.ls2, block.drop_path2))
+        self._inner_norm = layers((attn.norm,))
+        self._project = layers((attn.proj, attn.proj_drop, *scale1, block.drop_path1))
+        self._mlp = layers((block.norm2, *parts, *scale2, block.drop_path2))
+
+    @staticmethod
+    def _layer_scales(block: nn.Module) -> tuple[tuple[Layer, ...], tuple[Layer, ...]]:
+        return (block.ls1,), (block.ls2,)
 
     def norm(self, tokens: Tensor) -> Tensor:
         """What attention sees of the tokens `[B, N, dim]` that enter the block."""
-        return _in_turn(self._norm, tokens)
+        return chain(self._norm, tokens)
 
-    def queries_keys_values(
-        self, normed: Tensor, queries: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def queries_keys_values(self, normed: Tensor, queries: int | None = None) -> QKV:
         """`[B, N, dim]` to q, k, v, `[B, heads, N, d]` each; q of the first `queries` tokens only.
 
-        q and k are those of the logits: where the model has norms for them, behind these.
+        q and k are those of the logits: where the model has norms or rotations for them, behind
+        these.
         """
-        qkv = self._attn.qkv
-        if queries is None or queries >= normed.shape[1]:
-            parts = qkv(normed).chunk(3, dim=-1)
+        attn = self._attn
+        if (queries is None or queries >= normed.shape[1]) and attn.qkv is not None:
+            parts = self._fused_projection(normed).chunk(3, dim=-1)
         else:
-            weight, bias, width = qkv.weight, qkv.bias, len(qkv.weight) // 3
-            biases = (None, None) if bias is None else (bias[:width], bias[width:])
-            q = F.linear(normed[:, :queries], weight[:width], biases[0])
-            parts = (q, *F.linear(normed, weight[width:], biases[1]).chunk(2, dim=-1))
+            weights, biases = self._projections()
+            tokens = normed[:, :queries], normed, normed
+            parts = tuple(map(F.linear, tokens, weights, biases))
         q, k, v = (self._split_heads(part) for part in parts)
-        return self._attn.q_norm(q), self._attn.k_norm(k), v
+        q = self._rotated(attn.q_norm(q), v.dtype)
+        k = self._rotated(attn.k_norm(k), v.dtype)
+        return q, self._every_head(k), self._every_head(v)
 
     def logits(self, q: Tensor, k: Tensor) -> Tensor:
         """What softmax sees, scaled: `[B, heads, Q, N]`."""
@@ -101,32 +109,26 @@ class PlainBlock:
 
         Few queries need no key and no value of any token: q (W_k x) = (W_k^T q) x, and
         sum_n a_n (W_v x_n) = W_v (sum_n a_n x_n), so both matrices meet `count` vectors, not N.
+        Where each key is normed or turned by itself, the keys must be there; values need not.
 
         Returns:
             attention `[B, heads, count, d]`; logits `[B, heads, count, N]` before the change.
         """
         attn, x = self._attn, normed
-        query_weight, *others = attn.qkv.weight.chunk(3)
-        query_bias, *biases = (None,) * 3 if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
-        q = attn.q_norm(self._split_heads(F.linear(x[:, :count], query_weight, query_bias)))
-        key_weight, value_weight = (w.unflatten(0, (attn.num_heads, -1)) for w in others)
-        key_bias, value_bias = (
-            None if b is None else b.unflatten(0, (attn.num_heads, 1, -1)) for b in biases
-        )
-        if isinstance(attn.k_norm, nn.Identity):
-            q = q * attn.scale
-            pulled = torch.einsum("bhrd,hdc->bhrc", q, key_weight).flatten(1, 2)
-            logits = (pulled @ x.transpose(1, 2)).unflatten(1, q.shape[1:3])
-            if key_bias is not None:  # one number a row, which softmax ignores and the sigmoid not
-                logits = logits + (q * key_bias).sum(-1, keepdim=True)
-        else:  # each key is normed by itself, so each must be there
-            k = self._split_heads(F.linear(x, others[0], biases[0]))
-            logits = self.logits(q, attn.k_norm(k))
-        weights = self._weights(logits if change is None else change(logits), x.dtype)
-        mixed = (weights.flatten(1, 2) @ x).unflatten(1, weights.shape[1:3])
-        heads = torch.einsum("bhrc,hdc->bhrd", mixed, value_weight)
-        if value_bias is not None:
-            heads = heads + weights.sum(-1, keepdim=True) * value_bias  # 1, but for dropout
+        weights, biases = self._projections()
+        q = self._first_queries(x, count, weights[0], biases[0])
+        if self._keys_are_linear:
+            logits = self._pulled_logits(q * attn.scale, x, weights[1], biases[1])
+        else:
+            k = self._split_heads(F.linear(x, weights[1], biases[1]))
+            k = self._rotated(attn.k_norm(k), k.dtype)
+            logits = self.logits(q, self._every_head(k))
+        logits = self._masked(logits)
+        shares = self._weights(logits if change is None else change(logits), x.dtype)
+        mixed = (shares.flatten(1, 2) @ x).unflatten(1, shares.shape[1:3])
+        heads = torch.einsum("bhrc,hdc->bhrd", mixed, self._by_head(weights[2]))
+        if biases[2] is not None:  # the sum is 1, but for dropout
+            heads = heads + shares.sum(-1, keepdim=True) * self._by_head(biases[2])[:, None]
         return heads, logits
 
     def leave(self, tokens: Tensor, heads: Tensor) -> Tensor:
@@ -135,63 +137,206 @@ class PlainBlock:
         Args:
             tokens: that entered it. heads: their attention, `[B, heads, Q, d]`.
         """
-        tokens = tokens + _in_turn(self._project, heads.transpose(1, 2).flatten(2))
-        return tokens + _in_turn(self._mlp, tokens)
+        attended = chain(self._inner_norm, heads.transpose(1, 2).flatten(2))
+        gate = getattr(self._attn, "gate", None)
+        if gate is not None:
+            attended = attended * gate(self.norm(tokens)).sigmoid()
+        tokens = tokens + chain(self._project, attended)
+        return tokens + chain(self._mlp, tokens)
+
+    # What the kinds do differently.
+
+    def _fused_projection(self, normed: Tensor) -> Tensor:
+        return self._attn.qkv(normed)
+
+    def _projections(self) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+        """Weights of q, k and v, and their biases or None."""
+        return _thirds(self._attn.qkv)
+
+    @property
+    def _keys_are_linear(self) -> bool:
+        return isinstance(self._attn.k_norm, nn.Identity)
+
+    def _first_queries(self, x: Tensor, count: int, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._attn.q_norm(self._split_heads(F.linear(x[:, :count], weight, bias)))
+
+    def _rotated(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x
+
+    def _masked(self, logits: Tensor) -> Tensor:
+        return logits
+
+    # What they share.
+
+    def _pulled_logits(self, q: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        pulled = torch.einsum("bhrd,hdc->bhrc", q, self._by_head(weight)).flatten(1, 2)
+        logits = (pulled @ x.transpose(1, 2)).unflatten(1, q.shape[1:3])
+        if bias is not None:  # one number a row, which softmax ignores and the sigmoid does not
+            logits = logits + (q * self._by_head(bias)[:, None]).sum(-1, keepdim=True)
+        return logits
+
+    def _head_dim(self) -> int:
+        return self._attn.proj.in_features // self.num_heads
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # to [B, heads, N, d]
+        return x.unflatten(-1, (-1, self._head_dim())).transpose(1, 2)  # to [B, heads, N, d]
+
+    def _by_head(self, weight: Tensor) -> Tensor:
+        """A projection's rows `[heads * d, ...]` as `[heads, d, ...]`."""
+        weight = weight.unflatten(0, (-1, self._head_dim()))
+        groups = self.num_heads // len(weight)
+        return weight if groups == 1 else weight.repeat_interleave(groups, dim=0)
+
+    def _every_head(self, x: Tensor) -> Tensor:
+        """Keys or values `[B, heads, N, d]`, of grouped queries as often as they are read."""
+        groups = self.num_heads // x.shape[1]
+        return x if groups == 1 else x.repeat_interleave(groups, dim=1)
 
     def _weights(self, logits: Tensor, dtype: torch.dtype) -> Tensor:
         """softmax(logits); computed in float32, as saturated edits need its range."""
         wide = torch.float32 if logits.dtype in (torch.float16, torch.bfloat16) else None
-        weights = _in_turn(self._dropout, torch.softmax(logits, dim=-1, dtype=wide))
+        weights = chain(self._dropout, torch.softmax(logits, dim=-1, dtype=wide))
         return weights if weights.dtype == dtype else weights.to(dtype)
 
 
-def take_apart(block: nn.Module, bound: bool = False) -> PlainBlock:
-    """The steps of one block of a model that `refuse_unsupported` let pass; see `PlainBlock`."""
-    return PlainBlock(block, bound)
+class RotaryBlock(PlainBlock):
+    """The steps of timm's `EvaBlock`, with `EvaAttention` or `AttentionRope`.
 
-
-def embed(vit: nn.Module, images: Tensor) -> Tensor:
-    """Images `[B, 3, H, W]` to the tokens that enter block 0, `[B, N, dim]`."""
-    return vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
-
-
-def count_read(vit: nn.Module) -> int:
-    """How many tokens, from the first on, the head reads.
-
-    The distilled model averages a second head's opinion.
+    Args:
+        rope: sines and cosines of the patches' positions, `[..., P, 2 d]`, None without. The first
+            `num_prefix_tokens` tokens are not turned.
     """
-    return 2 if isinstance(vit, VisionTransformerDistilled) else 1
+
+    def __init__(self, block: nn.Module, rope: Tensor | None, bound: bool = False) -> None:
+        super().__init__(block, bound)
+        self._rope = rope
+
+    @staticmethod
+    def _layer_scales(block: nn.Module) -> tuple[tuple[Layer, ...], tuple[Layer, ...]]:
+        gammas = block.gamma_1, block.gamma_2
+        return tuple(() if gamma is None else (partial(torch.mul, gamma),) for gamma in gammas)
+
+    def _biases(self) -> Tensor | None:
+        """Those of q, k and v where they stand beside a `qkv` without; None: there are none."""
+        attn = self._attn
+        if getattr(attn, "q_bias", None) is None:
+            return None
+        return torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+
+    def _fused_projection(self, normed: Tensor) -> Tensor:
+        attn, bias = self._attn, self._biases()
+        if bias is None:
+            return attn.qkv(normed)
+        if getattr(attn, "qkv_bias_separate", False):
+            return attn.qkv(normed) + bias
+        return F.linear(normed, attn.qkv.weight, bias)
+
+    def _projections(self) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+        attn = self._attn
+        if attn.qkv is None:
+            layers = attn.q_proj, attn.k_proj, attn.v_proj
+            return tuple(one.weight for one in layers), tuple(one.bias for one in layers)
+        weights, biases = _thirds(attn.qkv)
+        if (bias := self._biases()) is not None:
+            biases = bias.chunk(3)
+        return weights, biases
+
+    @property
+    def _keys_are_linear(self) -> bool:
+        return self._rope is None and super()._keys_are_linear
+
+    def _rotated(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        prefix = self._attn.num_prefix_tokens
+        patches = x.shape[2] - prefix
+        if self._rope is None or patches <= 0:
+            return x
+        half = getattr(self._attn, "rotate_half", False)
+        turned = apply_rot_embed_cat(x[:, :, prefix:], self._rope[..., :patches, :], half=half)
+        return torch.cat([x[:, :, :prefix], turned], dim=2).to(dtype)
 
 
-def classify(vit: nn.Module, tokens: Tensor) -> Tensor:
-    """From the tokens that leave the last block, the first ones at least, to class scores."""
-    return vit.forward_head(vit.norm(tokens))
+class PoolingBlock(PlainBlock):
+    """The steps of attention pooling, timm's `AttentionPoolLatent`, with the norm before it.
+
+    Its query is learned and the same for every picture; its keys are those of all tokens, so its
+    row has N logits as those of the other blocks have. Where timm leaves out the tokens in front
+    of the patches, their logits are `HIDDEN`.
+
+    Args:
+        vit: whose `attn_pool` it is.
+    """
+
+    def __init__(self, vit: nn.Module, bound: bool = False) -> None:
+        pool = vit.attn_pool
+        layers = bind if bound else tuple
+        self._attn = pool
+        self.num_heads = pool.num_heads
+        # timm's Eva pools every token, its VisionTransformer the patches unless told otherwise.
+        everything = getattr(vit, "pool_include_prefix", True)
+        self._left_out = 0 if everything else vit.num_prefix_tokens
+        self._norm = layers((vit.norm,))
+        self._dropout = ()
+        self._project = layers((pool.proj, pool.proj_drop))
+        self._mlp = () if pool.mlp is None else layers((pool.norm, pool.mlp))
+
+    def queries_keys_values(self, normed: Tensor, queries: int | None = None) -> QKV:
+        k, v = (self._split_heads(part) for part in self._attn.kv(normed).chunk(2, dim=-1))
+        return self._query(len(normed)), self._attn.k_norm(k), v
+
+    def logits(self, q: Tensor, k: Tensor) -> Tensor:
+        return self._masked(super().logits(q, k))
+
+    def class_row(self, q: Tensor, k: Tensor) -> Tensor:
+        return self._masked(super().class_row(q, k))
+
+    def fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        first = self._left_out
+        return F.scaled_dot_product_attention(q, k[:, :, first:], v[:, :, first:])
+
+    def leave(self, tokens: Tensor, heads: Tensor) -> Tensor:
+        pooled = chain(self._project, heads.transpose(1, 2).flatten(2))
+        return pooled + chain(self._mlp, pooled) if self._mlp else pooled
+
+    def _query(self, batch: int) -> Tensor:
+        pool = self._attn
+        return pool.q_norm(self._split_heads(pool.q(pool.latent.expand(batch, -1, -1))))
+
+    def _first_queries(self, x: Tensor, count: int, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._query(len(x))
+
+    def _projections(self) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+        kv = self._attn.kv
+        biases = (None, None) if kv.bias is None else kv.bias.chunk(2)
+        return (kv.weight, *kv.weight.chunk(2)), (None, *biases)
+
+    def _head_dim(self) -> int:
+        return self._attn.kv.out_features // 2 // self.num_heads
+
+    def _masked(self, logits: Tensor) -> Tensor:
+        if self._left_out == 0:
+            return logits
+        hidden = torch.full_like(logits[..., : self._left_out], HIDDEN)
+        return torch.cat([hidden, logits[..., self._left_out :]], dim=-1)
 
 
-def bound_classify(vit: nn.Module) -> Layer:
-    """`classify` with the weights of now, for a model in eval mode."""
-    if count_read(vit) > 1:
-        return partial(classify, vit)
-    layers = _bound((vit.norm, vit.fc_norm, vit.head_drop, vit.head))
-    return lambda tokens: _in_turn(layers, tokens[:, 0])
+def _thirds(layer: nn.Linear) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    biases = (None,) * 3 if layer.bias is None else layer.bias.chunk(3)
+    return layer.weight.chunk(3), biases
 
 
-def _in_turn(layers: Iterable[Layer], x: Tensor) -> Tensor:
+def chain(layers: Iterable[Layer], x: Tensor) -> Tensor:
     for layer in layers:
         x = layer(x)
     return x
 
 
-def _bound(modules: Iterable[nn.Module]) -> tuple[Layer, ...]:
+def bind(modules: Iterable[Layer]) -> tuple[Layer, ...]:
     """As functions, without those that do nothing in eval mode."""
     idle = nn.Identity | nn.Dropout | DropPath
     return tuple(_function(module) for module in modules if not isinstance(module, idle))
 
 
-def _function(module: nn.Module) -> Layer:
+def _function(module: Layer) -> Layer:
     if type(module) is nn.Linear:
         return partial(F.linear, weight=module.weight, bias=module.bias)
     if type(module) in (nn.LayerNorm, LayerNorm):
@@ -201,32 +346,3 @@ def _function(module: nn.Module) -> Layer:
     if type(module) is nn.GELU:
         return partial(F.gelu, approximate=module.approximate)
     return module
-
-
-def refuse_unsupported(vit: nn.Module) -> None:
-    """Raises UnsupportedModelError, which names what decides the model's prediction otherwise."""
-    name = type(vit).__name__
-    if type(vit) not in (VisionTransformer, VisionTransformerDistilled):
-        raise UnsupportedModelError(
-            f"{name} is not a plain timm VisionTransformer; its prediction is not decided by a "
-            "class row that can be edited. Use a vit_*, deit_* or *dino* model of timm"
-        )
-    if vit.global_pool != "token":
-        raise UnsupportedModelError(
-            f'this {name} pools its tokens with global_pool="{vit.global_pool}", so no class row '
-            'decides; create it with global_pool="token" and a class token'
-        )
-    if not isinstance(vit.patch_drop, nn.Identity):
-        raise UnsupportedModelError(
-            f"this {name} drops patches (patch_drop_rate > 0), so a row no longer matches the "
-            "patch grid; create it with patch_drop_rate=0"
-        )
-    for block in vit.blocks:
-        if type(block) is not Block or type(block.attn) is not Attention:
-            raise UnsupportedModelError(
-                f"this {name} is built of {type(block).__name__} with "
-                f"{type(getattr(block, 'attn', block)).__name__}; only timm's Block with Attention "
-                "is supported"
-            )
-        if getattr(block.attn, "gate", None) is not None:
-            raise UnsupportedModelError(f"this {name} gates its attention; that is not supported")

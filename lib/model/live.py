@@ -16,13 +16,14 @@ the heads waits for the device once more in each edited block: the search is don
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lib.edit import EPS, AttentionEdit, edit_logits, resolve_blocks, row_offset
-from lib.model.block import bound_classify, take_apart
+from lib.edit import EPS, AttentionEdit, edit_logits, row_offset
+from lib.model.adapter import bound_classify, embed, take_apart
 from lib.model.mean_edit import edit_mean
 from lib.model.predict import tf32_products
 from lib.model.vit import SigmoidViT
@@ -30,13 +31,13 @@ from lib.model.vit import SigmoidViT
 
 @dataclass(frozen=True)
 class _Found:
-    """What one block computed up to its attention, for one picture; R rows the classifier reads."""
+    """What one block computed up to its attention, for one picture; R rows that are read out."""
 
     tokens: Tensor  # [1, Q, dim], entering the block; Q = N, in the last block R
     q: Tensor  # [1, heads, Q, d]
     k: Tensor  # [1, heads, N, d]
     v: Tensor  # [1, heads, N, d]
-    logits: Tensor  # [1, heads, R, N], of the rows that the classifier reads
+    logits: Tensor  # [1, heads, R, N]; R = 0 where there is no class token
 
 
 class LiveImage:
@@ -47,8 +48,9 @@ class LiveImage:
         image: `[3, H, W]`, normalised; brought to the model's device and dtype.
 
     Attributes:
-        scores: `[classes]`, logits of the unedited model. rows: `[depth, heads, N]`, the class
-            token's attention logits of every block, before any edit. Both on the CPU.
+        scores: `[classes]`, logits of the unedited model. rows: of every block `[heads, N]`, the
+            attention logits of the class token, or of the pooling, before any edit; `[0, N]` of a
+            block that has no such row. Both on the CPU.
     """
 
     @torch.inference_mode()
@@ -56,10 +58,12 @@ class LiveImage:
     def __init__(self, model: SigmoidViT, image: Tensor) -> None:
         self._model = model
         self._grid = model.grid_of(image)
-        self._blocks = [take_apart(block, bound=True) for block in model.vit.blocks]
         self._classify = bound_classify(model.vit)
         parameter = next(model.parameters())
-        tokens = model.embed(image[None].to(parameter))
+        tokens, ropes = embed(model.vit, image[None].to(parameter))
+        self._blocks = [
+            take_apart(model.vit, index, ropes[index], bound=True) for index in range(model.depth)
+        ]
         self._count = tokens.shape[1]  # N
         self._kept: list[_Found] = []
         self._editable: dict[tuple[int, str], _KeptRows] = {}  # by block and offset, on demand
@@ -68,20 +72,20 @@ class LiveImage:
             self._kept.append(found)
             tokens = self._leave(index, found, self._attend(index, found))
         # On the model's device, where edits add to them; `rows` is the caller's.
-        self._rows = torch.cat([found.logits[:, :, 0] for found in self._kept])
-        self.scores, self.rows = self._read_back(tokens, [self._rows])
+        self._rows = [self._row(index, found.logits) for index, found in enumerate(self._kept)]
+        self.scores, self.rows = self._read_back(tokens, self._rows)
 
     @torch.inference_mode()
-    def run(self, edit: AttentionEdit | None) -> tuple[Tensor, Tensor]:
+    def run(self, edit: AttentionEdit | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Class scores and class rows of the edited model.
 
         Args:
             edit: for one picture; None or an all-False mask gives `scores` and `rows` themselves.
 
         Returns:
-            scores `[classes]`; rows `[depth, heads, N]`, after the edit: edited cells hold the
-            logit that was asked for, blocks behind an edited one what they make of it. (The rows
-            of SigmoidViT are those before a block's own edit.) On the CPU, in the model's dtype.
+            scores `[classes]`; rows as in `rows`, after the edit: edited cells hold the logit that
+            was asked for, blocks behind an edited one what they make of it. (The rows of
+            SigmoidViT are those before a block's own edit.) On the CPU, in the model's dtype.
 
         Raises:
             ValueError: the edit names a block or head that is not there, or another grid.
@@ -89,16 +93,17 @@ class LiveImage:
         if edit is None or edit.is_empty:
             return self.scores, self.rows
         model = self._model
-        edited = resolve_blocks(edit.blocks, model.depth)
-        wanted = self._wanted(edit)
+        edited = model.layout.resolve(edit.blocks, edit.queries)
+        wanted = {heads: self._wanted(edit, heads) for heads in set(self._heads(edited))}
         first = edited[0]
         found = self._kept[first]
         if edit.heads != "mean" and (edit.queries == "cls" or first == model.depth - 1):
-            logits = self._kept_rows(first, edit.offset).edited(wanted, edit.strength)
+            asked = wanted[model.layout.heads[first]]
+            logits = self._kept_rows(first, edit.offset).edited(asked, edit.strength)
             heads = self._blocks[first].weigh(logits, found.v)
         else:
             logits, heads = self._edit(first, found, edit, wanted)
-        rows = [self._rows[:first], logits[:, :, 0]]
+        rows = [*self._rows[:first], self._row(first, logits)]
         tokens = self._leave(first, found, heads)
         for index in range(first + 1, model.depth):
             found = self._enter(index, tokens)
@@ -109,11 +114,20 @@ class LiveImage:
             if heads.shape[2] < self._queries(index):  # the other rows have changed keys to read
                 others = self._attend(index, found)[:, :, heads.shape[2] :]
                 heads = torch.cat([heads, others], dim=2)
-            rows.append(logits[:, :, 0])
+            rows.append(self._row(index, logits))
             tokens = self._leave(index, found, heads)
         return self._read_back(tokens, rows)
 
-    def _wanted(self, edit: AttentionEdit) -> Tensor:
+    def _heads(self, blocks: Sequence[int]) -> list[int]:
+        return [self._model.layout.heads[index] for index in blocks]
+
+    def _row(self, index: int, logits: Tensor) -> Tensor:
+        """The first row, `[heads, N]`; of a block without one `[0, N]`."""
+        if index in self._model.layout.read:
+            return logits[0, :, 0]
+        return logits.new_empty(0, self._count)
+
+    def _wanted(self, edit: AttentionEdit, heads: int) -> Tensor:
         """Values `[1, H, P]`, NaN where nothing is edited, on the model's device.
 
         H = 1 for the same edit of all heads, which saves a tenth of `run`.
@@ -122,8 +136,8 @@ class LiveImage:
         if edit.heads in ("all", "mean") and edit.mask.shape in (self._grid, (patches,)):
             mask, values = edit.mask.reshape(1, 1, patches), edit.values.reshape(1, 1, patches)
         else:
-            mask, values = edit.per_head(1, self._model.num_heads, self._grid)
-        return torch.where(mask, values, torch.nan).to(self._rows.device)
+            mask, values = edit.per_head(1, heads, self._grid)
+        return torch.where(mask, values, torch.nan).to(self._model.device)
 
     def _kept_rows(self, index: int, offset: str) -> _KeptRows:
         if (index, offset) not in self._editable:
@@ -144,7 +158,9 @@ class LiveImage:
             tokens = torch.cat([tokens, kept.tokens[:, changed:]], dim=1)
             pairs = ((q, kept.q), (k, kept.k), (v, kept.v))
             q, k, v = (torch.cat([new, old[:, :, changed:]], dim=2) for new, old in pairs)
-        return _Found(tokens, q, k, v, block.logits(q[:, :, : self._model.num_read], k))
+        is_last = index == self._model.depth - 1
+        read = self._model.num_read if is_last else self._model.num_class_rows
+        return _Found(tokens, q, k, v, block.logits(q[:, :, :read], k))
 
     def _queries(self, index: int) -> int:
         """How many rows leave a block: of the last one, only those that the classifier reads."""
@@ -157,28 +173,33 @@ class LiveImage:
         return self._blocks[index].fused(found.q, found.k, found.v)
 
     def _edit(
-        self, index: int, found: _Found, edit: AttentionEdit, wanted: Tensor
+        self, index: int, found: _Found, edit: AttentionEdit, wanted: dict[int, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Logits `[1, heads, E, N]` and attention `[1, heads, E, d]` of the E edited rows."""
         logits = found.logits
         if edit.queries == "all" and index < self._model.depth - 1:
             logits = self._blocks[index].logits(found.q, found.k)
-        mask, more = ~wanted.isnan(), (edit.offset, self._model.num_prefix, edit.strength)
+        asked = wanted[self._model.layout.heads[index]]
+        mask, more = ~asked.isnan(), (edit.offset, self._model.num_prefix, edit.strength)
         if edit.heads == "mean":
-            logits = edit_mean(logits, mask[:, 0], wanted[:, 0], *more)
+            logits = edit_mean(logits, mask[:, 0], asked[:, 0], *more)
         else:
-            logits = edit_logits(logits, mask, wanted, *more)
+            logits = edit_logits(logits, mask, asked, *more)
         return logits, self._blocks[index].weigh(logits, found.v)
 
     def _leave(self, index: int, found: _Found, heads: Tensor) -> Tensor:
         """From the attention of the first Q rows to the tokens that leave, `[1, Q, dim]`."""
         return self._blocks[index].leave(found.tokens[:, : heads.shape[2]], heads)
 
-    def _read_back(self, tokens: Tensor, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _read_back(
+        self, tokens: Tensor, rows: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Scores, from the tokens that leave the last block, and rows, on the CPU."""
-        scores = self._classify(tokens)[0]
-        whole = torch.cat([scores, *(row.flatten() for row in rows)]).cpu()
-        return whole[: len(scores)], whole[len(scores) :].view(self._rows.shape)
+        parts = [self._classify(tokens)[0], *rows]
+        whole = torch.cat([part.flatten() for part in parts]).cpu()
+        split = whole.split([part.numel() for part in parts])
+        scores, *rows = (one.view(part.shape) for one, part in zip(split, parts, strict=True))
+        return scores, tuple(rows)
 
 
 class _KeptRows:

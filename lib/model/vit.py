@@ -1,11 +1,12 @@
-"""SigmoidViT: a timm VisionTransformer whose class row can be read, supervised and edited.
+"""SigmoidViT: a timm ViT whose deciding rows can be read, supervised and edited.
 
 Nothing of the model is copied or changed: `SigmoidViT(vit)` holds the very timm module and runs
 its parts. Without an edit the scores are those of timm. Two things make it cheaper than timm's
 own forward pass in spite of the rows that it returns:
 
 - only the rows that the classifier reads (the class token, for distilled models the distillation
-  token too) leave the last block, so that block computes one or two queries, not N;
+  token too, for models pooled by attention the pooling's) leave the last block, so that block
+  computes one or two queries, not N;
 - supervision needs class rows only, so no N x N matrix is ever built for it, and every other
   attention stays on PyTorch's fused scaled_dot_product_attention.
 """
@@ -13,6 +14,7 @@ own forward pass in spite of the rows that it returns:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import timm
@@ -21,16 +23,20 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lib.edit import AttentionEdit, edit_logits, resolve_blocks
-from lib.model.block import (
-    PlainBlock,
+from lib.edit import AttentionEdit, Layout, edit_logits
+from lib.model.adapter import (
+    Ropes,
     UnsupportedModelError,
     classify,
     count_read,
     embed,
+    is_pooled,
     refuse_unsupported,
+    rotary_positions,
+    run_block,
     take_apart,
 )
+from lib.model.block import PlainBlock
 from lib.model.mean_edit import edit_mean
 
 
@@ -58,14 +64,17 @@ class SigmoidViT(nn.Module):
     """A timm ViT with class rows on request and attention edits.
 
     Args:
-        vit: `VisionTransformer` or `VisionTransformerDistilled` of timm whose head reads the class
-            token (`global_pool="token"`); register tokens, layer scale, qk-norm, any patch size,
-            non-square and dynamic image sizes are fine.
+        vit: of timm, whose head reads a class token (`global_pool="token"`) or a pooling by
+            attention (`"map"`): `VisionTransformer` and `Eva` with the blocks that `block` knows.
+            Register tokens, layer scale, qk-norm, rotary positions, any patch size, non-square and
+            dynamic image sizes are fine. `python -m lib models` lists the families.
         one_query: False runs the last block for all N queries as timm does: slower, and bit for
             bit the plain model in every dtype. For checks and side-by-side timings.
 
     Attributes:
         classes: names of the scores, where they are known: a run's model knows them.
+        layout: its blocks, a pooling counted as the last one, "pool". depth: how many.
+        num_heads: of the last block, which decides. num_prefix: tokens in front of the patches.
 
     Raises:
         UnsupportedModelError: names what the model has that decides its prediction otherwise.
@@ -77,10 +86,17 @@ class SigmoidViT(nn.Module):
         self.vit = vit
         self.one_query = one_query
         self.classes: list[str] | None = None
-        self.depth = len(vit.blocks)
-        self.num_heads = take_apart(vit.blocks[0]).num_heads
+        pooled, num_blocks = is_pooled(vit), len(vit.blocks)
+        self.num_class_rows = count_read(vit)  # that can be read in a block before the last
+        self.depth = num_blocks + pooled
+        self.layout = Layout(
+            heads=tuple(take_apart(vit, index).num_heads for index in range(self.depth)),
+            read=tuple(range(0 if self.num_class_rows else num_blocks, self.depth)),
+            pooled=pooled,
+        )
+        self.num_heads = self.layout.heads[-1]
         self.num_prefix = vit.num_prefix_tokens
-        self.num_read = count_read(vit)
+        self.num_read = 1 if pooled else self.num_class_rows  # by the head, of the last block
 
     @property
     def device(self) -> torch.device:
@@ -117,47 +133,61 @@ class SigmoidViT(nn.Module):
             tokens: in place of images, what `tokens(images, -blocks)` gave: only the last `blocks`
                 blocks run.
             edit: what a person changed; None or an all-False mask runs the plain model.
-            rows: blocks whose class-row logits are wanted (see `resolve_blocks`).
+            rows: blocks whose class-row logits are wanted (see `Layout.resolve`).
 
         Returns:
-            scores `[B, classes]`; with `rows` also `{block: [B, heads, N]}`, the class token's
-            logits (before any edit, scaled by 1/sqrt(head dim)), with gradient.
+            scores `[B, classes]`; with `rows` also `{block: [B, heads, N]}`, the logits of the
+            class token, or of the pooling's query (before any edit, scaled by 1/sqrt(head dim)),
+            with gradient. Where a pooling leaves out the tokens before the patches, theirs are
+            `HIDDEN`.
         """
         if tokens is not None:
             return self.forward_tokens(tokens, self.depth - blocks, edit, rows)
-        return self.forward_tokens(self.embed(images), 0, edit, rows, self.grid_of(images))
+        tokens, ropes = embed(self.vit, images)
+        return self._forward(tokens, ropes, 0, edit, rows, self.grid_of(images))
 
     def embed(self, images: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` to the tokens that enter block 0, `[B, N, dim]`."""
-        return embed(self.vit, images)
+        return embed(self.vit, images)[0]
 
     def tokens(self, images: Tensor, block: int) -> Tensor:
         """The tokens `[B, N, dim]` that enter `block`: what a frozen trunk computes once."""
-        tokens = self.embed(images)
-        for index in range(resolve_blocks((block,), self.depth)[0]):
-            tokens = self.vit.blocks[index](tokens)
+        tokens, ropes = embed(self.vit, images)
+        for index in range(self.layout.resolve((block,), "all")[0]):
+            tokens = run_block(self.vit, index, tokens, ropes[index])
         return tokens
 
     def attention_matrices(self, images: Tensor) -> list[Tensor]:
-        """Softmax attention of every block, `[B, heads, N, N]` each: for figures, not training."""
-        tokens, found = self.embed(images), []
-        for block in self.vit.blocks:
-            parts = take_apart(block)
+        """Softmax attention of every block: for figures, not training.
+
+        `[B, heads, N, N]` each; of a pooling, the last, `[B, heads, 1, N]`.
+        """
+        found = []
+        for tokens, parts in self._entering(images):
             q, k, _ = parts.queries_keys_values(parts.norm(tokens))
             found.append(torch.softmax(parts.logits(q, k), dim=-1))
-            tokens = block(tokens)
         return found
 
-    def block_by_block(self, images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def block_by_block(self, images: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Every block in order: the tokens `[B, N, dim]` that leave it, and its class row.
 
-        The row is `[B, heads, N]`, logits as `forward` returns them; no N x N matrix is built. The
-        last block runs for all tokens here, though no patch that leaves it reaches the head.
+        The row is `[B, heads, N]`, logits as `forward` returns them, None of a block that has none
+        to read; no N x N matrix is built. The last block runs for all tokens here, though no patch
+        that leaves it reaches the head. Of a pooling, the tokens are those that it pools.
         """
-        tokens = self.embed(images)
-        for block in self.vit.blocks:
-            tokens, row = self._block(block, tokens, want_row=True)
-            yield tokens, row
+        for index, (tokens, parts) in enumerate(self._entering(images)):
+            q, k, v = parts.queries_keys_values(parts.norm(tokens))
+            row = parts.class_row(q, k) if index in self.layout.read else None
+            is_pool = index == len(self.vit.blocks)
+            yield tokens if is_pool else parts.leave(tokens, parts.fused(q, k, v)), row
+
+    def _entering(self, images: Tensor) -> Iterator[tuple[Tensor, PlainBlock]]:
+        """The tokens that enter every block, and its steps."""
+        tokens, ropes = embed(self.vit, images)
+        for index, rope in zip(range(self.depth), ropes, strict=False):
+            yield tokens, take_apart(self.vit, index, rope)
+            if index < len(self.vit.blocks):
+                tokens = run_block(self.vit, index, tokens, rope)
 
     def forward_tokens(
         self,
@@ -167,25 +197,42 @@ class SigmoidViT(nn.Module):
         rows: str | Sequence[int] | None = None,
         grid: tuple[int, int] | None = None,
     ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
-        """`forward` from the tokens `[B, N, dim]` that enter block `start` on."""
+        """`forward` from the tokens `[B, N, dim]` that enter block `start` on.
+
+        Args:
+            grid: rows and columns of patches; None is the model's own.
+        """
+        grid = grid or self.grid
+        return self._forward(tokens, rotary_positions(self.vit, grid), start, edit, rows, grid)
+
+    def _forward(
+        self,
+        tokens: Tensor,
+        ropes: Ropes,
+        start: int,
+        edit: AttentionEdit | None,
+        rows: str | Sequence[int] | None,
+        grid: tuple[int, int],
+    ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
         names = rows if rows is None or isinstance(rows, str) else tuple(rows)
-        wanted = () if names is None else resolve_blocks(names, self.depth)
-        edited = resolve_blocks(edit.blocks, self.depth) if edit and not edit.is_empty else ()
+        wanted = () if names is None else self.layout.resolve(names)
+        edited = ()
+        if edit and not edit.is_empty:
+            edited = self.layout.resolve(edit.blocks, edit.queries)
         for index in (*wanted, *edited):
             if index < start:
                 raise ValueError(f"block {index} is asked for, but the tokens enter block {start}")
-        if edited:
-            mask, values = edit.per_head(len(tokens), self.num_heads, grid or self.grid)
+        changes = {}  # by number of heads: the pooling may have another one
+        for heads in {self.layout.heads[index] for index in edited}:
+            mask, values = edit.per_head(len(tokens), heads, grid)
             # Asked of the mask where it is made: on a GPU the answer would have to be waited for.
             everywhere = bool(mask.any(dim=-1).all())
             mask, values = mask.to(tokens.device), values.to(tokens.device)
-            asked = _RowEdit(mask, values, edit, self.num_prefix, everywhere)
+            changes[heads] = _RowEdit(mask, values, edit, self.num_prefix, everywhere)
         found: dict[int, Tensor] = {}
         for index in range(start, self.depth):
-            change = asked if index in edited else None
-            read_only = self.one_query and index == self.depth - 1
-            block = self.vit.blocks[index]
-            tokens, row = self._block(block, tokens, index in wanted, change, read_only)
+            change = changes[self.layout.heads[index]] if index in edited else None
+            tokens, row = self._block(index, tokens, ropes[index], index in wanted, change)
             if row is not None:
                 found[index] = row
         scores = classify(self.vit, tokens)
@@ -193,18 +240,21 @@ class SigmoidViT(nn.Module):
 
     def _block(
         self,
-        block: nn.Module,
+        index: int,
         tokens: Tensor,
-        want_row: bool = False,
-        change: _RowEdit | None = None,
-        read_only: bool = False,
+        rope: Tensor | None,
+        want_row: bool,
+        change: _RowEdit | None,
     ) -> tuple[Tensor, Tensor | None]:
         """One block; its tokens, and its class row `[B, heads, N]` if wanted."""
-        if not (read_only or want_row or change is not None):
+        read_only = self.one_query and index == self.depth - 1
+        is_pool = index == len(self.vit.blocks)
+        if not (read_only or is_pool or want_row or change is not None):
             if self.vit.grad_checkpointing and torch.is_grad_enabled():
-                return checkpoint(block, tokens, use_reentrant=False), None
-            return block(tokens), None
-        parts = take_apart(block)
+                run = partial(run_block, self.vit, index)
+                return checkpoint(run, tokens, rope, use_reentrant=False), None
+            return run_block(self.vit, index, tokens, rope), None
+        parts = take_apart(self.vit, index, rope)
         normed = parts.norm(tokens)
         if read_only:
             heads, logits = parts.read(normed, self.num_read, change)
@@ -221,7 +271,7 @@ class SigmoidViT(nn.Module):
         """Attention of all tokens, `[B, heads, N, d]`; fused but for the edited rows."""
         q, k, v = qkv
         touched = change.mask.any(dim=-1)[:, :, None, None]
-        queries = q.shape[2] if change.every_query else self.num_read
+        queries = q.shape[2] if change.every_query else self.num_class_rows or 1
         heads = parts.weigh(change(parts.logits(q[:, :, :queries], k)), v)
         if queries < q.shape[2] or not change.everywhere:
             # Images and heads that nobody edited keep the fused kernel's bits.

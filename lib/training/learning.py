@@ -12,6 +12,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from lib.config import TrainConfig
+from lib.model.adapter import learned_parts
 from lib.model.vit import SigmoidViT
 
 # Words of `TrainConfig.mixed_precision`, once the device is known.
@@ -42,14 +43,9 @@ def learning_blocks(trainable: str | int, depth: int) -> int:
 
 def trained_modules(model: SigmoidViT, trainable: str | int) -> list[nn.Module]:
     """The modules that learn: everything, or the last blocks with the final norm and the head."""
-    vit = model.vit
-    heads = [vit.head, *([vit.head_dist] if hasattr(vit, "head_dist") else [])]
     if trainable == "all":
-        return [vit]
-    blocks = learning_blocks(trainable, model.depth)
-    if blocks == 0:
-        return heads
-    return [*vit.blocks[model.depth - blocks :], vit.norm, vit.fc_norm, *heads]
+        return [model.vit]
+    return learned_parts(model.vit, learning_blocks(trainable, model.depth))
 
 
 def freeze(model: SigmoidViT, trainable: str | int) -> None:

@@ -25,7 +25,6 @@ from lib import config as cfg
 from lib.config import Config, DataConfig, RunConfig, TrainConfig
 from lib.data.classes import other_classes
 from lib.data.dataset import DATA_SETS, BirdDataset, make_dataset
-from lib.edit import resolve_blocks
 from lib.files import StorageError, make_folder, write_text
 from lib.model.predict import processes
 from lib.model.vit import SigmoidViT, create_model
@@ -419,7 +418,7 @@ def refuse_vain_supervision(model: SigmoidViT, train_set: BirdDataset, config: T
     if human.lam == 0:
         return
     first = model.depth - learning_blocks(config.trainable, model.depth)
-    for block in resolve_blocks(human.blocks, model.depth):
+    for block in model.layout.resolve(human.blocks):
         if block < first:
             raise ValueError(
                 f'block {block} is supervised, but trainable="{config.trainable}" freezes it; '

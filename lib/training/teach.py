@@ -29,7 +29,7 @@ from lib.config import TrainConfig
 from lib.data.classes import other_classes
 from lib.data.corrections import Correction, found_again
 from lib.data.dataset import BirdDataset
-from lib.edit import AttentionEdit, resolve_blocks, resolve_heads
+from lib.edit import AttentionEdit, resolve_heads
 from lib.losses import CORRECTION_LOSSES, HALF, correction_loss
 from lib.model.vit import SigmoidViT
 from lib.training.learning import (
@@ -296,8 +296,8 @@ class Teacher:
         if edit.is_empty:
             return "no cell is painted" if not edit.mask.any() else "its strength is 0"
         try:
-            blocks = resolve_blocks(edit.blocks, self.model.depth)
-            resolve_heads(edit.heads, self.model.num_heads)
+            blocks = self.model.layout.resolve(edit.blocks)
+            [resolve_heads(edit.heads, self.model.layout.heads[block]) for block in blocks]
         except ValueError as error:
             return str(error)
         if blocks[-1] < self.start:
@@ -399,7 +399,7 @@ def teach_terms(
         attention = scores.new_zeros(())
     else:
         both = torch.cat([tokens, corrected["tokens"]])
-        scores, rows = model.forward_tokens(both, start, rows=range(start, model.depth))
+        scores, rows = model.forward_tokens(both, start, rows=model.layout.read_from(start))
         rows = {block: row[count:] for block, row in rows.items()}
         attention = correction_loss(config.loss, rows, corrected)
     return F.cross_entropy(scores[:count].float(), replayed["label"]), attention
@@ -410,20 +410,21 @@ def targets(edits: Sequence[AttentionEdit], model: SigmoidViT, start: int) -> di
 
     Returns:
         "wanted" `[C, P]` in [0, 1], "painted" bool `[C, P]`, "centred" bool `[C]` (the offset),
-        "mean" bool `[C]` (of the heads' mean), "share" `[C, blocks from start on, H]`: what each
-        block and head counts in the picture's loss; sums to 1 over those that the edit names.
+        "mean" bool `[C]` (of the heads' mean), "share" `[C, blocks, H]`: what each block from
+        start on that has a row and each head count in the picture's loss; sums to 1.
     """
-    share = torch.zeros(len(edits), model.depth, model.num_heads)
+    layout = model.layout
+    share = torch.zeros(len(edits), model.depth, max(layout.heads))
     for one, edit in zip(share, edits, strict=True):
-        blocks = [b for b in resolve_blocks(edit.blocks, model.depth) if b >= start]
-        heads = list(resolve_heads(edit.heads, model.num_heads))
-        one[np.ix_(blocks, heads)] = 1 / (len(blocks) * len(heads))
+        for block in (blocks := [b for b in layout.resolve(edit.blocks) if b >= start]):
+            heads = list(resolve_heads(edit.heads, layout.heads[block]))
+            one[block, heads] = 1 / (len(blocks) * len(heads))
     return {
         "wanted": torch.stack([edit.values for edit in edits]).flatten(1),
         "painted": torch.stack([edit.mask for edit in edits]).flatten(1),
         "centred": torch.tensor([edit.offset == "centred" for edit in edits]),
         "mean": torch.tensor([edit.heads == "mean" for edit in edits]),
-        "share": share[:, start:],
+        "share": share[:, layout.read_from(start)],
     }
 
 

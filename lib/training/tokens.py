@@ -216,7 +216,7 @@ def _digest(
     architecture += (asked,) * (asked != "no")  # files of float32 have older names
     digest = hashlib.sha256(repr((told, table, pictures, architecture)).encode())
     learned = (f"blocks.{index}." for index in range(model.depth - blocks, model.depth))
-    learned = ("norm.", "fc_norm.", "head", *learned)
+    learned = ("norm.", "fc_norm.", "head", "attn_pool.", *learned)
     for name, value in model.vit.state_dict().items():
         if not name.startswith(learned):
             digest.update(name.encode() + value.cpu().numpy().tobytes())

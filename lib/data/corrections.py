@@ -165,8 +165,7 @@ def load_corrections(
 
     Args:
         folder: where corrections are kept; every *.json file directly in it is looked at.
-        grid: (gh, gw); corrections on a finer grid are brought to this one (`on_grid`), those on a
-            coarser one are skipped.
+        grid: (gh, gw); those on a finer one are brought to it (`on_grid`), on others skipped.
 
     Returns:
         The corrections, oldest first, and the files that were left out, by name, each with the
@@ -200,7 +199,7 @@ def list_corrections(folder: str | Path, grid: tuple[int, int] | None = None) ->
             found[path] = _read_correction(path)
         except CorrectionError as error:
             listed.append(Saved(path, None, str(error)))
-    other = {path: _misfit(one.edit.grid, grid) for path, one in found.items()}
+    other = {path: _misfit(one, grid) for path, one in found.items()}
     in_order = sorted(found, key=lambda path: (found[path].time, path.name))
     # An id may have passed to another picture; a later one takes the place.
     pictures = {path: (found[path].image_id, found[path].file) for path in in_order}
@@ -212,11 +211,15 @@ def list_corrections(folder: str | Path, grid: tuple[int, int] | None = None) ->
     return listed
 
 
-def _misfit(found: tuple[int, int], wanted: tuple[int, int] | None) -> str:
+def _misfit(correction: Correction, wanted: tuple[int, int] | None) -> str:
     """Why a correction on one grid is of no use on another; "" where it is, see `on_grid`."""
-    if wanted is None or (found[0] >= wanted[0] and found[1] >= wanted[1]):
+    found = correction.edit.grid
+    if wanted is None or found == tuple(wanted):
         return ""
     rows, columns = wanted
+    if found[0] >= rows and found[1] >= columns:
+        is_lost = correction.edit.mask.any() and not on_grid(correction, wanted).edit.mask.any()
+        return f"it fills no half of a cell of the model's {rows} x {columns}" if is_lost else ""
     return f"grid is {found[0]} x {found[1]}, but the model has {rows} x {columns} patches"
 
 

@@ -19,7 +19,8 @@ PROBED = 0.1  # of the cells, those that are looked at most: painted low to try 
 
 def blocks_apart(layout: Layout, queries: str) -> list[str]:
     """Those of `RUNGS` that are different blocks in a model; without a class token, few are."""
-    found = {layout.resolve(name, queries): name for name in reversed(RUNGS)}
+    # Of several words for the same blocks "last" is the one, then "all".
+    found = {layout.resolve(name, queries): name for name in ("last2", "all", "last")}
     return [name for name in RUNGS if name in found.values()]
 
 
@@ -35,6 +36,8 @@ def climb(controller: EditorController) -> list[dict[str, Any]]:
         rung: replace(work, scope=work.scope | scope)
         for rung, scope in session.layout.ladder.items()
     }
+    if session.layout.pooled:
+        works = {"pooling" if rung == "last block" else rung: one for rung, one in works.items()}
     for rung, one in works.items():
         found = controller.outcome_of(one).probabilities
         best, true = int(found.argmax()), float(found[controller.shown.label])
@@ -65,6 +68,8 @@ def wider(controller: EditorController) -> tuple[str, str]:
     """
     here, layout = controller.scope["blocks"], controller.session.layout
     rungs = blocks_apart(layout, controller.scope["queries"])
+    if here == "last2" and here not in rungs:
+        here = "all"
     if controller.edit().is_empty or here not in rungs or len(rungs) == 1:
         return "", ""
     works = {blocks: in_blocks(controller.work, blocks) for blocks in rungs}

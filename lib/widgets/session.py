@@ -121,7 +121,7 @@ def refuse_scope(layout: Layout, edit: AttentionEdit) -> None:
         if heads and not 0 <= min(heads) <= max(heads) < count:
             wrong = next(head for head in heads if not 0 <= head < count)
             raise ValueError(
-                f"heads holds {wrong}, but {block_name(layout, block)} has {count} heads, from 0 on"
+                f"heads holds {wrong}, but {block_name(layout, block)} has {count} heads"
             )
 
 

@@ -15,6 +15,7 @@ import tyro
 
 from lib.cli.bench import cached, editing, loading, memory, speed
 from lib.cli.data import check, fetch, split, weights
+from lib.cli.models import models
 from lib.cli.runs import demo, edit_pictures, evaluate_runs, sweep, teaching, train
 
 # Mistakes that a person can mend: told in one sentence, exit code 2, no traceback; the last one
@@ -61,6 +62,7 @@ def _run(arguments: list[str]) -> int:
         "train": train,
         "evaluate": evaluate_runs,
         "sweep": sweep,
+        "models": models,
         "weights": weights,
         "download": fetch,
         "split": split,

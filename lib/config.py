@@ -88,7 +88,7 @@ class ModelConfig:
 
     name: str = "vit_small_patch16_224"  # timm name
     weights: Path | None = None  # .safetensors or .pt state dict; None starts from random weights
-    overrides: dict[str, int | float] = field(default_factory=dict)  # passed to timm.create_model
+    overrides: dict[str, int | float | str] = field(default_factory=dict)  # for timm.create_model
     norm_eps: float | None = None  # epsilon of every LayerNorm; None is timm's, 1e-6
 
     def __post_init__(self) -> None:

@@ -17,16 +17,27 @@ from lib.model.block import Layer, PlainBlock, PoolingBlock, RotaryBlock, bind, 
 
 Ropes = Sequence[Tensor | None]  # of every block: sines and cosines of the patches' positions
 
+_WINDOWS = "attends within windows, in stages of falling resolution"
+
 # Why a class of timm's is refused, where the attribute that is missing would not tell.
 _OTHERWISE = {
     "AttentionPoolPrr": "is no query that pools the tokens, but attention among them",
+    "Beit": "adds relative positions to its logits",
+    "Cait": "mixes what its heads see, and gives the class token blocks of its own",
     "DiffAttention": "subtracts two softmaxes, so that no row is a distribution",
     "DiffParallelScalingBlock": "subtracts two softmaxes, so that no row is a distribution",
     "EvaBlockPostNorm": "has its norms behind attention and MLP",
+    "Hiera": _WINDOWS,
+    "HieraDet": _WINDOWS,
+    "NaFlexVit": "takes lists of patches in place of pictures of one size",
     "ParallelScalingBlock": "computes attention and MLP beside each other from one projection",
     "ParallelThingsBlock": "has several attentions beside each other",
-    "RelPosAttention": "adds positions to its logits",
     "ResPostBlock": "has its norms behind attention and MLP",
+    "SwinTransformer": _WINDOWS,
+    "SwinTransformerV2": _WINDOWS,
+    "SwinTransformerV2Cr": _WINDOWS,
+    "VisionTransformerRelPos": "adds relative positions to its logits",
+    "VisionTransformerSAM": "attends within windows, and has no class token",
 }
 _ANOTHER = "use a model of a supported family (python -m lib models lists them)"
 _USED = {
@@ -138,7 +149,12 @@ def bound_classify(vit: nn.Module) -> Layer:
 def refuse_unsupported(vit: nn.Module) -> None:
     """Raises UnsupportedModelError, which names what decides the model's prediction otherwise."""
     name = type(vit).__name__
+    _refuse_known(vit, f"this {name}")
     _refuse_without(vit, "model", f"this {name}")
+    for block in vit.blocks:
+        _refuse_block(block, name)
+    pool = getattr(vit, "attn_pool", None)
+    _refuse_known(pool, f"{type(pool).__name__} of this {name}")
     if vit.global_pool not in ("token", "map"):
         raise UnsupportedModelError(_pools_otherwise(vit))
     if not isinstance(vit.patch_drop, nn.Identity | None):
@@ -146,10 +162,7 @@ def refuse_unsupported(vit: nn.Module) -> None:
             f"this {name} drops patches (patch_drop_rate > 0), so a row no longer matches the "
             "patch grid; create it with patch_drop_rate=0"
         )
-    for block in vit.blocks:
-        _refuse_block(block, name)
     if is_pooled(vit):
-        pool = vit.attn_pool
         _refuse_without(pool, "pooling", f"{type(pool).__name__} of this {name}")
         if pool.latent.shape[1] != 1 or pool.pos_embed is not None:
             raise UnsupportedModelError(
@@ -173,16 +186,19 @@ def _pools_otherwise(vit: nn.Module) -> str:
 def _refuse_block(block: nn.Module, name: str) -> None:
     kind = f"{type(block).__name__} of this {name}"
     inside = f"{type(getattr(block, 'attn', block)).__name__} in {kind}"
-    for one, what in ((block, kind), (getattr(block, "attn", None), inside)):
-        if type(one).__name__ in _OTHERWISE:
-            why = _OTHERWISE[type(one).__name__]
-            raise UnsupportedModelError(f"{what} {why}, which is not supported; {_ANOTHER}")
+    _refuse_known(block, kind)
+    _refuse_known(getattr(block, "attn", None), inside)
     _refuse_without(block, "block", kind)
     scales = ("gamma_1", "gamma_2") if _is_rotary(block) else ("ls1", "ls2")
     _refuse_without(block, scales, kind)
     _refuse_without(block.attn, "attention", inside)
     if block.attn.qkv is None:
         _refuse_without(block.attn, ("q_proj", "k_proj", "v_proj"), inside)
+
+
+def _refuse_known(module: nn.Module | None, what: str) -> None:
+    if why := _OTHERWISE.get(type(module).__name__):
+        raise UnsupportedModelError(f"{what} {why}, which is not supported; {_ANOTHER}")
 
 
 def _refuse_without(module: nn.Module, used: str | Sequence[str], what: str) -> None:

@@ -37,6 +37,7 @@ from lib.model.adapter import (
     take_apart,
 )
 from lib.model.block import PlainBlock
+from lib.model.families import advice, default_pool
 from lib.model.mean_edit import edit_mean
 
 
@@ -296,8 +297,11 @@ def create_model(
         image_size: height and width in pixels; a multiple of the patch size.
         norm_eps: epsilon of every LayerNorm. normalisation: mean, then standard deviation, of the
             three channels. None is timm's, of either.
-        overrides: passed to timm, e.g. `embed_dim`, `depth`, `drop_path_rate`.
+        overrides: passed to timm, e.g. `embed_dim`, `depth`, `drop_path_rate`. Left out,
+            `global_pool` is timm's, but "token" where the weights that timm averages were trained
+            with a class token (see `lib.model.families`).
     """
+    overrides = default_pool(name) | overrides
     if normalisation is not None:
         numbers = {"mean": tuple(normalisation[:3]), "std": tuple(normalisation[3:])}
         overrides["pretrained_cfg_overlay"] = numbers
@@ -313,4 +317,7 @@ def create_model(
     for module in vit.modules():
         if norm_eps is not None and isinstance(module, nn.LayerNorm):
             module.eps = norm_eps
-    return SigmoidViT(vit)
+    try:
+        return SigmoidViT(vit)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{error}{advice(name)}") from error

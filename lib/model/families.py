@@ -144,7 +144,7 @@ FAMILIES = (
         "vit_pe_spatial_tiny_patch16_512",
         CLASS,
         positions=f"{LEARNED}, {ROTARY}",
-        average="made for maps of patches: no norm behind the blocks and no head; the class row has "
+        average="made for maps of patches: no norm behind the blocks, no head; the class row has "
         "to learn",
         trained=False,
     ),

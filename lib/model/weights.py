@@ -19,8 +19,6 @@ import safetensors.torch
 import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError
-from timm.layers import resample_abs_pos_embed
-from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from lib.files import make_folder, write_bytes
@@ -36,7 +34,9 @@ from lib.model.checkpoints import (
     shape_of,
     some,
 )
+from lib.model.convert import differences_told, fit_embeddings, in_timms_names
 from lib.model.vit import SigmoidViT
+from lib.model.zero_shot import head_of_file
 
 FORMATS = (".safetensors", ".pt", ".pth")
 _OF_JAX = "embedding/kernel"  # in the original files (.npz) of google-research
@@ -44,7 +44,7 @@ _JAX_BLOCK = re.compile(r"encoderblock_(\d+)/")
 _JAX_STACK = "encoderblock/LayerNorm_0/scale"  # where all blocks are in one tensor
 _KERNEL = "patch_embed.proj.weight"
 _VIT_HEADS = ("head.", "head_dist.")
-_VIT_LAYERS = ("blocks.", "patch_embed.", "norm_pre.", "reg_token", "dist_token")
+_VIT_LAYERS = ("blocks.", "patch_embed.", "norm_pre.", "reg_token", "dist_token", "attn_pool.")
 _GRID_HINT = ", and for images that are not square a file of save_weights, which records the grid"
 
 
@@ -60,6 +60,8 @@ class LoadReport:
     taken: str = ""  # path and prefix of the tensors in the file, such as "teacher.backbone"
     others: tuple[str, ...] = ()  # paths of other ViTs in the file
     passed_over: tuple[str, ...] = ()  # Python objects in the file, which were not made
+    whose: str = ""  # who names tensors as the file does, where its names were converted here
+    beware: tuple[str, ...] = ()  # what they compute otherwise, though the weights are the same
 
     def __str__(self) -> str:
         lists = {
@@ -72,11 +74,15 @@ class LoadReport:
         told = [f"{title}: {some(names)}" for title, names in lists.items() if names]
         taken = f" from {self.taken or 'the top level'}" if self.taken or self.others else ""
         taken += f", not from {some(self.others)}" if self.others else ""
-        return "; ".join([f"{len(self.loaded)} tensors loaded{taken}", *told])
+        taken += f" in the names of {self.whose}" if self.whose else ""
+        return "; ".join([f"{len(self.loaded)} tensors loaded{taken}", *told, *self.beware])
 
 
 def load_weights(model: SigmoidViT, path: Path) -> LoadReport:
-    """Reads a ViT that timm can convert, from a checkpoint of any make, into `model`.
+    """Reads a ViT from a checkpoint of any make into `model`.
+
+    Its names are timm's, or such as timm converts itself, or those of Hugging Face transformers,
+    torchvision or open_clip (see `convert.py`); the report says whose.
 
     The file is one of torch.save, safetensors or NumPy, whatever its suffix. The ViT may lie in
     nested dicts and below prefixes (`state_dict`, `module.`, `teacher.backbone.`, ...). Of several
@@ -113,9 +119,18 @@ def load_weights(model: SigmoidViT, path: Path) -> LoadReport:
     best = min(found, key=lambda one: len(_differences(_sizes(one.fitted), _sizes(own))))
     _refuse_unlike(best, own, path, type(model.vit).__name__)
     fitted, state = best.fitted, best.state
+    head = head_of_file(model.vit, fitted)
+    if head is not None:  # of `zero_shot`, in place of the model's
+        own = {key: value for key, value in own.items() if not key.startswith("head.")}
+        own |= {f"head.{key}": value for key, value in head.state_dict().items()}
     loaded = {key: one for key, one in fitted.items() if key in own and one.shape == own[key].shape}
+    for part in _VIT_HEADS:  # a bias belongs to its weight
+        if part + "weight" not in loaded:
+            loaded.pop(part + "bias", None)
     for key, value in loaded.items():
         _refuse_unusable(state.get(key, value), f"{path} has", best.prefix + key)
+    if head is not None:
+        model.vit.head = head
     model.vit.load_state_dict(loaded, strict=False)
     new = tuple(key for key in own if key not in loaded)
     # Where there is nothing to resample, timm hands on the very tensor.
@@ -133,6 +148,8 @@ def load_weights(model: SigmoidViT, path: Path) -> LoadReport:
         taken=best.where,
         others=tuple(one.where or "the top level" for one in found if one is not best),
         passed_over=passed_over,
+        whose=best.whose,
+        beware=best.beware,
     )
 
 
@@ -141,9 +158,11 @@ class _Candidate:
     """One ViT of a file."""
 
     prefix: str
-    state: dict[str, Tensor]  # as in the file, without the prefix
-    fitted: dict[str, Tensor]  # in timm's names, embeddings resampled, if there was no error
+    state: dict[str, Tensor]  # as in the file, without the prefix, but in timm's names
+    fitted: dict[str, Tensor]  # embeddings resampled, if there was no error
     error: Exception | None = None
+    whose: str = ""  # see `LoadReport`
+    beware: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:
@@ -153,13 +172,15 @@ class _Candidate:
 def _candidate(
     prefix: str, tensors: dict[str, Tensor], grids: dict[str, tuple[int, int]], vit: nn.Module
 ) -> _Candidate:
-    state = below(tensors, prefix)
+    theirs = below(tensors, prefix)
     above = [place for place in grids if not place or prefix.startswith(f"{place}.")]
     grid = grids[max(above, key=len)] if above else None
+    beware = tuple(differences_told(theirs, vit))
+    state, whose = in_timms_names(theirs, tensors, prefix, vit)
     try:
-        return _Candidate(prefix, state, _fit_embeddings(state, grid, vit))
+        return _Candidate(prefix, state, fit_embeddings(state, grid, vit), None, whose, beware)
     except Exception as error:  # timm's conversions of foreign files have no common class
-        return _Candidate(prefix, state, state if _KERNEL in state else {}, error)
+        return _Candidate(prefix, state, state if _KERNEL in state else {}, error, whose)
 
 
 def _sizes(state: dict[str, Tensor]) -> tuple[int, int]:
@@ -256,27 +277,6 @@ def _from_jax(arrays: dict[str, Tensor], path: Path, vit: nn.Module) -> _Candida
     theirs = {"pos_embed": position, _KERNEL: kernel.permute(3, 2, 0, 1)}
     theirs = {key: one for key, one in theirs.items() if one.shape != fitted[key].shape}
     return _Candidate("", {**fitted, **theirs}, fitted)
-
-
-def _fit_embeddings(
-    state: dict[str, Tensor], grid: tuple[int, int] | None, vit: nn.Module
-) -> dict[str, Tensor]:
-    """The state in timm's names, its embeddings resampled from `grid` to the model's grid."""
-    # As timm itself does: these two families were trained on embeddings resized in this way.
-    name = getattr(vit, "pretrained_cfg", {}).get("architecture") or ""
-    coarse = "flexi" in name or "radio" in name
-    how = {"interpolation": "bilinear", "antialias": False} if coarse else {}
-    state = dict(state)  # timm's conversions take entries out
-    # Where the grid is known, timm must not guess: it takes 7 x 28 patches for 14 x 14.
-    position = state.pop("pos_embed", None) if grid else None
-    # adapt_layer_scale: DeiT III files have another name for layer scale
-    fitted = checkpoint_filter_fn(state, vit, adapt_layer_scale=True, **how)
-    if position is None:
-        return fitted
-    if grid != vit.patch_embed.grid_size:
-        prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
-        position = resample_abs_pos_embed(position, vit.patch_embed.grid_size, grid, prefix, **how)
-    return {**fitted, "pos_embed": position}
 
 
 def save_weights(model: SigmoidViT, path: Path) -> None:

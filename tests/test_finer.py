@@ -328,7 +328,7 @@ def test_a_finer_correction_teaches_on_the_models_own_grid_and_opens_on_its_own(
     train, test = birds(session.model, "train", 8), birds(session.model, "test", 8)
     panel = TeachPanel(session, train, test, folder, TeachConfig(steps=1))
     own = " x ".join(map(str, session.model.grid))
-    assert f"1 on finer grids, brought to the model's own {own} cells" in panel._left_out.value
+    assert f"1 painted on finer cells, and taught on the model's own {own}" in panel._left_out.value
     (one,) = panel._corrections()
     assert one.edit.grid == session.model.grid and int(one.edit.mask.sum()) == 4
     assert torch.allclose(one.edit.values[one.edit.mask], torch.tensor(0.9))

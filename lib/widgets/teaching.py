@@ -156,7 +156,7 @@ class TeachPanel(Panel):
         rows, columns = grid = self.session.model.grid
         finer = [one for one in self._saved.entries() if not one.reason]
         finer = sum(one.correction.edit.grid != grid for one in finer)
-        said = f"{finer} on finer grids, brought to the model's own {rows} x {columns} cells"
+        said = f"{finer} painted on finer cells, and taught on the model's own {rows} x {columns}"
         words = f"{words}:<ul>{lines}</ul>" if left else ""
         self._left_out.value = words + (f"<p>{said}</p>" if finer else "")
         self._enable()

@@ -35,6 +35,7 @@ from lib.model.checkpoints import (
     some,
 )
 from lib.model.convert import differences_told, fit_embeddings, in_timms_names
+from lib.model.families import default_pool
 from lib.model.vit import SigmoidViT
 from lib.model.zero_shot import head_of_file
 
@@ -44,7 +45,8 @@ _JAX_BLOCK = re.compile(r"encoderblock_(\d+)/")
 _JAX_STACK = "encoderblock/LayerNorm_0/scale"  # where all blocks are in one tensor
 _KERNEL = "patch_embed.proj.weight"
 _VIT_HEADS = ("head.", "head_dist.")
-_VIT_LAYERS = ("blocks.", "patch_embed.", "norm_pre.", "reg_token", "dist_token", "attn_pool.")
+_POOL = "attn_pool."
+_VIT_LAYERS = ("blocks.", "patch_embed.", "norm_pre.", "reg_token", "dist_token", _POOL)
 _GRID_HINT = ", and for images that are not square a file of save_weights, which records the grid"
 
 
@@ -198,7 +200,7 @@ def _differences(there: tuple[int, int], here: tuple[int, int]) -> list[str]:
 
 
 def _refuse_unlike(best: _Candidate, own: dict[str, Tensor], path: Path, kind: str) -> None:
-    """WeightsError, unless the head alone is missing or of another shape.
+    """WeightsError, unless the head alone is missing or of another shape, or a pooling missing.
 
     Layers in the file that the model has not (blocks, registers, layer scale, norms) would change
     what the others do: then it is another architecture, too.
@@ -211,6 +213,8 @@ def _refuse_unlike(best: _Candidate, own: dict[str, Tensor], path: Path, kind: s
     shaped = [key for key in own if key in fitted and fitted[key].shape != own[key].shape]
     wrong = [key for key in own if key not in fitted or key in shaped]
     wrong = [key for key in wrong if not key.startswith(_VIT_HEADS)]
+    if not any(key.startswith(_POOL) for key in fitted):  # it is new, and learns as a head does
+        wrong = [key for key in wrong if not key.startswith(_POOL)]
     others = [key for key in fitted if key not in own and not key.startswith(_VIT_HEADS)]
     if not (best.error or wrong or any(key.startswith(_VIT_LAYERS) for key in others)):
         return
@@ -339,8 +343,8 @@ def save_pretrained(model_name: str, save_dir: Path, overwrite: bool = False) ->
     path = save_dir if save_dir.suffix in FORMATS else save_dir / f"{model_name}.pt"
     if path.is_file() and not overwrite:
         return path
-    SigmoidViT(timm.create_model(model_name))
-    save_weights(SigmoidViT(_fetch(model_name)), path)
+    SigmoidViT(timm.create_model(model_name, **default_pool(model_name)))
+    save_weights(pretrained(model_name), path)
     return path
 
 
@@ -359,16 +363,26 @@ def _refuse_unknown_model(model_name: str) -> None:
     )
 
 
-def _fetch(model_name: str) -> nn.Module:
-    """The pretrained model, from the hub or its cache."""
+def is_cached(model_name: str) -> bool:
+    """Whether the cache of huggingface_hub on this machine has a timm model's weights."""
+    repository = timm.get_pretrained_cfg(model_name).hf_hub_id
+    cached = (huggingface_hub.try_to_load_from_cache(repository, name) for name in HUB_FILES)
+    return bool(repository) and any(isinstance(path, str) for path in cached)
+
+
+def pretrained(model_name: str) -> SigmoidViT:
+    """A timm model with its weights and head, from the hub or its cache, in its own resolution.
+
+    Raises:
+        UnsupportedModelError, WeightsError: as `save_pretrained`.
+    """
     repository = timm.get_pretrained_cfg(model_name).hf_hub_id
     try:
-        cached = (huggingface_hub.try_to_load_from_cache(repository, name) for name in HUB_FILES)
-        if repository and not any(isinstance(path, str) for path in cached):
+        if repository and not is_cached(model_name):
             # One question with one timeout (HF_HUB_ETAG_TIMEOUT, 10 s): the download itself asks a
             # dead connection again and again, with a warning each time, for 47 s to many minutes.
             huggingface_hub.file_exists(repository, HUB_FILES[0])
-        return timm.create_model(model_name, pretrained=True)
+        vit = timm.create_model(model_name, pretrained=True, **default_pool(model_name))
     except HUB_ERRORS as error:
         raise WeightsError(
             f"the Hugging Face hub could not be reached for {model_name} "
@@ -381,3 +395,4 @@ def _fetch(model_name: str) -> nn.Module:
             f"timm cannot load the pretrained {model_name} ({first_sentence(error)}); update timm, "
             "or delete the model from the cache of huggingface_hub if its file there is damaged"
         ) from error
+    return SigmoidViT(vit)

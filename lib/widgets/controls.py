@@ -206,7 +206,8 @@ class Controls(Panel):
         for size in dict.fromkeys([*((k * own[0], k * own[1]) for k in FINER), session.image_size]):
             cost = cost_at(session.model, size)
             text = f"{cost.grid[0]} x {cost.grid[1]}"
-            costs = f"about {cost.times:.2g} x the time, {cost.megabytes:.0f} MB a picture"
+            size_kept = f"{max(1, round(cost.megabytes))} MB a picture"
+            costs = f"about {cost.times:.2g} x the time, {size_kept}"
             if size in (own, session.image_size) or math.prod(cost.grid) <= MOST_CELLS:
                 found[f"{text}, the model's own" if size == own else f"{text}: {costs}"] = size
         return found

@@ -132,7 +132,11 @@ class AttentionEditor(Controls):
         self._operate(lambda controller: controller.stroke(cells, stroke, index))
 
     def _ladder(self) -> None:
-        self._html["ladder"].value = views.ladder_html(rungs.climb(self.controller))
+        told = views.ladder_html(rungs.climb(self.controller))
+        rows, columns = self.controller.session.grid
+        if rows * columns > rungs.MOST_ROWS:
+            told += f'<p class="ae-dim">All rows of {rows} x {columns} cells would take long.</p>'
+        self._html["ladder"].value = told
         self._laddered = self._asked()
 
     def _asked(self) -> tuple[Any, ...]:
@@ -162,7 +166,8 @@ class AttentionEditor(Controls):
     def _try_rungs(self) -> None:
         """A hint where another rung would do more; before anything is done, that rung itself."""
         controller = self.controller
-        if controller.seconds > SLOW:
+        is_wide = controller.scope["queries"] == "all" and controller.own.size > rungs.MOST_ROWS
+        if controller.seconds > SLOW or is_wide:
             return
         if not (controller.can_undo or self._has_chosen_blocks):
             controller.begin_in(rungs.blocks_to_begin_with(controller))

@@ -131,7 +131,10 @@ class ManyPanel(Panel):
         elif not done:
             self._say("None of these pictures has what the rule needs.")
         else:
-            self._say(f"{done} pictures, {self.controls['set'].value.split(' (')[0]}.")
+            session, size = self.controller.session, ""
+            if session.now.model is not session.model:
+                size = ", at {} x {} pixels".format(*session.image_size)
+            self._say(f"{done} pictures, {self.controls['set'].value.split(' (')[0]}{size}.")
         if done:
             self.table = count_changes(frame)
             self._result.value = many_html(self.table)

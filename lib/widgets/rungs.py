@@ -13,6 +13,9 @@ from lib.widgets.history import Work
 from lib.widgets.session import blocks_in_words
 
 RUNGS = ("last", "last2", "all")  # blocks that are offered, and tried for a hint
+# With more cells, all rows are not tried unasked: each of them is edited, which takes as many
+# searches as there are tokens. (ViT-S/14, 32 x 32 cells, a CPU: 15 s.)
+MOST_ROWS = 1000
 WORTH = 0.1  # change of a probability from which on another part of the model is worth a word
 PROBED = 0.1  # of the cells, those that are looked at most: painted low to try a part of the model
 
@@ -27,6 +30,8 @@ def blocks_apart(layout: Layout, queries: str) -> list[str]:
 def climb(controller: EditorController) -> list[dict[str, Any]]:
     """The same edit in more and more of the model, whatever its own scope is, a row a rung.
 
+    The last rung, all rows, is left out on more than `MOST_ROWS` cells.
+
     Each row: rung (no edit at first), prediction (class name), probability (of the prediction),
     p_true (of the true class).
     """
@@ -35,6 +40,7 @@ def climb(controller: EditorController) -> list[dict[str, Any]]:
     works |= {
         rung: replace(work, scope=work.scope | scope)
         for rung, scope in session.layout.ladder.items()
+        if scope["queries"] == "cls" or controller.own.size <= MOST_ROWS
     }
     if session.layout.pooled:
         works = {"pooling" if rung == "last block" else rung: one for rung, one in works.items()}

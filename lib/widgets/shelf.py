@@ -164,7 +164,10 @@ class CorrectionShelf(Panel):
         self.controller.open(entry.index)
         self.controller.restore(work_of(edit))
         self.controller.note = entry.correction.note
-        self._words.value = told("Opened. Undo in the editor brings back what was painted there.")
+        height, width = session.image_size
+        size = "" if session.now.model is session.model else f" at {height} x {width} pixels"
+        words = "Undo in the editor brings back what was painted there."
+        self._words.value = told(f"Opened{size}. {words}")
         self.changed()
 
     def _rename(self) -> None:
@@ -242,7 +245,7 @@ def facts_html(entry: Entry) -> str:
         scope = [f"{name} {word}" for name, word in zip(words, listed, strict=True)]
         facts |= {
             "picture": f"{one.class_name} {one.image_id} {one.file}",
-            "painted": f"{int(edit.mask.sum())} of {edit.mask.numel()} cells",
+            "painted": f"{int(edit.mask.sum())} of {edit.grid[0]} x {edit.grid[1]} cells",
             "edit": "; ".join([*scope, f"strength {edit.strength:g}"]),
             "saved": f"{one.time[:16].replace('T', ' ')} UTC by {one.author}",
             "made on": f"weights {one.model}",

@@ -153,7 +153,12 @@ class TeachPanel(Panel):
         left = [one for one in left if not one.reason.startswith(REPLACED)]
         lines = "".join(f"<li>{escape(f'{one.path.name}: {one.reason}')}</li>" for one in left)
         words = f"{len(left)} saved file{'s' * (len(left) != 1)} cannot teach"
-        self._left_out.value = f"{words}:<ul>{lines}</ul>" if left else ""
+        rows, columns = grid = self.session.model.grid
+        finer = [one for one in self._saved.entries() if not one.reason]
+        finer = sum(one.correction.edit.grid != grid for one in finer)
+        said = f"{finer} painted on finer cells, and taught on the model's own {rows} x {columns}"
+        words = f"{words}:<ul>{lines}</ul>" if left else ""
+        self._left_out.value = words + (f"<p>{said}</p>" if finer else "")
         self._enable()
 
     def start(self) -> None:

@@ -79,14 +79,13 @@ def as_trained_html(controller: EditorController) -> str:
     if own is None:
         return ""
     there, here = int(own.argmax()), controller.outcome()[0].probabilities
-    sizes = (f"{h} x {w}" for h, w in (session.image_size, own_size(session.model)))
-    said = f"{escape(session.classes[there])} ({own[there]:.2f}; here {here[there]:.2f})"
-    agree = "as here" if there == int(here.argmax()) else "<b>which is another class than here</b>"
+    sizes = [f"{h} x {w}" for h, w in (session.image_size, own_size(session.model))]
+    said = f"{escape(session.classes[there])} ({own[there]:.2f}, here {here[there]:.2f})"
+    is_same = there == int(here.argmax())
+    said = f"the same, {said}" if is_same else f"<b>{said}, another class than here</b>"
     return (
-        '<p class="ae-dim">At {} pixels scores are not those of {}, the model\'s own size: '.format(
-            *sizes
-        )
-        + f"there it says {said}, {agree}.</p>"
+        f'<p class="ae-dim">At {sizes[0]} pixels the scores are not those of {sizes[1]}, the '
+        f"model's own size: there it says {said}.</p>"
     )
 
 

@@ -148,8 +148,11 @@ def written_out(
 
 @torch.no_grad()
 @each_family
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [(size, torch.float32) for size in SIZES] + [("wide", torch.bfloat16)],
+    ids=str,
+)
 def test_rows_are_those_of_timms_attention(family, size, dtype):
     model, images = example_of(family, dtype, size)
     near = 1e-5 if dtype is torch.float32 else 20 * torch.finfo(dtype).eps
@@ -168,9 +171,12 @@ def test_rows_are_those_of_timms_attention(family, size, dtype):
 
 @torch.no_grad()
 @each_family
-@pytest.mark.parametrize("size", ["wide", "other"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("queries", ["cls", "all"])
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [("wide", torch.float32), ("other", torch.float32), ("wide", torch.bfloat16)],
+    ids=str,
+)
 def test_edits_are_what_timm_gives_with_edited_logits(family, size, dtype, queries):
     model, images = example_of(family, dtype, size)
     grid = model.grid_of(images)

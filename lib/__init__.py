@@ -11,6 +11,8 @@ from importlib import import_module
 _HOME = {
     "SigmoidViT": "model.vit",
     "create_model": "model.vit",
+    "load_weights": "model.weights",
+    "zero_shot": "model.zero_shot",
     "AttentionEdit": "edit",
     "attention_loss": "losses",
     "make_dataset": "data.dataset",

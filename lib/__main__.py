@@ -13,7 +13,7 @@ import warnings
 
 import tyro
 
-from lib.cli.bench import cached, editing, loading, memory, speed
+from lib.cli.bench import cached, editing, kinds, loading, memory, speed
 from lib.cli.data import check, fetch, split, weights
 from lib.cli.models import models
 from lib.cli.runs import demo, edit_pictures, evaluate_runs, sweep, teaching, train
@@ -74,6 +74,7 @@ def _run(arguments: list[str]) -> int:
         "bench-cached": cached,
         "bench-data": loading,
         "bench-edit": editing,
+        "bench-kinds": kinds,
     }
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--classes")

@@ -50,6 +50,12 @@ VITS = {
     "registers": ("vit_small_patch14_reg4_dinov2", {"img_size": (56, 42)}),
     "qk_norm": ("vit_tiny_patch16_224", {"img_size": 64, "qk_norm": True, "init_values": 0.5}),
     "no_bias": ("vit_tiny_patch16_224", {"img_size": 64, "qkv_bias": False}),
+    "rotary": ("vit_small_patch16_dinov3", {"img_size": (64, 80), "global_pool": "token"}),
+    "eva": ("eva02_tiny_patch14_224", {"img_size": 56, "global_pool": "token"}),
+    "mixed": ("vit_small_patch16_rope_mixed_224", {"img_size": 64}),
+    "pooled": ("vit_base_patch16_siglip_224", {"img_size": (64, 48)}),
+    "two_kinds": ("vit_pe_core_tiny_patch16_384", {"img_size": 64, "attn_pool_num_heads": 2}),
+    "left_out": ("vit_tiny_patch16_224", {"img_size": 64, "global_pool": "map"}),
 }
 
 

@@ -398,7 +398,7 @@ def test_an_edit_of_a_head_that_is_not_there_says_so(shelf):
     path = save(shelf, heads=[7])
     press(shelf, path)
     shelf.controls["open"].click()
-    assert "head 7 is named, but the model has" in shelf._words.value
+    assert "heads holds 7, but block 0 has 4 heads" in shelf._words.value
     assert np.isnan(shelf.controller.painted).all()
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -30,6 +31,7 @@ from lib.data.corrections import (
     discard,
     list_corrections,
     load_corrections,
+    on_grid,
     save_correction,
     write_note,
 )
@@ -445,14 +447,42 @@ def test_other_files_are_none_of_its_business(tmp_path):
     assert load_corrections(tmp_path) == ([correction()], [])
 
 
-def test_corrections_on_another_grid_are_skipped(tmp_path):
-    big = edit(mask=np.ones((4, 4), bool), values=np.ones((4, 4)))
-    ours = save_correction(at(1, image_id="1"), tmp_path)
-    grid = save_correction(at(2, image_id="2", edit=big), tmp_path)
+def test_corrections_on_a_finer_grid_are_brought_to_this_one_and_others_skipped(tmp_path):
+    values = np.float32([[0.5, 0.8, 0.1, 0, 0, 0], [0.5, 0.5, 0, 0, 0, 0]])  # odds 1, 4
+    mask = np.array([[1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0]], bool)
+    fine = edit(mask=np.repeat(mask, 2, axis=0), values=np.repeat(values, 2, axis=0))
+    thin = edit(mask=np.pad([[True]], (0, 3)), values=np.pad([[0.9]], (0, 3)))  # 1 of 16 cells
+    low = edit(mask=np.ones((1, 4), bool), values=np.ones((1, 4)))
+    edits = enumerate([edit(), fine, thin, low])
+    paths = [save_correction(at(k, image_id=str(k), edit=one), tmp_path) for k, one in edits]
     loaded, skipped = load_corrections(tmp_path, (2, 3))
-    assert loaded == [at(1, image_id="1")] and ours.exists()
-    assert skipped == [Skipped(grid, "grid is 4 x 4, but the model has 2 x 3 patches")]
-    assert len(load_corrections(tmp_path)[0]) == 2  # nothing given, nothing compared
+    assert loaded[0] == at(0, image_id="0") and len(loaded) == 2
+    found = loaded[1].edit
+    assert found.mask.tolist() == [[True, True, False], [True, False, False]]  # half is enough
+    # By area: attention v / (1 - v) times the average patch, (1 + 4 + 1 + 4) / 4 and (1 + 1) / 2.
+    assert found.values[:, 0].tolist() == pytest.approx([2.5 / 3.5, 0.5], abs=1e-6)
+    assert found.values[0, 1].item() == pytest.approx(0.1)
+    assert found.scope == fine.scope
+    assert skipped == [
+        Skipped(paths[2], "it fills no half of a cell of the model's 2 x 3"),
+        Skipped(paths[3], "grid is 1 x 4, but the model has 2 x 3 patches"),
+    ]
+    assert len(load_corrections(tmp_path)[0]) == 4  # nothing given, nothing compared
+
+
+@given(
+    hnp.arrays(np.float32, (2, 3), elements=st.floats(0, 1, width=32)),
+    hnp.arrays(bool, (2, 3)),
+    st.integers(1, 4),
+)
+def test_a_finer_grid_and_back_is_the_same_correction(values, mask, factor):
+    one = correction(edit=edit(mask=mask, values=values))
+    assert on_grid(one, (2, 3)) is one
+    fine = on_grid(one, (2 * factor, 3 * factor))
+    assert fine.edit.mask.tolist() == np.kron(mask, np.ones((factor, factor), bool)).tolist()
+    back = on_grid(fine, (2, 3))
+    assert torch.equal(back.edit.mask, one.edit.mask)
+    assert torch.allclose(back.edit.values, one.edit.values, atol=2e-6)
 
 
 def test_the_newest_usable_correction_of_a_picture_counts(tmp_path):

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lib.data.corrections import load_corrections
-from lib.edit import LOW
+from lib.edit import LOW, Layout
 from lib.widgets import brush
 from lib.widgets.brush import _listed
 from lib.widgets.controller import EditorController
@@ -40,7 +40,7 @@ needs_anywidget = pytest.mark.skipif(brush.anywidget is None, reason="anywidget 
 class FakeOutcome:
     probabilities: np.ndarray
     attention: np.ndarray
-    class_token: np.ndarray
+    prefix: np.ndarray
 
 
 class FakeSession:
@@ -51,7 +51,7 @@ class FakeSession:
     second class wins (.2, .7, .1) where the mean of the asked values is above one half.
     """
 
-    grid, depth, num_heads, num_prefix = (2, 3), 2, 2, 1
+    grid, layout, num_prefix = (2, 3), Layout((2, 2), (0, 1)), 1
 
     def __init__(self):
         self.classes = ["owl", NASTY, "wren"]
@@ -161,9 +161,9 @@ def test_undo_and_redo_are_inverse_for_any_sequence(sequence):
     controller = EditorController(FakeSession())
     states = [state(controller)]
     for name, *arguments in sequence:
-        steps = len(controller._histories[0])
+        steps = len(controller._history)
         operate(controller, name, *arguments)
-        if len(controller._histories[0]) > steps:
+        if len(controller._history) > steps:
             states.append(state(controller))
         else:  # nothing changed, or another version of the same stroke or slider
             states[-1] = state(controller)
@@ -349,8 +349,8 @@ def test_the_scope_reaches_the_edit_and_the_shown_map(controller):
     ("call", "message"),
     [
         (lambda c: c.set_scope(blocks="first"), "blocks"),
-        (lambda c: c.set_scope(blocks=(2,)), r"blocks holds 2, but the model has 2 blocks"),
-        (lambda c: c.set_scope(heads=(0, 5)), r"heads holds 5, but the model has 2 heads"),
+        (lambda c: c.set_scope(blocks=(2,)), r"block 2 is named, but the model has 2 blocks"),
+        (lambda c: c.set_scope(heads=(0, 5)), r"heads holds 5, but block 1 has 2 heads"),
         (lambda c: c.fill(1.5), r"1.5 is painted; sigmoid attention is from 0 to 1"),
         (lambda c: c.paint([(0, 3)], 0.5), "outside the grid of 2 x 3"),
         (lambda c: c.erase([(-1, 0)]), "outside the grid"),
@@ -499,7 +499,7 @@ def test_a_stroke_reaches_controller_scores_and_every_page(tool):
     assert "owl 0.60 0.20 -40.0" in result(tool)
     assert tool.paint.sentence == tool.controller.summary()
     paints(tool.paint, {2: 0.8}, number=1)
-    assert tool.paint.answered == {"one": 2} and len(tool.controller._histories[0]) == 2
+    assert tool.paint.answered == {"one": 2} and len(tool.controller._history) == 2
     assert tool.errors == [] and not tool.controls["undo"].disabled
 
 
@@ -633,6 +633,9 @@ def test_the_controls_lead_to_the_controller(tool):
     controls["queries"].value, controls["offset"].value = "all", "none"
     assert (controller.scope["queries"], controller.scope["offset"]) == ("all", "none")
     controller.set_scope(blocks=(0, 1))
+    tool.refresh()
+    assert controls["blocks"].value == "all"  # of two blocks
+    controller.set_scope(blocks=(0,))
     tool.refresh()
     assert controls["blocks"].value is None and tool.errors == []
 

@@ -75,9 +75,10 @@ def test_a_softmax_that_is_uniform_up_to_rounding_counts_as_constant():
 def test_class_token_mass_and_patch_attention_share_the_row():
     rows = torch.randn(2, 3, 5 + 9)
     patches = metrics.patch_attention(rows, num_prefix=1).sum(-1)
-    assert torch.allclose(metrics.class_token_mass(rows) + patches, torch.ones(2), atol=1e-6)
+    assert torch.allclose(metrics.class_token_mass(rows, 1) + patches, torch.ones(2), atol=1e-6)
     expected = scipy.special.softmax(rows.numpy(), -1)[..., 0].mean(1)
-    assert torch.allclose(metrics.class_token_mass(rows), torch.from_numpy(expected))
+    assert torch.allclose(metrics.class_token_mass(rows, 1), torch.from_numpy(expected))
+    assert metrics.class_token_mass(rows, 0).tolist() == [0, 0]  # the first is a patch then
 
 
 def test_top_k():

@@ -45,8 +45,12 @@ def test_block_by_block_is_the_plain_model_with_its_class_rows(any_model):
         steps = list(any_model.block_by_block(images))
     assert len(steps) == any_model.depth
     for index, (tokens, row) in enumerate(steps):
-        assert torch.allclose(tokens, caught[index], atol=1e-4)
-        assert torch.allclose(row, rows[index], atol=1e-4)
+        leaving = caught[min(index, len(caught) - 1)]  # those that a pooling pools
+        assert torch.allclose(tokens, leaving, atol=1e-4)
+        if index in any_model.layout.read:
+            assert torch.allclose(row, rows[index], atol=1e-4)
+        else:
+            assert row is None
 
 
 def test_tokens_are_those_of_each_picture(toy, read):

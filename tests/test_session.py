@@ -13,7 +13,7 @@ from test_live import rows_after
 from lib.config import DataConfig
 from lib.data.dataset import BirdDataset, make_dataset
 from lib.data.sources import Record
-from lib.edit import AttentionEdit, sigmoid_attention
+from lib.edit import AttentionEdit, Layout, sigmoid_attention
 from lib.model.live import LiveImage
 from lib.model.vit import SigmoidViT
 from lib.widgets.controller import EditorController
@@ -45,8 +45,8 @@ def painted(seed: int = 0, **scope) -> AttentionEdit:
 
 def test_what_a_session_says_of_its_model(session, bird_model, birds):
     assert len(session) == 12 and session.classes == birds.classes
-    assert (session.grid, session.depth, session.num_heads) == ((4, 4), 3, 4)
-    assert session.num_prefix == 1
+    assert session.grid == (4, 4) and session.image_size == (64, 64) and session.num_prefix == 1
+    assert session.layout == Layout(heads=(4, 4, 4), read=(0, 1, 2)) == bird_model.layout
     assert not bird_model.training
 
 
@@ -119,7 +119,7 @@ def test_outcome_is_that_of_the_real_model(session, bird_model, birds):
         outcome = session.outcome(1, wanted)
         assert np.allclose(outcome.probabilities, scores[0].softmax(-1), atol=1e-5)
         assert np.allclose(outcome.attention, mass[:, 1:].view(3, 4, 4), atol=1e-5)
-        assert np.allclose(outcome.class_token, mass[:, 0], atol=1e-5)
+        assert np.allclose(outcome.prefix, mass[:, 0], atol=1e-5)
         assert outcome.probabilities.dtype == outcome.attention.dtype == np.float32
 
 
@@ -161,7 +161,7 @@ def test_another_model_and_changed_weights_are_noticed(session):
     first, before = session.fingerprint, session.outcome(0).probabilities
     other = SigmoidViT(tiny_vit(classes=8, seed=1, depth=2))
     session.replace_model(other)
-    assert session.fingerprint != first and session.depth == 2
+    assert session.fingerprint != first and session.layout.depth == 2
     assert session.outcome(0).attention.shape == (2, 4, 4)
     same = SigmoidViT(tiny_vit(classes=8))
     session.replace_model(same)

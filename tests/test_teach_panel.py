@@ -77,7 +77,7 @@ def test_teaching_changes_the_sessions_model_and_undo_brings_it_back(panel, bird
     assert "nan" not in shown and shown.count('alt="the painted cells"') == 4
     assert shown.count("attention before teaching") == shown.count("attention after teaching") > 4
     panel.controls["count"].value = 5
-    panel.controls["blocks"].value = panel.session.depth  # other blocks: another teacher
+    panel.controls["blocks"].value = panel.session.layout.depth  # other blocks: another teacher
     assert len(panel.teach().used) == 5
     panel.undo()
     panel.controls["undo"].click()
@@ -136,13 +136,13 @@ def test_what_cannot_teach_is_named_before_teach_is_pressed(panel, birds):
     save(panel, birds, 2)
     (panel.folder / "broken.json").write_text("?")
     wide = simulated_corrections(birds["train"], [3])[0]
-    mask = np.ones((8, 8), bool)
+    mask = np.ones((3, 8), bool)
     save_correction(replace(wide, edit=AttentionEdit(mask, 0.0)), panel.folder)
     panel.refresh()
     assert panel.controls["count"].label == "all 2 saved"
     words = panel._left_out.value
     assert words.startswith("2 saved files cannot teach") and "broken.json: it is not JSON" in words
-    assert "grid is 8 x 8, but the model has 4 x 4 patches" in words
+    assert "grid is 3 x 8, but the model has 4 x 4 patches" in words
     save_correction(simulated_corrections(birds["train"], [0])[0], panel.folder)
     panel.refresh()  # the older one of that picture is replaced: nothing is wrong with that
     assert panel._left_out.value == words and panel.controls["count"].label == "all 2 saved"

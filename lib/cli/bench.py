@@ -118,6 +118,19 @@ def editing(name: ModelName = VIT_S, image_size: Pixels = 224, rounds: Rounds = 
     print(found.round(2).to_string())
 
 
+def kinds(image_size: Pixels = 224, batch_size: BatchSize = 8, rounds: Rounds = 8) -> None:
+    """Steps, forward passes and edits of every kind of model at ViT-S size, beside plain timm."""
+    from lib.experiments import bench
+
+    table = bench.every_kind(image_size=image_size, batch_size=batch_size, rounds=rounds)
+    middle = table.groupby(["what", "kind", "way"], sort=False)[["seconds", "ratio"]].median()
+    middle["milliseconds"] = 1e3 * middle.pop("seconds")
+    middle["times faster"] = 1 / middle["ratio"]
+    print(f"ViT-S size, {image_size} pixels, batch {batch_size} a step: median of {rounds} turns")
+    print(bench.conditions(["the time on a GPU"]) + "\n")
+    print(middle[["milliseconds", "ratio", "times faster"]].round(3).to_string())
+
+
 def loading(images: int = 256, rounds: Rounds = 5) -> None:
     """Reading training pictures: decoded every time against the decoded cache, in turns.
 

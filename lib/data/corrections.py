@@ -28,7 +28,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from lib.data.maps import painted_on
 from lib.edit import AttentionEdit, brief, is_index, is_share
 from lib.files import (
     StorageError,
@@ -42,6 +44,7 @@ from lib.files import (
 SCHEMA = 1
 MAX_BYTES = 4 * 2**20  # of one file; a correction on 64 x 64 patches takes 0.04 MB
 NAME_LENGTH = 40  # characters of the image id that stay in the file name
+REPLACED = "replaced by "  # before the name of the newer file, in the reason
 TRASH = "trash"  # folder below that of the corrections, for those that somebody deleted
 
 TEXTS = ("image_id", "class_name", "file", "model", "author", "time", "note")
@@ -162,7 +165,7 @@ def load_corrections(
 
     Args:
         folder: where corrections are kept; every *.json file directly in it is looked at.
-        grid: (gh, gw); corrections on another grid are skipped.
+        grid: (gh, gw); those on a finer one are brought to it (`on_grid`), on others skipped.
 
     Returns:
         The corrections, oldest first, and the files that were left out, by name, each with the
@@ -174,6 +177,7 @@ def load_corrections(
     listed = list_corrections(folder, grid)
     skipped = [Skipped(one.path, one.reason) for one in listed if one.reason]
     found = [one.correction for one in listed if not one.reason]
+    found = found if grid is None else [on_grid(one, grid) for one in found]
     return found, sorted(skipped, key=lambda left: left.path)
 
 
@@ -195,24 +199,38 @@ def list_corrections(folder: str | Path, grid: tuple[int, int] | None = None) ->
             found[path] = _read_correction(path)
         except CorrectionError as error:
             listed.append(Saved(path, None, str(error)))
-    other = {path: _misfit(one.edit.grid, grid) for path, one in found.items()}
+    other = {path: _misfit(one, grid) for path, one in found.items()}
     in_order = sorted(found, key=lambda path: (found[path].time, path.name))
     # An id may have passed to another picture; a later one takes the place.
     pictures = {path: (found[path].image_id, found[path].file) for path in in_order}
     newest = {pictures[path]: path for path in in_order if not other[path]}
     for path in in_order:
         last = newest.get(pictures[path])
-        replaced = "" if last == path or other[path] else f"replaced by {last.name}"
+        replaced = "" if last == path or other[path] else f"{REPLACED}{last.name}"
         listed.append(Saved(path, found[path], other[path] or replaced))
     return listed
 
 
-def _misfit(found: tuple[int, int], wanted: tuple[int, int] | None) -> str:
-    """Why a correction on one grid is of no use on another; "" where it is."""
+def _misfit(correction: Correction, wanted: tuple[int, int] | None) -> str:
+    """Why a correction on one grid is of no use on another; "" where it is, see `on_grid`."""
+    found = correction.edit.grid
     if wanted is None or found == tuple(wanted):
         return ""
     rows, columns = wanted
+    if found[0] >= rows and found[1] >= columns:
+        is_lost = correction.edit.mask.any() and not on_grid(correction, wanted).edit.mask.any()
+        return f"it fills no half of a cell of the model's {rows} x {columns}" if is_lost else ""
     return f"grid is {found[0]} x {found[1]}, but the model has {rows} x {columns} patches"
+
+
+def on_grid(correction: Correction, grid: tuple[int, int]) -> Correction:
+    """The correction on another grid, see `painted_on`; the very same where it is on this one."""
+    edit = correction.edit
+    if edit.grid == tuple(grid):
+        return correction
+    painted = painted_on(torch.where(edit.mask, edit.values, torch.nan).numpy(), grid)
+    cells = ~np.isnan(painted)
+    return replace(correction, edit=AttentionEdit(cells, np.nan_to_num(painted), **edit.scope))
 
 
 def found_again(

@@ -1,16 +1,19 @@
-"""Training and validation pictures as one data set, for those who correct them by hand."""
+"""Data sets made of others: parts joined for those who correct by hand, or another picture size."""
 
 from __future__ import annotations
 
 import itertools
 from bisect import bisect_right
+from dataclasses import replace
+from functools import cached_property
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
 from lib.data.classes import refuse_other_labels
-from lib.data.dataset import BirdDataset
+from lib.data.dataset import CORNERS, BirdDataset
 
 
 class JoinedDataset(BirdDataset):
@@ -58,3 +61,47 @@ class JoinedDataset(BirdDataset):
         index = range(len(self))[index]
         part = bisect_right(self._ends, index)
         return self._parts[part]._squeezed(index - (self._ends[part] - len(self._parts[part])))
+
+
+class ResizedDataset(BirdDataset):
+    """The pictures of a data set at another size, and on another grid, one at a time.
+
+    Nothing is computed here for all of them: a picture is read and its maps are made when they are
+    asked for, and the cache of decoded pictures, which has another size, is not used. The width of
+    a fixation's Gaussian stays what it was in the picture, so that a finer map shows the same.
+
+    Args:
+        dataset: without augmentation.
+        image_size: height and width in pixels. grid: (gh, gw) of a model for such pictures.
+    """
+
+    def __init__(
+        self, dataset: BirdDataset, image_size: tuple[int, int], grid: tuple[int, int]
+    ) -> None:
+        vars(self).update(vars(dataset))  # records, classes, normalisation
+        finer = np.sqrt(np.prod(grid) / np.prod(dataset.grid))
+        sigma = dataset.config.sigma * (finer if dataset.config.sigma_unit == "patch" else 1)
+        changes = {"image_size": tuple(image_size), "sigma": float(sigma), "cache": None}
+        self.config, self.grid = replace(dataset.config, **changes), grid
+        scale = np.tile(np.divide(image_size, dataset.config.image_size)[::-1], 2)  # x, y, x, y
+        self.table = self.table.copy()
+        for prefix in {prefix for record in self.records for prefix in record.boxes}:
+            self.table[[prefix + corner for corner in CORNERS]] *= scale
+        self._decoded, self._fixations = None, {}
+
+    @cached_property
+    def maps(self) -> tuple[Tensor, Tensor]:
+        """All human maps and their validity, `[N, gh, gw]`: rendered when first asked for."""
+        return self.render(self.records)
+
+    def annotations(self, index: int) -> dict[str, Tensor | int]:
+        """As in the data set, with the maps of this grid."""
+        record = self.records[index]
+        human, valid = self._map(record.human, record.size, 1)
+        return {
+            "label": record.label,
+            "index": index,
+            "human": human.flatten(),
+            "valid": valid.flatten(),
+            "fixations": self._counts(index).sum(dim=0),
+        }

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from lib.data.pictures import UNUSABLE, PictureError, read_brightness
+from lib.edit import EPS
 
 Weight = Literal["count", "duration"]
 Unit = Literal["patch", "pixel"]
@@ -327,6 +328,20 @@ def to_grid(
     enough = share >= 0.5 - 1e-5  # half, but for the rounding of the shares
     pooled = rows @ values @ columns / share.clamp(min=1e-5)
     return torch.where(enough, pooled, 0.0), enough
+
+
+def painted_on(painted: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """What was painted, `[gh, gw]`, NaN where nothing, on another grid of the same picture.
+
+    A value v is read as v / (1 - v) times the average patch, and so is attention by area, of which
+    a cell takes the mean. A cell is painted where at least half of its area was.
+    """
+    if painted.shape == tuple(grid):
+        return painted
+    known = torch.from_numpy(~np.isnan(painted))
+    inside = torch.from_numpy(np.nan_to_num(painted)).double().clamp(EPS, 1 - EPS)
+    odds, known = to_grid(inside / (1 - inside), known, grid)
+    return torch.where(known, odds / (1 + odds), torch.nan).numpy()
 
 
 @lru_cache(maxsize=64)

@@ -45,7 +45,7 @@ def edit_ladder(
     dataset: BirdDataset,
     masks: Tensor | Callable[[dict, Tensor], Mapping[str, Tensor]],
     images: Sequence[int] | None = None,
-    rungs: Sequence[str] = tuple(LADDER),
+    rungs: Sequence[str] | None = None,
     batch_size: int = 32,
 ) -> pd.DataFrame:
     """What erasing the same patches does, made ever wider in the model.
@@ -59,7 +59,7 @@ def edit_ladder(
             set to 0; or a function that gets a batch and its attention `[B, P]` (of the class row
             of the last block, softmax, mean of heads) and returns `{what: bool [B, P]}`.
         images: which images of the data set; None is all.
-        rungs: of `LADDER`.
+        rungs: of `LADDER`; None is those of the model, see `Layout.ladder`.
 
     Returns:
         one row an image, what and rung ("no edit" and `rungs`): index, what, rung, predicted,
@@ -71,6 +71,7 @@ def edit_ladder(
     Raises:
         ValueError: a rung or an image that does not exist; masks of another shape.
     """
+    rungs = tuple(model.layout.ladder) if rungs is None else rungs
     for rung in rungs:
         if rung not in LADDER:
             raise ValueError(f'rung "{rung}" is unknown; use some of {", ".join(LADDER)}')
@@ -147,7 +148,7 @@ def erase(
     k: int | None = None,
     seed: int = 0,
     images: Sequence[int] | None = None,
-    rungs: Sequence[str] = tuple(LADDER),
+    rungs: Sequence[str] | None = None,
     batch_size: int = 32,
 ) -> pd.DataFrame:
     """`edit_ladder` for every choice of `cells_to_erase`: what the patches looked at are worth.

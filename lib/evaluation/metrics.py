@@ -173,9 +173,12 @@ def alignment(
     return found
 
 
-def class_token_mass(rows: Tensor) -> Tensor:
-    """Softmax mass that the class token keeps for itself: logits `[B, H, N]` to `[B]`."""
-    return torch.softmax(rows.float(), dim=-1)[..., 0].mean(dim=1)
+def class_token_mass(rows: Tensor, num_prefix: int) -> Tensor:
+    """Softmax mass on the class token: logits `[B, H, N]` to `[B]`.
+
+    Mean of heads; 0 in a model without a class token (`num_prefix` is 0).
+    """
+    return torch.softmax(rows.float(), dim=-1)[..., : min(num_prefix, 1)].sum(-1).mean(dim=1)
 
 
 def patch_attention(rows: Tensor, num_prefix: int) -> Tensor:

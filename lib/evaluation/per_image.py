@@ -94,7 +94,7 @@ def per_image(
             "confidence": probabilities.amax(-1),
             **metrics.alignment(attention, **held),
             **{f"sigmoid_{name}": value for name, value in on_sigmoid.items()},
-            "class_token": metrics.class_token_mass(row),
+            "class_token": metrics.class_token_mass(row, model.num_prefix),
             "sigmoid": sigmoid.mean(1),
         }
         if decoys is not None:
@@ -123,13 +123,14 @@ def per_head(model: SigmoidViT, dataset: BirdDataset, batch_size: int = 64) -> p
         softmax = row.softmax(-1)
         index = batch["index"].to(model.device, non_blocking=True)
         held = {name: v[index, None].to(row) for name, v in targets.items()}  # [B, 1, P]
+        kept = metrics.class_token_mass(row.flatten(0, 1)[:, None], model.num_prefix)
         images, heads = np.indices(row.shape[:2])
         places = dataset.table["image_id"].to_numpy()[batch["index"].numpy()]
         for name, maps in (
             ("softmax", softmax[..., model.num_prefix :]),
             ("sigmoid", torch.sigmoid(row[..., model.num_prefix :])),
         ):
-            values = metrics.alignment(maps, **held) | {"class_token": softmax[..., 0]}
+            values = metrics.alignment(maps, **held) | {"class_token": kept}
             columns = {"image_id": places[images].ravel(), "head": heads.ravel(), "map": name}
             columns |= {key: value.cpu().numpy().ravel() for key, value in values.items()}
             found.append(pd.DataFrame(columns))

@@ -13,7 +13,7 @@ import copy
 import re
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -62,7 +62,8 @@ USUAL_BATCH_SIZE = 128 if DEVICE.type == "cuda" else 16
 USUAL_WORKERS = count_workers(DEVICE, batches=100)
 # What a training step can tell on a GPU only, or, the first two, on a CPU when asked for.
 GPU_ONLY = ("bf16", "torch.compile", "the fused optimiser", "how busy a GPU is")
-PLAIN, EXPLICIT, ALL = "plain timm", "explicit N x N attention, mse", "ours, HITL all blocks"
+PLAIN, EXPLICIT = "plain timm", "explicit N x N attention, mse"
+LAST, ALL = "ours, HITL last block", "ours, HITL all blocks"
 
 
 def _explicit_loss(model: SigmoidViT, batch: dict[str, Tensor]) -> Tensor:
@@ -83,7 +84,7 @@ WAYS: dict[str, Callable[[SigmoidViT, dict[str, Tensor]], Tensor]] = {
     PLAIN: lambda model, batch: F.cross_entropy(model.vit(batch["image"]).float(), batch["label"]),
     EXPLICIT: _explicit_loss,
     "ours, control": partial(_our_loss, lam=0.0),
-    "ours, HITL last block": partial(_our_loss, loss="kl", blocks="last"),
+    LAST: partial(_our_loss, loss="kl", blocks="last"),
     ALL: partial(_our_loss, loss="kl", blocks="all"),
 }
 
@@ -227,9 +228,9 @@ def _training_step(
     return step
 
 
-def _random_model(name: str, image_size: int) -> SigmoidViT:
+def _random_model(name: str, image_size: int, **changes: object) -> SigmoidViT:
     torch.manual_seed(0)
-    return create_model(name, 200, (image_size, image_size)).to(DEVICE)
+    return create_model(name, 200, (image_size, image_size), **changes).to(DEVICE)
 
 
 def _random_batch(model: SigmoidViT, batch_size: int, image_size: int) -> dict[str, Tensor]:
@@ -366,6 +367,61 @@ def live_edits(
         table = in_turns(turns, rounds)
     full = table["seconds"].where(table["way"] == "full forward").groupby(table["round"])
     return table.assign(ratio=full.transform("first") / table["seconds"])
+
+
+# A model of each kind of block and pooling, all as large as ViT-S (width 384, 12 blocks, 6 heads).
+VIT_S_KINDS = {
+    "vit_small_patch16_224": {},
+    "vit_small_patch16_dinov3": {},
+    "vit_small_patch16_rope_mixed_224": {},
+    "eva02_small_patch14_224": {"global_pool": "token"},
+    "vit_base_patch16_siglip_224": {"embed_dim": 384, "num_heads": 6},
+    "vit_pe_core_small_patch16_384": {},
+}
+
+
+def every_kind(
+    kinds: Mapping[str, Mapping[str, object]] = VIT_S_KINDS,
+    image_size: int = 224,
+    batch_size: int = 8,
+    rounds: int = 8,
+) -> pd.DataFrame:
+    """Seconds of a training step, a forward pass and an edit of each kind, beside plain timm's.
+
+    A step is one of `training_steps`; a forward pass and an edit are of one picture. The edit is of
+    the row that decides (the last block, or the pooling), cached.
+
+    Args:
+        kinds: changes to timm models, by name. batch_size: images a step.
+
+    Returns:
+        a table of turns, with kind and what ("step", "forward", "edit") besides.
+    """
+    found = []
+    for name, changes in tqdm(kinds.items(), desc="kinds", leave=False):
+        model = _random_model(name, image_size, **changes)
+        batch = _random_batch(model.train(), batch_size, image_size)
+        steps = {way: _training_step(way, model) for way in (PLAIN, LAST, ALL)}
+        steps = {
+            way: partial(_seconds_a_step, step, partial(repeat, batch), 0)
+            for way, step in steps.items()
+        }
+        found.append(in_turns(steps, rounds).assign(kind=name, what="step"))
+        image = batch["image"][:1]
+        edit = AttentionEdit(torch.rand(model.eval().grid) < 0.25, 0.9)
+        live = LiveImage(model, image[0])
+        passes = {
+            PLAIN: partial(model.vit, image),
+            "ours, rows": partial(model, image, rows="last"),
+        }
+        for what, ways in (
+            ("forward", passes),
+            ("edit", {PLAIN: passes[PLAIN], "ours, edit": partial(live.run, edit)}),
+        ):
+            turns = {way: partial(mean_seconds, run, least=0.05) for way, run in ways.items()}
+            with torch.inference_mode():
+                found.append(in_turns(turns, 3 * rounds).assign(kind=name, what=what))
+    return pd.concat(found, ignore_index=True)
 
 
 def medians(table: pd.DataFrame) -> pd.DataFrame:

@@ -7,7 +7,7 @@ import re
 from dataclasses import asdict
 
 from lib.config import HumanConfig, Sweep
-from lib.edit import resolve_blocks, resolve_heads
+from lib.edit import Layout, resolve_heads
 from lib.training.learning import learning_blocks
 
 
@@ -23,11 +23,11 @@ def refuse_unknown_words(sweep: Sweep) -> None:
                 raise ValueError(f"lam is {value}; it must be a number, and not below 0")
 
 
-def supervised_blocks(word: str, depth: int) -> str | tuple[int, ...]:
+def supervised_blocks(word: str, layout: Layout) -> str | tuple[int, ...]:
     """Supervised blocks as `HumanConfig` has them; a word where one means the same."""
-    wanted = resolve_blocks(_as_indices(word), depth)
-    words = ("all", "last", "last2", "last4")
-    return next((same for same in words if resolve_blocks(same, depth) == wanted), wanted)
+    wanted = layout.resolve(_as_indices(word))
+    words = ("last", "all", "last2", "last4")
+    return next((same for same in words if layout.resolve(same) == wanted), wanted)
 
 
 def supervised_heads(word: str, count: int) -> tuple[str | tuple[int, ...], str]:

@@ -110,7 +110,7 @@ def cells(config: Config, sweep: Sweep) -> list[Cell]:
     """
     refuse_unknown_words(sweep)
     model = bare_model(fine_tuning(config, seed=0), num_classes=0)
-    blocks = [supervised_blocks(word, model.depth) for word in sweep.blocks]
+    blocks = [supervised_blocks(word, model.layout) for word in sweep.blocks]
     heads = [supervised_heads(word, model.num_heads) for word in sweep.heads]
     trainable = sweep.trainable or (config.hitl.trainable,)
     parts = [learning_part(word, model.depth) for word in trainable]

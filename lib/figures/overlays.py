@@ -123,7 +123,7 @@ def rows_of_maps(
                 spine.set(**look, linestyle="-" if right else (0, (3, 2)), capstyle="butt")
     for axis, name in zip(axes[0], names, strict=True):
         axis.set_title(label(name), fontsize=9)
-    title = "Where each model looks (class row of the last block)"
+    title = "Where each model looks (the row that decides)"
     figure.suptitle(f"{title}\ngreen, solid frame: right; red, dashed: wrong", fontsize=10)
     return figure
 
@@ -209,7 +209,7 @@ def sample_sheet(
             words = f"{probabilities[k]:.3f} {label(classes[k])}{' (true)' if right else ''}"
             axis.text(first - wide + 3, middle, words, fontsize=7, va="center")
     axis.set(xlim=(0, size[0]), ylim=(size[1], 0), aspect="auto")
-    what = "rollout of all blocks, and the class row's sigmoid attention in the last block"
+    what = "rollout of all blocks, and the sigmoid attention of the row that decides"
     axis.text(6, 20, f"{label(classes[true], 60)}: probabilities, {what}", fontsize=10)
     return figure
 

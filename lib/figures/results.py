@@ -286,6 +286,7 @@ def rule_changes(table: pd.DataFrame) -> Figure:
             name_axis(axis, f"{words}\n{label(scope, 60)}", 9)
             axis.set_xticks(range(len(rules)), [label(rule, 16) for rule in rules], fontsize=8)
             axis.margins(y=0.15)
+            axis.set_ylim(0, max(axis.get_ylim()[1], 1))  # where nothing changes, too
         row[0].set_ylabel("pictures")
     handles = axes[0, 0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=len(kinds), frameon=False, fontsize=8)

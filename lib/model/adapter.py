@@ -92,7 +92,16 @@ def embed(vit: nn.Module, images: Tensor) -> tuple[Tensor, Ropes]:
 
     Returns:
         tokens; the rotary positions of every block, None where a block has none.
+
+    Raises:
+        ValueError: the images have another size than the model is made for.
     """
+    size, own = tuple(images.shape[-2:]), tuple(vit.patch_embed.img_size)
+    if size != own and not vit.dynamic_img_size:
+        raise ValueError(
+            f"the images have {size[0]} x {size[1]} pixels, but the model is made for {own[0]} x "
+            f"{own[1]}; use lib.model.resolution.at_size(model, ({size[0]}, {size[1]})) for them"
+        )
     tokens, rope = vit._pos_embed(vit.patch_embed(images)), None
     if isinstance(tokens, tuple):
         tokens, rope = tokens

@@ -1,8 +1,9 @@
 """Other people's checkpoints: from a file of any kind to tensors by name, and where a ViT is in it.
 
 Nesting and prefixes are one thing here: tensors get the path to them as their name, joined by
-dots, and a ViT is wherever, below some prefix, the names are such as timm can convert. The content
-of a file decides what kind it is, its suffix does not. No code in a file is ever imported or run.
+dots, and a ViT is wherever, below some prefix, the names are such as timm or `convert.py` knows.
+The content of a file decides what kind it is, its suffix does not. No code in a file is ever
+imported or run.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ GRID_KEY = "patch_grid"  # in a file's metadata: rows and columns of its positio
 _WRAPPERS = r"(?:(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)"
 _WRAPPER = re.compile(rf"(?<=\.){_WRAPPERS}")
 
-# One tensor of every naming that timm's conversion knows; what precedes it is the prefix.
+# One tensor of every naming that can be converted; what precedes it is the prefix.
 _ROOT = re.compile(
-    r"(|.*?\.)(?:(?:visual\.trunk\.)?patch_embed\." + _WRAPPERS + r"*proj\.weight"
-    r"|visual\.class_embedding"  # CLIP
+    r"(|.*?\.)(?:patch_embed\." + _WRAPPERS + r"*proj\.weight"
+    r"|visual\.class_embedding|(?:visual\.)?ln_pre\.weight"  # CLIP, PE
+    r"|embeddings\.patch_embeddings?\.(?:projection\.)?weight"  # transformers
+    r"|conv_proj\.weight"  # torchvision
     r"|beit3\.vision_embed\.proj\.weight|preprocessor\.patchifier\.proj\.weight"
     r"|radio_model\.model\.patch_generator\.embedder\.weight)"
 )
@@ -39,12 +42,8 @@ _CHUNK = re.compile(r"blocks\.(\d+)\.(\d+)\.")  # DINOv2's training: blocks.<chu
 _AVERAGES = {"teacher", "ema", "target", "momentum", "averaged", "swa"}
 _LEARNERS = {"student", "online", "optimizer"}
 
-# Part of a tensor's name, and who names tensors so.
-_FOREIGN = {
-    "embeddings.patch_embedding": "Hugging Face transformers",
-    "conv_proj.weight": "torchvision",
-    "patch_embed.projection.weight": "OpenMMLab",
-}
+# Part of a tensor's name, and who names tensors so, in models that are not converted.
+_FOREIGN = {"patch_embed.projection.weight": "OpenMMLab"}
 _LEGACY_TORCH = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # the number that torch.save wrote first, before 1.6
 _BEGINNINGS = {
     b"version https://git-lfs": "is a Git LFS pointer, not the file itself; run git lfs pull",
@@ -250,7 +249,7 @@ def describe(content: object, tensors: Mapping[str, Tensor]) -> str:
     for part, who in _FOREIGN.items():
         if any(part in name for name in tensors):
             return (
-                f"its tensors have the names of {who}, which timm cannot convert; timm has most "
+                f"its tensors have the names of {who}, which are not converted; timm has most "
                 "such weights under names of its own (python -m lib weights --model-name)"
             )
     names = [str(key) for key in content] if isinstance(content, Mapping) else []

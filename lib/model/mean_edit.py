@@ -32,6 +32,7 @@ SAFE_STEPS = 6  # safe steps in a row
 STEPS = 60  # at most; most edits take 4 to 8
 CAREFUL = 3.0  # logits, the longest of Newton's steps
 FAR = 600.0  # logits, the largest shift: e to its power is a number
+AT_ONCE = 2**23  # numbers of one array; the search keeps ten such, of all rows gigabytes
 TINY = 1e-290  # share of a head, below which nothing is told apart
 
 
@@ -74,6 +75,11 @@ def edit_mean(
     Returns:
         `[B, H, Q, N]` in the type of `logits`.
     """
+    rows = max(1, AT_ONCE // (logits[:, :, 0].numel() or 1))
+    if logits.shape[2] > rows:  # each row is searched for by itself
+        parts = logits.split(rows, dim=2)
+        more = mask, values, offset, num_prefix, strength
+        return torch.cat([edit_mean(part, *more) for part in parts], dim=2)
     # The search is done by NumPy: on so few numbers it is five times faster than PyTorch, and a GPU
     # is waited for once. No gradient is asked for.
     x = logits.detach().double().cpu().numpy()

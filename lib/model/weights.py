@@ -19,8 +19,6 @@ import safetensors.torch
 import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError
-from timm.layers import resample_abs_pos_embed
-from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from lib.files import make_folder, write_bytes
@@ -36,7 +34,10 @@ from lib.model.checkpoints import (
     shape_of,
     some,
 )
+from lib.model.convert import differences_told, fit_embeddings, in_timms_names
+from lib.model.families import default_pool
 from lib.model.vit import SigmoidViT
+from lib.model.zero_shot import head_of_file
 
 FORMATS = (".safetensors", ".pt", ".pth")
 _OF_JAX = "embedding/kernel"  # in the original files (.npz) of google-research
@@ -44,7 +45,8 @@ _JAX_BLOCK = re.compile(r"encoderblock_(\d+)/")
 _JAX_STACK = "encoderblock/LayerNorm_0/scale"  # where all blocks are in one tensor
 _KERNEL = "patch_embed.proj.weight"
 _VIT_HEADS = ("head.", "head_dist.")
-_VIT_LAYERS = ("blocks.", "patch_embed.", "norm_pre.", "reg_token", "dist_token")
+_POOL = "attn_pool."
+_VIT_LAYERS = ("blocks.", "patch_embed.", "norm_pre.", "reg_token", "dist_token", _POOL)
 _GRID_HINT = ", and for images that are not square a file of save_weights, which records the grid"
 
 
@@ -60,6 +62,8 @@ class LoadReport:
     taken: str = ""  # path and prefix of the tensors in the file, such as "teacher.backbone"
     others: tuple[str, ...] = ()  # paths of other ViTs in the file
     passed_over: tuple[str, ...] = ()  # Python objects in the file, which were not made
+    whose: str = ""  # who names tensors as the file does, where its names were converted here
+    beware: tuple[str, ...] = ()  # what they compute otherwise, though the weights are the same
 
     def __str__(self) -> str:
         lists = {
@@ -72,11 +76,15 @@ class LoadReport:
         told = [f"{title}: {some(names)}" for title, names in lists.items() if names]
         taken = f" from {self.taken or 'the top level'}" if self.taken or self.others else ""
         taken += f", not from {some(self.others)}" if self.others else ""
-        return "; ".join([f"{len(self.loaded)} tensors loaded{taken}", *told])
+        taken += f" in the names of {self.whose}" if self.whose else ""
+        return "; ".join([f"{len(self.loaded)} tensors loaded{taken}", *told, *self.beware])
 
 
 def load_weights(model: SigmoidViT, path: Path) -> LoadReport:
-    """Reads a ViT that timm can convert, from a checkpoint of any make, into `model`.
+    """Reads a ViT from a checkpoint of any make into `model`.
+
+    Its names are timm's, or such as timm converts itself, or those of Hugging Face transformers,
+    torchvision or open_clip (see `convert.py`); the report says whose.
 
     The file is one of torch.save, safetensors or NumPy, whatever its suffix. The ViT may lie in
     nested dicts and below prefixes (`state_dict`, `module.`, `teacher.backbone.`, ...). Of several
@@ -113,9 +121,18 @@ def load_weights(model: SigmoidViT, path: Path) -> LoadReport:
     best = min(found, key=lambda one: len(_differences(_sizes(one.fitted), _sizes(own))))
     _refuse_unlike(best, own, path, type(model.vit).__name__)
     fitted, state = best.fitted, best.state
+    head = head_of_file(model.vit, fitted)
+    if head is not None:  # of `zero_shot`, in place of the model's
+        own = {key: value for key, value in own.items() if not key.startswith("head.")}
+        own |= {f"head.{key}": value for key, value in head.state_dict().items()}
     loaded = {key: one for key, one in fitted.items() if key in own and one.shape == own[key].shape}
+    for part in _VIT_HEADS:  # a bias belongs to its weight
+        if part + "weight" not in loaded:
+            loaded.pop(part + "bias", None)
     for key, value in loaded.items():
         _refuse_unusable(state.get(key, value), f"{path} has", best.prefix + key)
+    if head is not None:
+        model.vit.head = head
     model.vit.load_state_dict(loaded, strict=False)
     new = tuple(key for key in own if key not in loaded)
     # Where there is nothing to resample, timm hands on the very tensor.
@@ -133,6 +150,8 @@ def load_weights(model: SigmoidViT, path: Path) -> LoadReport:
         taken=best.where,
         others=tuple(one.where or "the top level" for one in found if one is not best),
         passed_over=passed_over,
+        whose=best.whose,
+        beware=best.beware,
     )
 
 
@@ -141,9 +160,11 @@ class _Candidate:
     """One ViT of a file."""
 
     prefix: str
-    state: dict[str, Tensor]  # as in the file, without the prefix
-    fitted: dict[str, Tensor]  # in timm's names, embeddings resampled, if there was no error
+    state: dict[str, Tensor]  # as in the file, without the prefix, but in timm's names
+    fitted: dict[str, Tensor]  # embeddings resampled, if there was no error
     error: Exception | None = None
+    whose: str = ""  # see `LoadReport`
+    beware: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:
@@ -153,13 +174,15 @@ class _Candidate:
 def _candidate(
     prefix: str, tensors: dict[str, Tensor], grids: dict[str, tuple[int, int]], vit: nn.Module
 ) -> _Candidate:
-    state = below(tensors, prefix)
+    theirs = below(tensors, prefix)
     above = [place for place in grids if not place or prefix.startswith(f"{place}.")]
     grid = grids[max(above, key=len)] if above else None
+    beware = tuple(differences_told(theirs, vit))
+    state, whose = in_timms_names(theirs, tensors, prefix, vit)
     try:
-        return _Candidate(prefix, state, _fit_embeddings(state, grid, vit))
+        return _Candidate(prefix, state, fit_embeddings(state, grid, vit), None, whose, beware)
     except Exception as error:  # timm's conversions of foreign files have no common class
-        return _Candidate(prefix, state, state if _KERNEL in state else {}, error)
+        return _Candidate(prefix, state, state if _KERNEL in state else {}, error, whose)
 
 
 def _sizes(state: dict[str, Tensor]) -> tuple[int, int]:
@@ -177,7 +200,7 @@ def _differences(there: tuple[int, int], here: tuple[int, int]) -> list[str]:
 
 
 def _refuse_unlike(best: _Candidate, own: dict[str, Tensor], path: Path, kind: str) -> None:
-    """WeightsError, unless the head alone is missing or of another shape.
+    """WeightsError, unless the head alone is missing or of another shape, or a pooling missing.
 
     Layers in the file that the model has not (blocks, registers, layer scale, norms) would change
     what the others do: then it is another architecture, too.
@@ -190,6 +213,8 @@ def _refuse_unlike(best: _Candidate, own: dict[str, Tensor], path: Path, kind: s
     shaped = [key for key in own if key in fitted and fitted[key].shape != own[key].shape]
     wrong = [key for key in own if key not in fitted or key in shaped]
     wrong = [key for key in wrong if not key.startswith(_VIT_HEADS)]
+    if not any(key.startswith(_POOL) for key in fitted):  # it is new, and learns as a head does
+        wrong = [key for key in wrong if not key.startswith(_POOL)]
     others = [key for key in fitted if key not in own and not key.startswith(_VIT_HEADS)]
     if not (best.error or wrong or any(key.startswith(_VIT_LAYERS) for key in others)):
         return
@@ -258,27 +283,6 @@ def _from_jax(arrays: dict[str, Tensor], path: Path, vit: nn.Module) -> _Candida
     return _Candidate("", {**fitted, **theirs}, fitted)
 
 
-def _fit_embeddings(
-    state: dict[str, Tensor], grid: tuple[int, int] | None, vit: nn.Module
-) -> dict[str, Tensor]:
-    """The state in timm's names, its embeddings resampled from `grid` to the model's grid."""
-    # As timm itself does: these two families were trained on embeddings resized in this way.
-    name = getattr(vit, "pretrained_cfg", {}).get("architecture") or ""
-    coarse = "flexi" in name or "radio" in name
-    how = {"interpolation": "bilinear", "antialias": False} if coarse else {}
-    state = dict(state)  # timm's conversions take entries out
-    # Where the grid is known, timm must not guess: it takes 7 x 28 patches for 14 x 14.
-    position = state.pop("pos_embed", None) if grid else None
-    # adapt_layer_scale: DeiT III files have another name for layer scale
-    fitted = checkpoint_filter_fn(state, vit, adapt_layer_scale=True, **how)
-    if position is None:
-        return fitted
-    if grid != vit.patch_embed.grid_size:
-        prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
-        position = resample_abs_pos_embed(position, vit.patch_embed.grid_size, grid, prefix, **how)
-    return {**fitted, "pos_embed": position}
-
-
 def save_weights(model: SigmoidViT, path: Path) -> None:
     """Writes the timm state dict as .safetensors, .pt or .pth, and records the patch grid."""
     write_state(model.vit.state_dict(), path, model.grid)
@@ -339,8 +343,8 @@ def save_pretrained(model_name: str, save_dir: Path, overwrite: bool = False) ->
     path = save_dir if save_dir.suffix in FORMATS else save_dir / f"{model_name}.pt"
     if path.is_file() and not overwrite:
         return path
-    SigmoidViT(timm.create_model(model_name))
-    save_weights(SigmoidViT(_fetch(model_name)), path)
+    SigmoidViT(timm.create_model(model_name, **default_pool(model_name)))
+    save_weights(pretrained(model_name), path)
     return path
 
 
@@ -359,16 +363,26 @@ def _refuse_unknown_model(model_name: str) -> None:
     )
 
 
-def _fetch(model_name: str) -> nn.Module:
-    """The pretrained model, from the hub or its cache."""
+def is_cached(model_name: str) -> bool:
+    """Whether the cache of huggingface_hub on this machine has a timm model's weights."""
+    repository = timm.get_pretrained_cfg(model_name).hf_hub_id
+    cached = (huggingface_hub.try_to_load_from_cache(repository, name) for name in HUB_FILES)
+    return bool(repository) and any(isinstance(path, str) for path in cached)
+
+
+def pretrained(model_name: str) -> SigmoidViT:
+    """A timm model with its weights and head, from the hub or its cache, in its own resolution.
+
+    Raises:
+        UnsupportedModelError, WeightsError: as `save_pretrained`.
+    """
     repository = timm.get_pretrained_cfg(model_name).hf_hub_id
     try:
-        cached = (huggingface_hub.try_to_load_from_cache(repository, name) for name in HUB_FILES)
-        if repository and not any(isinstance(path, str) for path in cached):
+        if repository and not is_cached(model_name):
             # One question with one timeout (HF_HUB_ETAG_TIMEOUT, 10 s): the download itself asks a
             # dead connection again and again, with a warning each time, for 47 s to many minutes.
             huggingface_hub.file_exists(repository, HUB_FILES[0])
-        return timm.create_model(model_name, pretrained=True)
+        vit = timm.create_model(model_name, pretrained=True, **default_pool(model_name))
     except HUB_ERRORS as error:
         raise WeightsError(
             f"the Hugging Face hub could not be reached for {model_name} "
@@ -381,3 +395,4 @@ def _fetch(model_name: str) -> nn.Module:
             f"timm cannot load the pretrained {model_name} ({first_sentence(error)}); update timm, "
             "or delete the model from the cache of huggingface_hub if its file there is damaged"
         ) from error
+    return SigmoidViT(vit)

@@ -339,7 +339,7 @@ def validate(model: SigmoidViT, own: DataLoader) -> dict[str, float]:
             metrics.top_k(scores, batch["label"], 1).float(),
             metrics.nss(attention, batch["fixations"]),
             metrics.cc(attention, batch["human"]),
-            metrics.class_token_mass(row),
+            metrics.class_token_mass(row, model.num_prefix),
             torch.sigmoid(row[..., model.num_prefix :].float()).mean((1, 2)),
             F.cross_entropy(scores.float(), batch["label"], reduction="none"),
         )

@@ -271,6 +271,8 @@ class PictureBrowser(Panel):
             words = f"{so_far}: {found} {kind.found}" if kind.found else so_far
             if known < total and not self._computing:
                 words = f"stopped; {words}"
+            if self.session.now.model is not self.session.model:
+                words += ", at the model's own picture size"
         self._words.value = told(words)
         self._bar.max, self._bar.value = max(total, 1), known
         busy = needed and known < total

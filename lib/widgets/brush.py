@@ -106,7 +106,8 @@ class PaintWidget(anywidget.AnyWidget if anywidget else widgets.DOMWidget):
             is_hidden: the class is still to be guessed, so the outcome is not told.
         """
         with self.hold_sync():
-            if self.subject != controller.index:
+            grid = self.rows, self.columns
+            if (self.subject, grid) != (controller.index, controller.session.grid):
                 self.subject = controller.index
                 self.rows, self.columns = controller.session.grid
                 self.draft_key = f"{controller.shown.image_id}, {self.rows} x {self.columns}"

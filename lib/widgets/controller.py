@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lib.data.corrections import Correction, save_correction
+from lib.data.maps import painted_on
 from lib.widgets.history import Work
 from lib.widgets.painting import CACHED, Painting
 from lib.widgets.pixels import map_over_picture, png
@@ -19,10 +22,11 @@ from lib.widgets.session import Outcome, Session
 def attention_moved(before: Outcome, after: Outcome, block: int) -> float:
     """Share of a block's attention that went elsewhere, in [0, 1].
 
-    Half the sum of absolute differences, over patches and class token, mean of the heads.
+    Half the sum of absolute differences, over patches and the tokens in front of them together,
+    mean of the heads.
     """
     cells = np.abs(after.attention[block] - before.attention[block]).sum()
-    return float(cells + abs(after.class_token[block] - before.class_token[block])) / 2
+    return float(cells + abs(after.prefix[block] - before.prefix[block])) / 2
 
 
 class EditorController(Painting):
@@ -42,9 +46,20 @@ class EditorController(Painting):
 
     def outcome(self) -> tuple[Outcome, Outcome]:
         """What the model says before and after the edit; computed once for each edit."""
-        return self._unedited(self.session.fingerprint, self.index), self.outcome_of(self.work)
+        return self._unedited(self._model, self.index), self.outcome_of(self.work)
 
-    def _first_outcome(self, _: str, index: int) -> Outcome:
+    def see_at(self, image_size: int | Sequence[int]) -> None:
+        """Goes on at another picture size, see `LiveSession.see_at`: on a finer or coarser grid.
+
+        What is painted goes along, as the first step there, unless something was done there before.
+        """
+        work, self.seconds = self.work, 0.0  # which are measured anew
+        self.session.see_at(image_size)
+        self.open(self.index)
+        if not (self.can_undo or np.isnan(work.painted).all()):
+            self.restore(replace(work, painted=painted_on(work.painted, self.session.grid)))
+
+    def _first_outcome(self, _: Any, index: int) -> Outcome:
         start = time.perf_counter()
         found = self.session.outcome(index)
         self.seconds = max(self.seconds, time.perf_counter() - start)
@@ -52,7 +67,7 @@ class EditorController(Painting):
 
     def outcome_of(self, work: Work) -> Outcome:
         """What the model says under another work on the open picture."""
-        place = self.session.fingerprint, self.index
+        place = self._model, self.index
         if self.edit_of(work).is_empty:
             return self._unedited(*place)
         return self._edited(*place, self.block, work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,12 +10,15 @@ from typing import Any
 
 import ipywidgets as widgets
 
+from lib.edit import Layout
+from lib.model.resolution import cost_at, own_size
 from lib.widgets.browser import three_examples
 from lib.widgets.controller import EditorController
 from lib.widgets.history import SLIDERS
 from lib.widgets.panel import Panel, hint, in_column, in_row, make_slider, wide
 from lib.widgets.pixels import coloured, data_url, png
-from lib.widgets.session import LiveSession
+from lib.widgets.rungs import blocks_apart
+from lib.widgets.session import LiveSession, blocks_in_words
 
 # Buttons above the picture: text, what they do, and a hint.
 OPERATIONS = {
@@ -43,17 +47,12 @@ WHY_NOT = {
     "save": "nothing is edited yet, so there is nothing to save",
 }
 
-# Menus of the scope: text, entries with their values, and what they mean in plain words.
+# Menus of the scope that are the same for all models: entries with their values.
 MENUS = {
-    "blocks": {
-        "last block": "last",
-        "last two blocks": "last2",
-        "all blocks": "all",
-        "the shown block": "shown",
-    },
-    "queries": {"class token": "cls", "all tokens": "all"},
     "offset": {"centred": "centred", "none (the paper)": "none"},
 }
+FINER = (1, 2, 4)  # times the side of the model's own picture size: the menu of cells
+MOST_CELLS = 64 * 64  # that are offered; more are possible from Python
 EXAMPLES = ("a mistake", "unsure", "sure")  # what `three_examples` names
 HINTS = {
     "strength": "how much of the edit is made: 0 none of it, 1 all of it",
@@ -61,9 +60,23 @@ HINTS = {
     "suppression": "how far down the cells go that nobody painted",
     "block": "the layer of the model whose map is shown on the picture",
     "blocks": "in how many layers of the model the edit is made",
-    "queries": "whose attention is edited: that of the class token, which decides, or of all",
+    "size": "the picture enlarged for the model: more and smaller cells, and other scores",
     "offset": "centred: 0.5 is as much as the average patch; none: the raw sigmoid of the paper",
 }
+
+
+def rows_in_words(layout: Layout) -> tuple[str, str]:
+    """The row that is read, for a menu, and with what it does."""
+    if not layout.pooled:
+        return "class token", "class token, which decides"
+    if len(layout.read) == 1:
+        return "pooling query", "pooling query, which decides"
+    return "class token, pooling query", "class token and of the pooling query, which decides"
+
+
+def _set_options(menu: widgets.Dropdown, entries: dict[str, Any]) -> None:
+    if menu.options != tuple(entries.items()):
+        menu.options = tuple(entries.items())
 
 
 class Controls(Panel):
@@ -140,23 +153,33 @@ class Controls(Panel):
         for name, text in texts.items():
             slider = make_slider(text, *SLIDERS[name], 0.1 if name == "sharpness" else 0.01)
             self._watch(name, slider, partial(setattr, self.controller, name))
-        depth = self.controller.session.depth
-        blocks = {f"{k}{' (last)' * (k == depth - 1)}": k for k in range(depth)}
-        scope = self.controller.set_scope
+        session, scope = self.controller.session, self.controller.set_scope
+        layout = session.layout
+        last = layout.depth - 1
+        blocks = {f"{layout.names[k]}{' (last)' * (k == last)}": k for k in layout.read}
+        one, decides = rows_in_words(layout)
         menus = {
-            "blocks": ("Edit in", MENUS["blocks"], self._set_blocks),
+            "blocks": ("Edit in", self._blocks(), self._set_blocks),
             "block": ("Shown block", blocks, self._show_block),
-            "queries": ("Queries", MENUS["queries"], lambda chosen: scope(queries=chosen)),
+            "queries": (
+                "Queries",
+                {one: "cls", "all tokens": "all"},
+                lambda chosen: scope(queries=chosen),
+            ),
             "offset": ("Offset", MENUS["offset"], lambda chosen: scope(offset=chosen)),
+            "size": ("Cells", self._sizes(), self._see_at),
         }
         for name, (text, entries, callback) in menus.items():
             menu = widgets.Dropdown(options=list(entries.items()), description=text, **wide())
             self._watch(name, menu, callback)
         for name, words in HINTS.items():
             hint(self.controls[name], words)
+        words = f"whose attention is edited: that of the {decides}, or of all tokens"
+        hint(self.controls["queries"], words)
         more = widgets.ToggleButton(description="More settings")
-        folded = [self.controls[name] for name in ("sharpness", "suppression", "block")]
-        folded += [self.controls[name] for name in ("queries", "offset")]
+        folded = ["sharpness", "suppression", *["block"] * (len(blocks) > 1), "queries", "offset"]
+        folded += ["size"] * isinstance(session, LiveSession)
+        folded = [self.controls[name] for name in folded]
         self._more = in_column([*folded, self._heads()], "ae-more")
         self._watch("more", more, lambda _: None)
         ladder = self.button("ladder", "Ladder", self._ladder, "the same edit in more of the model")
@@ -164,6 +187,30 @@ class Controls(Panel):
         self._hint_row = in_row([self._html["hint"], wider], "ae-hint")
         shown = [self.controls["strength"], self.controls["blocks"], self._hint_row]
         return [*shown, in_row([ladder, more]), self._html["ladder"], self._more]
+
+    def _blocks(self) -> dict[str, str]:
+        """Entries of the menu "Edit in": those that are not the same in this model."""
+        layout, queries = self.controller.session.layout, self.controller.scope["queries"]
+        found = {
+            blocks_in_words(layout, name).removeprefix("the "): name
+            for name in blocks_apart(layout, queries)
+        }
+        return found | ({"the shown block": "shown"} if len(layout.read) > 1 else {})
+
+    def _sizes(self) -> dict[str, tuple[int, int]]:
+        """Picture sizes by what they give and cost; nothing is computed for it."""
+        session = self.controller.session
+        if not isinstance(session, LiveSession):
+            return {}
+        own, found = own_size(session.model), {}
+        for size in dict.fromkeys([*((k * own[0], k * own[1]) for k in FINER), session.image_size]):
+            cost = cost_at(session.model, size)
+            text = f"{cost.grid[0]} x {cost.grid[1]}"
+            size_kept = f"{max(1, round(cost.megabytes))} MB a picture"
+            costs = f"about {cost.times:.2g} x the time, {size_kept}"
+            if size in (own, session.image_size) or math.prod(cost.grid) <= MOST_CELLS:
+                found[f"{text}, the model's own" if size == own else f"{text}: {costs}"] = size
+        return found
 
     def _heads(self) -> widgets.Widget:
         """A chip a head, and on request its map above it."""
@@ -179,13 +226,14 @@ class Controls(Panel):
             chips.append(chip)
         maps = widgets.ToggleButton(False, description="show maps")
         self._watch("head_maps", maps, lambda _: None)
-        self._thumbs = []
-        for head in range(self.controller.session.num_heads):
+        self._thumbs, self._head_boxes = [], []
+        for head in range(max(self.controller.session.layout.heads)):
             chip = widgets.ToggleButton(False, description=str(head))
             self._watch(f"head_{head}", chip, partial(self._set_heads, "chips"))
             thumb = widgets.HTML(layout=widgets.Layout(display="none"))
             self._thumbs.append(thumb)
-            chips.append(in_column([thumb, chip], "ae-head"))
+            self._head_boxes.append(in_column([thumb, chip], "ae-head"))
+            chips.append(self._head_boxes[-1])
         label = widgets.HTML('<span class="ae-label">Heads</span>')
         return in_row([label, *chips, maps], "ae-heads")
 
@@ -221,10 +269,13 @@ class Controls(Panel):
         self._has_chosen_blocks = True
         self.controller.set_scope(blocks=(self.controller.block,) if blocks == "shown" else blocks)
 
+    def _see_at(self, image_size: tuple[int, int]) -> None:
+        self.controller.see_at(image_size)
+
     def _set_heads(self, chosen: str, _: bool) -> None:
         """The heads whose chips are pressed; without any, what they see together."""
         if chosen == "chips":
-            heads = range(self.controller.session.num_heads)
+            heads = range(max(self.controller.session.layout.heads))
             pressed = tuple(head for head in heads if self.controls[f"head_{head}"].value)
             chosen = pressed or "mean"
         self.controller.set_scope(heads=chosen)
@@ -233,18 +284,21 @@ class Controls(Panel):
 
     def _set_controls(self) -> None:
         controller, controls = self.controller, self.controls
-        scope = controller.scope
-        blocks = "shown" if scope["blocks"] == (controller.block,) else scope["blocks"]
-        if not isinstance(blocks, str):  # other blocks, chosen from Python: no entry of the menu
-            blocks = None
-        values = {"picture": controller.index, "block": controller.block, "blocks": blocks}
+        scope, session = controller.scope, controller.session
+        _set_options(controls["blocks"], self._blocks())
+        _set_options(controls["size"], self._sizes())
+        values = {"picture": controller.index, "block": controller.block}
+        values |= {"blocks": self._chosen_blocks()}
+        values |= {"size": session.image_size} if isinstance(session, LiveSession) else {}
         values |= {name: scope[name] for name in ("queries", "offset")}
         values |= controller.work.sliders | {"note": controller.note}
         values |= {f"heads_{name}": scope["heads"] == name for name in ("mean", "all")}
-        for head in range(controller.session.num_heads):
+        for head, box in enumerate(self._head_boxes):
             values[f"head_{head}"] = (
                 scope["heads"] not in ("all", "mean") and head in scope["heads"]
             )
+            is_there = head < session.layout.heads[controller.block]
+            box.layout.display = None if is_there else "none"
         for name, value in values.items():
             controls[name].value = value
         can = controller.possible()
@@ -258,6 +312,18 @@ class Controls(Panel):
         self._example_row.layout.display = None if is_shown else "none"
         (self.add_class if controls["present"].value else self.remove_class)("ae-present")
         self._show_heads()
+
+    def _chosen_blocks(self) -> str | None:
+        """The entry of the menu "Edit in"; None for blocks that were chosen from Python."""
+        scope, layout = self.controller.scope, self.controller.session.layout
+        entries = self._blocks().values()
+        if scope["blocks"] == (self.controller.block,) and "shown" in entries:
+            return "shown"
+        wanted = layout.resolve(scope["blocks"], scope["queries"])
+        same = (
+            n for n in entries if n != "shown" and layout.resolve(n, scope["queries"]) == wanted
+        )
+        return next(same, None)
 
     def _show_heads(self) -> None:
         visible = self.controls["head_maps"].value

@@ -132,12 +132,18 @@ class AttentionEditor(Controls):
         self._operate(lambda controller: controller.stroke(cells, stroke, index))
 
     def _ladder(self) -> None:
-        self._html["ladder"].value = views.ladder_html(rungs.climb(self.controller))
+        told = views.ladder_html(rungs.climb(self.controller))
+        rows, columns = self.controller.session.grid
+        if rows * columns > rungs.MOST_ROWS:
+            told += f'<p class="ae-dim">All rows of {rows} x {columns} cells would take long.</p>'
+        self._html["ladder"].value = told
         self._laddered = self._asked()
 
     def _asked(self) -> tuple[Any, ...]:
         controller = self.controller
-        return controller.session.fingerprint, controller.index, controller.block, controller.work
+        session = controller.session
+        model = session.fingerprint, session.grid
+        return model, controller.index, controller.block, controller.work
 
     def _save(self) -> None:
         path = self.controller.save(self._folder, self._author, self.controller.note)
@@ -160,7 +166,8 @@ class AttentionEditor(Controls):
     def _try_rungs(self) -> None:
         """A hint where another rung would do more; before anything is done, that rung itself."""
         controller = self.controller
-        if controller.seconds > SLOW:
+        is_wide = controller.scope["queries"] == "all" and controller.own.size > rungs.MOST_ROWS
+        if controller.seconds > SLOW or is_wide:
             return
         if not (controller.can_undo or self._has_chosen_blocks):
             controller.begin_in(rungs.blocks_to_begin_with(controller))
@@ -181,7 +188,7 @@ class AttentionEditor(Controls):
             self._set_controls()
         finally:
             self._is_showing = False
-        titled = controller.index, is_hidden
+        titled = controller.index, controller.session.grid, is_hidden
         if self._titled != titled:
             self._html["title"].value = views.title_html(controller, self._mark, is_hidden)
             self._titled = titled
@@ -189,10 +196,10 @@ class AttentionEditor(Controls):
         for box in (self._openers, self._below):  # which would tell
             box.layout.display = "none" if is_hidden else None
         self._html["verdict"].value = views.verdict_html(controller, is_hidden)
-        attention = views.attention_html(*controller.outcome(), controller.block)
+        as_trained = "" if is_hidden else views.as_trained_html(controller)
         self._html["result"].value = (
-            f"{views.scores_html(controller.score_rows(), is_hidden)}"
-            f"<h4>Softmax attention of block {controller.block}</h4>{attention}"
+            f"{views.scores_html(controller.score_rows(), is_hidden)}{as_trained}"
+            f"{views.attention_html(controller)}"
         )
         if self._laddered is not None and self._laddered != self._asked():
             self._html["ladder"].value, self._laddered = "", None

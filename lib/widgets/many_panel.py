@@ -17,7 +17,7 @@ from lib.evaluation.many import count_changes, edit_many, make_rules
 from lib.widgets.controller import EditorController
 from lib.widgets.panel import Panel, in_row, table_html, told
 from lib.widgets.pixels import data_url
-from lib.widgets.snapshots import scope_in_words
+from lib.widgets.session import scope_in_words
 
 OFFERED = ("border to 0", "decoy to 0", "outside the box low", "people's map", "this edit")
 EVERY_RULE = "all of them"
@@ -106,12 +106,13 @@ class ManyPanel(Panel):
             tell(lambda: self._progress(done, of))
             return stop.is_set()
 
-        rules = make_rules(session.dataset, None if edit.is_empty else edit)
+        now = session.now
+        rules = make_rules(now.dataset, None if edit.is_empty else edit)
         if name not in (*rules, EVERY_RULE):
             raise ValueError(f'the pictures have nothing for "{name}"; choose another rule')
         asked = list(rules.values()) if name == EVERY_RULE else [rules[name]]
-        scopes = {scope_in_words(edit): edit.scope}
-        frame = edit_many(session.model, session.dataset, asked, chosen, scopes, progress=progress)
+        scopes = {scope_in_words(edit, session.layout): edit.scope}
+        frame = edit_many(now.model, now.dataset, asked, chosen, scopes, progress=progress)
         tell(lambda: self._finish(frame, stop.is_set()))
 
     def _progress(self, done: int, of: int) -> None:
@@ -130,7 +131,10 @@ class ManyPanel(Panel):
         elif not done:
             self._say("None of these pictures has what the rule needs.")
         else:
-            self._say(f"{done} pictures, {self.controls['set'].value.split(' (')[0]}.")
+            session, size = self.controller.session, ""
+            if session.now.model is not session.model:
+                size = ", at {} x {} pixels".format(*session.image_size)
+            self._say(f"{done} pictures, {self.controls['set'].value.split(' (')[0]}{size}.")
         if done:
             self.table = count_changes(frame)
             self._result.value = many_html(self.table)

@@ -23,7 +23,7 @@ from lib.files import claimed, file_name, make_folder, write_bytes
 from lib.widgets.controller import EditorController
 from lib.widgets.panel import Panel, in_column, in_row, told
 from lib.widgets.pixels import outlines, png, run_lengths, to_pixels
-from lib.widgets.session import Outcome
+from lib.widgets.session import LiveSession, Outcome, block_name
 from lib.widgets.snapshots import LISTED, SnapshotList, SnapshotPanel
 
 FRAMES = 21  # of the animation: strength 0, .05, ..., 1
@@ -62,6 +62,12 @@ def as_code(controller: EditorController) -> str:
     cells = np.where(edit.mask, edit.values, np.nan).astype(np.float32)
     lines = "\n".join(f"    [{', '.join(map(str, row))}]," for row in cells)
     scope = "\n".join(f"    {name}={value!r}," for name, value in edit.scope.items())
+    session = controller.session
+    at_size = (
+        f"session.see_at({session.image_size})  # height and width in pixels\n"
+        if isinstance(session, LiveSession) and session.now.model is not session.model
+        else ""
+    )
     return f"""\
 import numpy as np
 
@@ -77,7 +83,7 @@ edit = AttentionEdit(
 {scope}
 )
 # `session`: the LiveSession of the attention editor
-assert session.open({index}).image_id == {controller.shown.image_id!a}
+{at_size}assert session.open({index}).image_id == {controller.shown.image_id!a}
 if session.fingerprint != {controller.session.fingerprint!r}:
     print("These are other weights than those of the editor.")
 probabilities = session.outcome({index}, edit).probabilities
@@ -100,7 +106,8 @@ def snapshot_figure(kept: SnapshotList, suffix: str) -> bytes:
     shown = controller.shown
     title = (
         f"{figures.label(shown.class_name, 60)}, picture {figures.label(shown.image_id, 60)}:\n"
-        f"softmax attention of block {block}, edited cells outlined"
+        f"softmax attention of {block_name(controller.session.layout, block)}, "
+        "edited cells outlined"
     )
     figure = figures.snapshot_sheet(shown.image, shots, classes[true], title)
     return figures.as_file(figure, suffix[1:], dpi=150)

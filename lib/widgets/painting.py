@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from lib.edit import EPS, LOW, AttentionEdit, brief, is_index, is_share, resolve_heads
+from lib.edit import EPS, LOW, AttentionEdit, brief, is_index, is_share
 from lib.widgets.history import OFF, SLIDERS, History, Work, asked_map, in_proportion
-from lib.widgets.session import Session
+from lib.widgets.session import Session, refuse_scope
 
 COPY_STRENGTH = 0.5  # of a copied map: of 100 right predictions it breaks about 7, and 1.0 about 20
 CACHED = 64  # maps and outcomes that are kept
@@ -46,11 +46,12 @@ class Painting:
 
     def __init__(self, session: Session, index: int = 0) -> None:
         self.session = session
-        self.block: int = session.depth - 1
+        self.block: int = session.layout.depth - 1
         self._scope = dict(SCOPE_AT_FIRST)
-        self._histories: dict[int, History] = {}  # by picture
+        # By grid and picture: on another grid, another one is painted.
+        self._histories: dict[tuple[tuple[int, int], int], History] = {}
         self._notes: dict[int, str] = {}
-        # The fingerprint is part of each key: after teaching, the model is another one.
+        # The model is part of each key: after teaching, and at another size, it is another one.
         self._sigmoid = lru_cache(CACHED)(lambda _, *asked: session.sigmoid(*asked))
         self._own = lru_cache(CACHED)(self._mean_of_heads)
         self._edits = lru_cache(CACHED)(self._make_edit)  # a work is known by itself: none changes
@@ -66,9 +67,10 @@ class Painting:
         self._history = self._history_of(index)
 
     def _history_of(self, index: int) -> History:
-        if index not in self._histories:
-            self._histories[index] = History(self.session.grid, self._scope)
-        return self._histories[index]
+        place = self.session.grid, index
+        if place not in self._histories:
+            self._histories[place] = History(self.session.grid, self._scope)
+        return self._histories[place]
 
     def begin_in(self, blocks: str) -> None:
         """Other blocks to begin with; nothing where something was done on the picture already."""
@@ -82,12 +84,7 @@ class Painting:
         """
         scope = self.scope | {name: value for name, value in changes.items() if value is not None}
         checked = AttentionEdit(np.zeros(self.session.grid, dtype=bool), 0.0, **scope)
-        for name, count in (("blocks", self.session.depth), ("heads", self.session.num_heads)):
-            indices = getattr(checked, name)
-            least = -count if name == "blocks" else 0  # a correction's heads count from 0
-            for k in () if isinstance(indices, str) else indices:
-                if not least <= k < count:
-                    raise ValueError(f"{name} holds {k}, but the model has {count} {name}")
+        refuse_scope(self.session.layout, checked)
         self._scope = {name: getattr(checked, name) for name in scope}
         self._history.change("scope", scope=self._scope)
 
@@ -119,8 +116,11 @@ class Painting:
     @property
     def own_by_head(self) -> np.ndarray:
         """The model's own map in the shown block, float32 [heads, gh, gw]."""
-        place = self.session.fingerprint, self.index, self.block, self.scope["offset"]
-        return self._sigmoid(*place)
+        return self._sigmoid(self._model, self.index, self.block, self.scope["offset"])
+
+    @property
+    def _model(self) -> tuple[Any, ...]:
+        return self.session.fingerprint, self.session.grid
 
     @property
     def own(self) -> np.ndarray:
@@ -132,14 +132,18 @@ class Painting:
         return self._own_of(self.work)
 
     def _own_of(self, work: Work) -> np.ndarray:
-        place = self.session.fingerprint, self.index, self.block, work.scope["offset"]
+        place = self._model, self.index, self.block, work.scope["offset"]
         return self._own(work.scope["heads"], *place)
 
     def _mean_of_heads(self, heads: str | tuple[int, ...], *place: Any) -> np.ndarray:
         if heads == "mean":
             return self.session.seen_together(*place[1:])
-        chosen = resolve_heads(heads, self.session.num_heads)
-        return self._sigmoid(*place)[list(chosen)].mean(axis=0)
+        by_head = self._sigmoid(*place)
+        if heads == "all":
+            return by_head.mean(axis=0)
+        # Heads that are edited in other blocks need not be in this one.
+        chosen = [head for head in heads if head < len(by_head)]
+        return by_head[chosen or slice(None)].mean(axis=0)
 
     @property
     def base(self) -> np.ndarray:
@@ -161,9 +165,9 @@ class Painting:
 
     def edit_of(self, work: Work) -> AttentionEdit:
         """The same of any work on the open picture; made once: a stroke asks for it many times."""
-        return self._edits(self.session.fingerprint, self.index, self.block, work)
+        return self._edits(self._model, self.index, self.block, work)
 
-    def _make_edit(self, _: str, __: int, ___: int, work: Work) -> AttentionEdit:
+    def _make_edit(self, _: Any, __: int, ___: int, work: Work) -> AttentionEdit:
         wanted = self._asked(replace(work, strength=1.0))
         touched = ~np.isnan(work.painted) | (np.abs(wanted - self._own_of(work)) > EPS)
         touched &= work.strength > 0
@@ -224,7 +228,7 @@ class Painting:
             self._reset(history)
 
     def _reset(self, history: History) -> None:
-        history.change(painted=np.full(self.session.grid, np.nan), **OFF)
+        history.change(painted=np.full_like(history.work.painted, np.nan), **OFF)
 
     def restore(self, work: Work) -> None:
         """Another work on the open picture, such as an earlier one; one step."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from lib.data.classes import other_classes
 from lib.data.corrections import (
+    REPLACED,
     Correction,
     Saved,
     bring_back,
@@ -23,11 +24,12 @@ from lib.data.corrections import (
     write_note,
 )
 from lib.data.pictures import read_picture
-from lib.edit import AttentionEdit, resolve_blocks, resolve_heads
+from lib.edit import AttentionEdit
+from lib.model.resolution import size_for
 from lib.widgets.controller import EditorController
 from lib.widgets.history import Work
 from lib.widgets.panel import Panel, in_row, told, wide
-from lib.widgets.session import LiveSession
+from lib.widgets.session import LiveSession, refuse_scope
 from lib.widgets.thumbs import Thumbnails
 
 ON_SHELF = 12  # corrections a page
@@ -71,7 +73,7 @@ class CorrectionFolder:
             if file.name.endswith(".json")
         }
         if state != self._state:
-            listed = list_corrections(self.folder, self.session.grid)
+            listed = list_corrections(self.folder, self.session.model.grid)
             self._entries = [self._placed(one) for one in listed]
             self._state = state
         return self._entries
@@ -156,12 +158,16 @@ class CorrectionShelf(Panel):
     def _open(self) -> None:
         entry = self._by_path[self._chosen]
         session, edit = self.controller.session, entry.correction.edit
-        resolve_blocks(edit.blocks, session.depth)  # of another model: says which it does not have
-        resolve_heads(edit.heads, session.num_heads)
+        refuse_scope(session.layout, edit)  # of another model: says which it does not have
+        if edit.grid != session.grid:
+            self.controller.see_at(size_for(session.model, edit.grid))
         self.controller.open(entry.index)
         self.controller.restore(work_of(edit))
         self.controller.note = entry.correction.note
-        self._words.value = told("Opened. Undo in the editor brings back what was painted there.")
+        height, width = session.image_size
+        size = "" if session.now.model is session.model else f" at {height} x {width} pixels"
+        words = "Undo in the editor brings back what was painted there."
+        self._words.value = told(f"Opened{size}. {words}")
         self.changed()
 
     def _rename(self) -> None:
@@ -201,9 +207,9 @@ class CorrectionShelf(Panel):
         entry = self._by_path.get(self._chosen)
         none = "" if entry else "choose a correction first"
         unread = none or (entry.reason if entry.correction is None else "")
-        grid = self.controller.session.grid
-        fits = unread or (entry.index is not None and entry.correction.edit.grid == grid)
-        why = {"open": unread or ("" if fits else entry.reason), "rename": unread, "delete": none}
+        is_replaced = entry is not None and entry.reason.startswith(REPLACED)
+        why = {"open": unread or (entry.reason if not is_replaced else ""), "rename": unread}
+        why["delete"] = none
         why["undo"] = "" if self._gone else "nothing was deleted here"
         for name, reason in why.items():
             self.controls[name].disabled, self.controls[name].tooltip = bool(reason), reason
@@ -239,7 +245,7 @@ def facts_html(entry: Entry) -> str:
         scope = [f"{name} {word}" for name, word in zip(words, listed, strict=True)]
         facts |= {
             "picture": f"{one.class_name} {one.image_id} {one.file}",
-            "painted": f"{int(edit.mask.sum())} of {edit.mask.numel()} cells",
+            "painted": f"{int(edit.mask.sum())} of {edit.grid[0]} x {edit.grid[1]} cells",
             "edit": "; ".join([*scope, f"strength {edit.strength:g}"]),
             "saved": f"{one.time[:16].replace('T', ' ')} UTC by {one.author}",
             "made on": f"weights {one.model}",

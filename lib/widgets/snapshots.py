@@ -18,14 +18,18 @@ from typing import Any
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
+import torch
 
 from lib import figures
+from lib.data.maps import to_grid
 from lib.edit import EPS, AttentionEdit
 from lib.widgets.controller import EditorController, attention_moved
 from lib.widgets.history import OFF, Work, in_proportion
 from lib.widgets.panel import Panel, in_column, in_row, told
 from lib.widgets.pixels import data_url, loops_around, png
-from lib.widgets.session import Outcome
+from lib.widgets.session import Outcome, scope_in_words
+
+Place = tuple[tuple[int, int], int]  # the grid and the picture that snapshots belong to
 
 BEFORE = "before"  # the first of all: no edit
 LISTED = 3  # classes whose scores a card shows
@@ -60,9 +64,12 @@ class SnapshotList:
 
     def __init__(self, controller: EditorController) -> None:
         self.controller = controller
-        self._kept: dict[int, list[Snapshot]] = {}  # by picture
-        self._deleted: dict[int, tuple[int, Snapshot]] = {}  # the last one, and where it stood
-        self._mean: tuple[object, np.ndarray | None] = (None, None)  # of which maps, and their mean
+        self._kept: dict[Place, list[Snapshot]] = {}
+        self._deleted: dict[Place, tuple[int, Snapshot]] = {}  # the last one, and where it stood
+        self._mean: tuple[object, torch.Tensor | None] = (
+            None,
+            None,
+        )  # of which maps, and their mean
 
     @property
     def snapshots(self) -> tuple[Snapshot, ...]:
@@ -71,7 +78,12 @@ class SnapshotList:
 
     @property
     def _here(self) -> list[Snapshot]:
-        return self._kept.setdefault(self.controller.index, [])
+        return self._kept.setdefault(self.place, [])
+
+    @property
+    def place(self) -> Place:
+        """Snapshots on another grid come back with it."""
+        return self.controller.session.grid, self.controller.index
 
     def keep(self, name: str = "") -> Snapshot:
         """The present edit as the last snapshot; A, B, C, ... where it is given no name.
@@ -128,17 +140,17 @@ class SnapshotList:
     def delete(self, place: int) -> Snapshot:
         """Takes a snapshot away; `bring_back` puts the last one where it was."""
         one = self._here.pop(place)
-        self._deleted[self.controller.index] = place, one
+        self._deleted[self.place] = place, one
         return one
 
     @property
     def can_bring_back(self) -> bool:
-        return self.controller.index in self._deleted
+        return self.place in self._deleted
 
     def bring_back(self) -> None:
         """The snapshot of this picture that was deleted last; nothing where there is none."""
         if self.can_bring_back:
-            place, one = self._deleted.pop(self.controller.index)
+            place, one = self._deleted.pop(self.place)
             self._here.insert(place, replace(one, name=self._free(one.name)))
 
     def restore(self, place: int | None) -> None:
@@ -190,8 +202,11 @@ class SnapshotList:
         if self._mean[0] is not maps:
             known, times = valid.numpy(), valid.sum(dim=0).numpy()
             mean = (maps.numpy() * known).sum(axis=0) / np.maximum(times, 1)
-            self._mean = maps, mean if times.any() else None
-        return self._mean[1]
+            self._mean = maps, torch.from_numpy(mean) if times.any() else None
+        mean = self._mean[1]
+        if mean is None:
+            return None
+        return to_grid(mean, torch.ones_like(mean), self.controller.session.grid)[0].numpy()
 
     def _add(self, name: str, work: Work) -> Snapshot:
         edit = self.controller.edit_of(work)
@@ -215,20 +230,6 @@ class SnapshotList:
 # ---------------------------------------------------------------------------------------- cards
 
 
-def scope_in_words(edit: AttentionEdit) -> str:
-    """Where an edit is made, short."""
-    blocks = {"last": "last block", "last2": "last two blocks", "all": "all blocks"}
-    heads = {"mean": "mean of the heads", "all": "all heads"}
-    words = [
-        blocks.get(edit.blocks) or f"block {', '.join(map(str, edit.blocks))}",
-        heads.get(edit.heads) or f"head {', '.join(map(str, edit.heads))}",
-        *["all rows"] * (edit.queries == "all"),
-        *["offset none"] * (edit.offset == "none"),
-        *[f"strength {edit.strength:.2f}"] * (edit.strength < 1),
-    ]
-    return ", ".join(words)
-
-
 def _map_html(one: Judged, block: int) -> str:
     """The attention over the picture, which the panel's style brings, and the painted cells."""
     rows, columns = one.edit.grid
@@ -247,8 +248,10 @@ def _map_html(one: Judged, block: int) -> str:
     )
 
 
-def _scores_html(one: Judged, block: int, classes: list[str], true: int) -> str:
+def _scores_html(one: Judged, controller: EditorController) -> str:
     """Right or wrong; a bar a class, with the change in points; what it took."""
+    session, true, block = controller.session, controller.shown.label, controller.block
+    classes = session.classes
     before, after = one.before.probabilities, one.after.probabilities
     first, best = int(before.argmax()), int(after.argmax())
     right = best == true
@@ -271,7 +274,7 @@ def _scores_html(one: Judged, block: int, classes: list[str], true: int) -> str:
     told = ""
     if not one.edit.is_empty:
         moved = attention_moved(one.before, one.after, block)
-        told = f"{moved:.2f} of the attention moved; {scope_in_words(one.edit)}"
+        told = f"{moved:.2f} of the attention moved; {scope_in_words(one.edit, session.layout)}"
     return (
         f'<p class="cp-verdict cp-{"right" if right else "wrong"}">{verdict}</p>'
         f'<ul class="cp-scores">{"".join(lines)}</ul><p class="ae-dim">{told}</p>'
@@ -343,7 +346,7 @@ class SnapshotPanel(Panel):
         self.controller, self.kept, self._changed = controller, SnapshotList(controller), changed
         self._mark = f"cp-{uuid.uuid4().hex[:8]}"  # ties the style of the picture to this panel
         self._style, self._said = widgets.HTML(), widgets.HTML()
-        self._styled: int | None = None  # the picture that the style brings
+        self._styled: Place | None = None  # of the picture that the style brings
         self._judged_by = controller.session.fingerprint
         self._texts: dict[str, tuple[Outcome, int, tuple[str, str]]] = {}  # of cards, by name
         keep = self.button("keep", "Keep this edit", self._keep)
@@ -395,8 +398,8 @@ class SnapshotPanel(Panel):
 
     def _show(self) -> None:
         controller = self.controller
-        if self._styled != controller.index:
-            self._styled = controller.index
+        if self._styled != self.kept.place:
+            self._styled = self.kept.place
             picture = data_url(png(figures.picture(controller.shown.image, pixels=224)))
             self._style.value = (
                 f"<style>.{self._mark} .cp-map {{ background-image: url({picture}) }}</style>"
@@ -438,7 +441,6 @@ class SnapshotPanel(Panel):
         block = self.controller.block
         after, shown, texts = self._texts.get(one.name, (None, None, None))
         if after is not one.after or shown != block:
-            classes, true = self.controller.session.classes, self.controller.shown.label
-            texts = _map_html(one, block), _scores_html(one, block, classes, true)
+            texts = _map_html(one, block), _scores_html(one, self.controller)
             self._texts[one.name] = one.after, block, texts
         return texts

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from html import escape
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import pandas as pd
 from IPython.display import display
 
 from lib import figures
-from lib.data.corrections import Correction
+from lib.data.corrections import REPLACED, Correction, on_grid
 from lib.data.dataset import BirdDataset
 from lib.model.vit import SigmoidViT
 from lib.training.state import Progress
@@ -29,7 +30,7 @@ from lib.training.teach import TeachConfig, Teacher, TeachReport
 from lib.widgets.controller import EditorController
 from lib.widgets.panel import Panel, figure_html, style_sheet, table_html, told
 from lib.widgets.pixels import coloured, data_url, heat_url, png
-from lib.widgets.session import LiveSession
+from lib.widgets.session import LiveSession, blocks_in_words
 from lib.widgets.shelf import CorrectionFolder
 
 COUNTS = (1, 5, 25)  # corrections to pick from, beside all of them
@@ -114,7 +115,8 @@ class TeachPanel(Panel):
         self._busy = False
         self._steps = ("", 0)  # what the bar counts, and up to what
         style = {"description_width": "initial"}
-        deep = [("the last block", 1), ("the last two blocks", 2), ("all blocks", session.depth)]
+        words = partial(blocks_in_words, session.layout)
+        deep = [(words("last"), 1), (words("last2"), 2), (words("all"), session.layout.depth)]
         self.controls["count"] = widgets.Dropdown(description="Corrections", style=style)
         self.controls["blocks"] = widgets.Dropdown(
             options=deep, value=self._config.last_blocks, description="Teach", style=style
@@ -148,10 +150,15 @@ class TeachPanel(Panel):
             # ipywidgets 8 leaves a menu blank that had no options before
             menu.value = chosen if chosen in dict(options).values() else 0
         left = [one for one in self._saved.entries() if one.reason]
-        left = [one for one in left if not one.reason.startswith("replaced by ")]
+        left = [one for one in left if not one.reason.startswith(REPLACED)]
         lines = "".join(f"<li>{escape(f'{one.path.name}: {one.reason}')}</li>" for one in left)
         words = f"{len(left)} saved file{'s' * (len(left) != 1)} cannot teach"
-        self._left_out.value = f"{words}:<ul>{lines}</ul>" if left else ""
+        rows, columns = grid = self.session.model.grid
+        finer = [one for one in self._saved.entries() if not one.reason]
+        finer = sum(one.correction.edit.grid != grid for one in finer)
+        said = f"{finer} painted on finer cells, and taught on the model's own {rows} x {columns}"
+        words = f"{words}:<ul>{lines}</ul>" if left else ""
+        self._left_out.value = words + (f"<p>{said}</p>" if finer else "")
         self._enable()
 
     def start(self) -> None:
@@ -183,7 +190,9 @@ class TeachPanel(Panel):
     # -- one teaching
 
     def _corrections(self) -> list[Correction]:
-        return [one.correction for one in self._saved.entries() if not one.reason]
+        """Those that teach, on the model's own grid."""
+        grid = self.session.model.grid
+        return [on_grid(one.correction, grid) for one in self._saved.entries() if not one.reason]
 
     def _prepare(self) -> list[Correction]:
         """The corrections to teach; the teacher and the controls are ready for it."""
@@ -264,7 +273,8 @@ class TeachPanel(Panel):
         left_out = [f"picture {image} left out: {reason}" for image, reason in report.skipped]
         words = f"taught {len(report.used)} correction(s) in {report.seconds:.1f} s"
         validating = self._validating(report.used)
-        self._result.value = comparison_html(table, validating) + examples_html(examples)
+        where = blocks_in_words(self.session.layout, "last")
+        self._result.value = comparison_html(table, validating) + examples_html(examples, where)
         # After the table: who reads the sentence finds it.
         self._count("done", 1, 1)
         self._words.value = told("; ".join([words, *left_out]))
@@ -330,15 +340,18 @@ def comparison_html(table: pd.DataFrame, validating: int = 0) -> str:
     )
 
 
-def examples_html(examples: list[Example]) -> str:
-    """What was asked for and the softmax attention before and after, a row of figures a group."""
+def examples_html(examples: list[Example], where: str) -> str:
+    """What was asked for and the softmax attention before and after, a row of figures a group.
+
+    `where` names the block whose attention it is.
+    """
     parts = []
     for group in dict.fromkeys(example.group for example in examples):
         name = escape(GROUPS.get(group, group))
         cards = "".join(_card(example) for example in examples if example.group == group)
         drawn = "" if group == "corrected" else ", drawn at random"
         parts.append(
-            f"<h4>{name}{drawn}: softmax attention of the last block</h4>"
+            f"<h4>{name}{drawn}: softmax attention of {where}</h4>"
             f'<div class="teach-cards">{cards}</div>'
         )
     return "".join(parts)

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from lib import figures
+from lib.model.resolution import own_size
 from lib.widgets.controller import EditorController
 from lib.widgets.panel import figure_html, table_html
 from lib.widgets.pixels import data_url, heat_url, map_over_picture, png
-from lib.widgets.session import Outcome
+from lib.widgets.session import LiveSession, block_name
 
 
 def verdict_html(controller: EditorController, is_hidden: bool = False) -> str:
@@ -50,21 +51,42 @@ def scores_html(rows: Iterable[dict[str, Any]], is_hidden: bool = False) -> str:
     return table_html(("class", "", "before", "after", "points"), lines, "ae-scores")
 
 
-def attention_html(before: Outcome, after: Outcome, block: int) -> str:
+def attention_html(controller: EditorController) -> str:
     """Softmax maps over the picture, each brightest where it is highest, and their figures."""
+    (before, after), block = controller.outcome(), controller.block
+    count = controller.session.num_prefix
     maps = {"before": before.attention[block], "after": after.attention[block]}
     parts = "".join(
         figure_html(heat_url(values), f"softmax attention {when} the edit", when)
         for when, values in maps.items()
     )
-    kept = (before.class_token[block], after.class_token[block])
+    kept = (before.prefix[block], after.prefix[block])
     tops = (values.max() for values in maps.values())
-    facts = (("class token keeps", kept, 2), ("highest cell", tops, 3))
+    facts = [("class token keeps" if count == 1 else "class and other tokens keep", kept, 2)]
+    facts = [*facts * (count > 0), ("highest cell", tops, 3)]
     lines = "".join(
         f'<div class="ae-dim">{what}</div><div>{old:.{digits}f} → <b>{new:.{digits}f}</b></div>'
         for what, (old, new), digits in facts
     )
-    return f'<div class="ae-figures">{parts}<div>{lines}</div></div>'
+    title = f"Softmax attention of {block_name(controller.session.layout, block)}"
+    return f'<h4>{title}</h4><div class="ae-figures">{parts}<div>{lines}</div></div>'
+
+
+def as_trained_html(controller: EditorController) -> str:
+    """What the model says at its own picture size, where it is asked at another one; else ""."""
+    session = controller.session
+    own = session.as_trained(controller.index) if isinstance(session, LiveSession) else None
+    if own is None:
+        return ""
+    there, here = int(own.argmax()), controller.outcome()[0].probabilities
+    sizes = [f"{h} x {w}" for h, w in (session.image_size, own_size(session.model))]
+    said = f"{escape(session.classes[there])} ({own[there]:.2f}, here {here[there]:.2f})"
+    is_same = there == int(here.argmax())
+    said = f"the same, {said}" if is_same else f"<b>{said}, another class than here</b>"
+    return (
+        f'<p class="ae-dim">At {sizes[0]} pixels the scores are not those of {sizes[1]}, the '
+        f"model's own size: there it says {said}.</p>"
+    )
 
 
 def title_html(controller: EditorController, mark: str, is_hidden: bool) -> str:

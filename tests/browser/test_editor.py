@@ -319,6 +319,32 @@ def test_a_correction_is_saved_and_loads_again(tool, lab):
     assert max(Image.open(preview).size) == 448
 
 
+def test_more_cells_are_painted_in_the_page_and_the_former_ones_come_back(tool):
+    tool.drag((1, 1), (1, 3))
+    before = tool.says(EDITED)
+    painted = tool.cells()
+    tool.press("More settings")
+    cells = tool.element.get_by_role("combobox", name="Cells")
+    own, finer, _ = cells.locator("option").all_inner_texts()
+    assert "the model's own" in own.replace("\xa0", " ") and "x the time" in finer.replace(
+        "\xa0", " "
+    )
+    cells.select_option(index=1)
+    tool.element.get_by_text("At 128 x 128 pixels the scores are not those of 64 x 64").wait_for()
+    tool.says(EDITED)
+    brought = tool.cells()
+    assert brought == {(2 * r + i, 2 * c + j) for r, c in painted for i in (0, 1) for j in (0, 1)}
+    heat = tool.element.locator("canvas.ae-heat")
+    assert heat.evaluate("(c) => [c.width, c.height]") == [2 * GRID, 2 * GRID]
+    tool.slider("Brush size").fill("1")
+    tool.drag((5.75, 1), (5.75, 4))  # in cells of the model's own grid
+    tool.settle()
+    assert tool.cells() - brought == {(12, c) for c in range(2, 10)}
+    cells.select_option(index=0)
+    assert tool.says(EDITED) == before and tool.cells() == painted
+    assert heat.evaluate("(c) => [c.width, c.height]") == [GRID, GRID]
+
+
 def test_each_picture_keeps_its_own_strokes(tool):
     title = tool.element.locator(".ae-header .widget-html")
     number = tool.element.get_by_role("spinbutton", name="Picture")

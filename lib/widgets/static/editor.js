@@ -235,7 +235,8 @@ export class Store {
   /** Takes Python's map, and lays over it what Python has not answered yet. */
   adopt() {
     const { model } = this;
-    if (model.get("subject") !== this.subject) this.openPicture();
+    const isOpen = ["subject", "rows", "columns"].every((name) => model.get(name) === this[name]);
+    if (!isOpen) this.openPicture();
     const painted = [...model.get("painted")];
     for (const item of this.queue) {
       if (item.subject !== this.subject) continue;
@@ -645,6 +646,8 @@ class View {
   showPicture() {
     this.picture.src = this.model.get("picture");
     this.corner = null;
+    const last = [this.model.get("rows") - 1, this.model.get("columns") - 1];
+    this.cursor = this.cursor.map((place, axis) => clamp(place, 0, Math.max(last[axis], 0)));
     this.fit();
     this.repaint();
   }

@@ -250,9 +250,8 @@ class RotaryBlock(PlainBlock):
         patches = x.shape[2] - prefix
         if self._rope is None or patches <= 0:
             return x
-        # timm before 1.0.20, which has no DINOv3, does not know that halves can be turned.
-        half = {"half": True} if getattr(self._attn, "rotate_half", False) else {}
-        turned = apply_rot_embed_cat(x[:, :, prefix:], self._rope[..., :patches, :], **half)
+        half = getattr(self._attn, "rotate_half", False)
+        turned = apply_rot_embed_cat(x[:, :, prefix:], self._rope[..., :patches, :], half=half)
         return torch.cat([x[:, :, :prefix], turned], dim=2).to(dtype)
 
 

@@ -24,6 +24,11 @@ $(VENV)/pysaliency: $(VENV)/installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[pysaliency]' \
 		&& touch $@ || echo 'pysaliency could not be built (no C compiler?); its tests are skipped'
 
+# Only the tests of other people's checkpoints need them; without them, lists of their names do.
+$(VENV)/others: $(VENV)/installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[others]'
+	touch $@
+
 demo: $(VENV)/installed ## the whole experiment on drawn birds, about 2 minutes
 	$(BIN)/python -m lib demo --seeds $(SEEDS)
 
@@ -38,7 +43,7 @@ lab: $(VENV)/installed ## JupyterLab on the notebooks
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=1200
 SPREAD := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-test: lint $(VENV)/pysaliency ## lint, all tests, all notebooks
+test: lint $(VENV)/pysaliency $(VENV)/others ## lint, all tests, all notebooks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD) $(NBVAL) $(NOTEBOOKS) tests
 
 # uv finds the oldest versions that pyproject.toml allows. What is slow, or of several processes, is left

@@ -9,7 +9,7 @@ MAPS      gaze, boxes, parts, none, or    WEIGHTS   a file
           corrections (the editor's)      CLASSES   such as 21-40; all when unset
 SPLIT     a file of `python -m lib split` CACHE     1, or a folder: keep decoded pictures
 TRAINABLE all, last_block, head or a      RECIPE    tuned, or original (see RECIPES)
-          number of blocks
+          number of blocks                ZERO_SHOT a file: text embeddings of the classes
 
 An empty variable is one that is not set. What a relative path means: `resolved`.
 """
@@ -90,9 +90,11 @@ class ModelConfig:
     weights: Path | None = None  # .safetensors or .pt state dict; None starts from random weights
     overrides: dict[str, int | float | str] = field(default_factory=dict)  # for timm.create_model
     norm_eps: float | None = None  # epsilon of every LayerNorm; None is timm's, 1e-6
+    zero_shot: Path | None = None  # text embeddings of the classes as the first head, of CLIP, ...
 
     def __post_init__(self) -> None:
         self.weights = self.weights and resolved(self.weights)
+        self.zero_shot = self.zero_shot and resolved(self.zero_shot)
 
 
 @dataclass
@@ -399,7 +401,7 @@ def _pictures(name: str) -> Config:
     return Config(
         preset=name,
         data=data,
-        model=ModelConfig(name=model, weights=weights),
+        model=ModelConfig(name=model, weights=weights, zero_shot=there("ZERO_SHOT")),
         ft=TrainConfig(**stage),
         hitl=TrainConfig(**stage, human=HumanConfig(loss="kl", lam=1.0, heads="mean")),
         variants=variants,

@@ -36,6 +36,7 @@ INPUTS = {
     "MAPS": "set MAPS to gaze, boxes, parts, none, or a folder of map files or corrections",
     "SPLIT": "make it with `python -m lib split`",
     "WEIGHTS": "set WEIGHTS to a .safetensors or .pt file",
+    "ZERO_SHOT": "set ZERO_SHOT to a .npz file of text embeddings (models/README.md)",
 }
 
 

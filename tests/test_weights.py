@@ -32,7 +32,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lib.model.vit import SigmoidViT, UnsupportedModelError
-from lib.model.weights import HUB_FILES, WeightsError, load_weights, save_pretrained, save_weights
+from lib.model.weights import (
+    HUB_FILES,
+    WeightsError,
+    is_cached,
+    load_weights,
+    pretrained,
+    save_pretrained,
+    save_weights,
+    write_state,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -583,3 +592,32 @@ def test_what_stands_beside_the_tensors_is_told_and_never_made(tmp_path):
         del Settings.__setstate__
     assert f"{Settings.__module__}.Settings" in report.passed_over
     assert "argparse.Namespace" in str(report)
+
+
+# ------------------------------------------------------------------------------ pooled by attention
+
+
+def test_a_pooled_model_comes_from_the_cache_with_its_pooling(hub):
+    assert not is_cached("test_vit3")
+    state = put_in_cache(hub, "test_vit3")
+    model = pretrained("test_vit3")
+    assert is_cached("test_vit3") and model.layout.names[-1] == "pool"
+    assert_same(model.vit.state_dict(), state)
+
+
+def test_a_trunk_goes_into_a_pooled_model_whose_pooling_is_new(tmp_path):
+    """An attentive probe: the pooling learns on a trunk that was trained with a class token."""
+    trunk, probe = SigmoidViT(tiny_vit("plain")), SigmoidViT(tiny_vit("left_out", seed=1))
+    save_weights(trunk, tmp_path / "trunk.pt")
+    report = load_weights(probe, tmp_path / "trunk.pt")
+    assert {name.partition(".")[0] for name in report.new} == {"attn_pool"}
+    for name, value in trunk.vit.state_dict().items():
+        assert torch.equal(probe.vit.state_dict()[name], value)
+    # Half a pooling, or a pooling that the model has not, is another architecture.
+    state = probe.vit.state_dict()
+    del state["attn_pool.latent"]
+    write_state(state, tmp_path / "half.pt")
+    for model, file in ((probe, "half.pt"), (trunk, "probe.pt")):
+        save_weights(probe, tmp_path / "probe.pt")
+        with pytest.raises(WeightsError, match=r"does not fit .*attn_pool\.latent"):
+            load_weights(model, tmp_path / file)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +28,13 @@ from test_weights_others import (
 from torch import Tensor, nn
 
 from lib import AttentionEdit, create_model, load_weights, zero_shot
+from lib.config import preset
+from lib.data.dataset import read_records
 from lib.model.live import LiveImage
 from lib.model.vit import SigmoidViT
 from lib.model.weights import save_weights
-from lib.model.zero_shot import TextEmbeddings, read_embeddings
+from lib.model.zero_shot import TextEmbeddings, ZeroShotHead, read_embeddings
+from lib.training.runs import RunConflict, bare_model, fine_tuning, starting_point, train_run
 
 NAMES = ("auk", "gull", "tern", "wren", "finch")
 TOKENS = {"low": 1, "high": 49, "size": (len(NAMES), TEXTS["context_length"])}
@@ -175,7 +180,7 @@ def spoiled(value: float) -> Tensor:
         (spoiled(math.inf), {"names": NAMES}, r"embedding 3 \(wren\) has values"),
         (spoiled(0), {}, "text embedding 3 is all zeros"),
         (torch.ones(5, 8), {"logit_scale": math.nan}, "logit_scale is nan"),
-        (torch.ones(5, 8), {"logit_scale": 100}, "logit_scale is 100 .* scale before exp"),
+        (torch.ones(5, 8), {"logit_scale": 100}, "logit_scale is 100, .* scale before exp"),
         (torch.ones(5, 8), {"logit_bias": -math.inf}, "logit_bias -inf"),
     ],
 )
@@ -205,3 +210,42 @@ def test_other_files_are_refused_by_name(tmp_path):
     for name in ("a.npy", "a.safetensors", "a.npz", "a.csv"):
         Path(tmp_path / name).write_bytes(b"nothing of the kind")
         refused(name, "cannot be read as text embeddings")
+
+
+def test_a_run_starts_from_a_zero_shot_head_and_keeps_it(config, tmp_path, capfd):
+    """SigLIP's way: the trunk has no projection. Rows are in another order than the classes."""
+    trunk = bare_model(fine_tuning(config, 0), num_classes=0)
+    save_weights(trunk, tmp_path / "trunk.safetensors")
+    classes = read_records(config.data, "train")[1][::-1]
+    matrix = torch.randn(len(classes), trunk.vit.num_features)
+    np.savez(tmp_path / "texts.npz", embeddings=matrix, names=classes)
+    config.model = replace(
+        config.model, weights=tmp_path / "trunk.safetensors", zero_shot=tmp_path / "texts.npz"
+    )
+    config.ft = replace(config.ft, epochs=1)
+    run_config = fine_tuning(config, 0)
+    model, train_set = starting_point(run_config, config.runs)
+    assert "; the head is made of texts.npz" in capfd.readouterr().out
+    assert model.classes == train_set.classes == classes[::-1]
+    twin = SigmoidViT(copy.deepcopy(trunk.vit))
+    zero_shot(twin, matrix.flip(0))
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model.eval()(images), twin.eval()(images))
+
+    run = train_run("zero", run_config, config.runs)
+    assert isinstance(run.model().vit.head, ZeroShotHead)
+    assert torch.equal(
+        train_run("zero", run_config, config.runs).model()(images), run.model()(images)
+    )
+    assert not torch.equal(run.model()(images), twin(images))
+    np.savez(tmp_path / "texts.npz", embeddings=matrix + 1, names=classes)
+    with pytest.raises(RunConflict, match="started from other weights"):
+        train_run("zero", run_config, config.runs)
+
+
+def test_zero_shot_in_the_environment_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("ZERO_SHOT", str(tmp_path / "texts.npz"))
+    with pytest.raises(FileNotFoundError, match=r"texts\.npz is missing; set ZERO_SHOT to a \.npz"):
+        preset("folder")
+    (tmp_path / "texts.npz").write_bytes(b"")
+    assert preset("folder").model.zero_shot == tmp_path / "texts.npz"

@@ -42,7 +42,7 @@ def models(pattern: tyro.conf.Positional[str | None] = None) -> None:
 
 def _print_family(family: Family) -> None:
     prefix = " or ".join(map(str, family.prefix))
-    print(f"{family.title:30} {family.decides}, {prefix}, {family.positions}; {family.example}")
+    print(f"{family.title:27} {family.decides}, {prefix}, {family.positions}; {family.example}")
     for told in filter(None, (family.average, family.note)):
         print(_below(told))
 
@@ -50,7 +50,7 @@ def _print_family(family: Family) -> None:
 def _print_refused(family: Family) -> None:
     from lib.model.families import why_refused
 
-    print(f"{family.title}: {', '.join(family.names)}")
+    print(fill(f"{family.title}: {', '.join(family.names)}", 100, subsequent_indent=" " * 8))
     reason = why_refused(family.example).partition("; ")[0]  # the way out is this list
     for told in filter(None, (reason, family.note)):
         print(_below(told))

@@ -44,10 +44,17 @@ _USED = {
     "model": (
         *("patch_embed", "_pos_embed", "norm_pre", "blocks", "norm", "fc_norm", "head_drop"),
         *("head", "forward_head", "global_pool", "num_prefix_tokens", "cls_token", "patch_drop"),
+        *("embed_dim", "dynamic_img_size", "grad_checkpointing"),
     ),
     "block": ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2"),
-    "attention": ("num_heads", "scale", "qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj"),
-    "pooling": ("num_heads", "scale", "latent", "q", "kv", "q_norm", "k_norm", "proj", "mlp"),
+    "attention": (
+        *("num_heads", "scale", "qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj"),
+        "proj_drop",
+    ),
+    "pooling": (
+        *("num_heads", "scale", "latent", "q", "kv", "q_norm", "k_norm", "proj", "proj_drop"),
+        *("norm", "mlp", "pos_embed"),
+    ),
 }
 
 
@@ -201,6 +208,8 @@ def _refuse_block(block: nn.Module, name: str) -> None:
     scales = ("gamma_1", "gamma_2") if _is_rotary(block) else ("ls1", "ls2")
     _refuse_without(block, scales, kind)
     _refuse_without(block.attn, "attention", inside)
+    if _is_rotary(block):
+        _refuse_without(block.attn, ("num_prefix_tokens",), inside)
     if block.attn.qkv is None:
         _refuse_without(block.attn, ("q_proj", "k_proj", "v_proj"), inside)
 

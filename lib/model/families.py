@@ -144,8 +144,8 @@ FAMILIES = (
         "vit_pe_spatial_tiny_patch16_512",
         CLASS,
         positions=f"{LEARNED}, {ROTARY}",
-        average="made for maps of patches: no norm behind the blocks, no head; the class row has "
-        "to learn",
+        average="made for maps of patches: no norm behind the blocks and no head; the class row "
+        "has to learn",
         trained=False,
     ),
     Family(
@@ -196,7 +196,7 @@ FAMILIES = (
         note="axial, or mixed: frequencies learned by block and head",
     ),
     Family(
-        "RoPE ViT + learned positions",
+        "RoPE ViT, learned positions",
         ("vit_*_rope_ape_224", "vit_*_rope_mixed_ape_224"),
         "vit_small_patch16_rope_ape_224",
         CLASS,
@@ -208,7 +208,7 @@ FAMILIES = (
     Family("DeiT III", ("deit3_*",), "deit3_small_patch16_224", CLASS),
     Family("FlexiViT", ("flexivit_*",), "flexivit_small", CLASS),
     Family(
-        "ViT behind a convolutional net",
+        "ViT on a convolutional net",
         ("vit_*_r26_*", "vit_*_r50_*", "vit_*_r_s16_*", "vit_*_resnet*", "vit_*_mci_*"),
         "vit_tiny_r_s16_p8_224",
         CLASS,

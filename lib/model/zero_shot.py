@@ -79,11 +79,16 @@ class TextEmbeddings:
                 name = f" ({self.names[row]})" if self.names else ""
                 what = "is all zeros" if length == 0 else "has values that are NaN or infinite"
                 raise ValueError(f"text embedding {row}{name} {what}; make it again")
-        if not (self.logit_scale < 15 and math.isfinite(self.logit_bias)):
+        if not (abs(self.logit_scale) < 15 and math.isfinite(self.logit_bias)):
             raise ValueError(
-                f"logit_scale is {self.logit_scale:g} and logit_bias {self.logit_bias:g}; give both "
+                f"logit_scale is {self.logit_scale:g}, logit_bias {self.logit_bias:g}; give both "
                 "as the model has them: finite, and the scale before exp (CLIP's is 4.6)"
             )
+
+    @property
+    def width(self) -> int:
+        """Numbers of one embedding."""
+        return self.embeddings.shape[1]
 
     def of(self, classes: Sequence[str]) -> TextEmbeddings:
         """Those of a data set's classes, in its order.
@@ -194,12 +199,12 @@ def zero_shot(
     vit = model.vit
     projection = vit.head.projection if isinstance(vit.head, ZeroShotHead) else vit.head
     width = projection.out_features if isinstance(projection, nn.Linear) else vit.num_features
-    count, given_width = text.embeddings.shape
-    if width != given_width:
+    count = len(text.embeddings)
+    if width != text.width:
         raise ValueError(
-            f"the text embeddings are {given_width} numbers wide, the model's images {width}; use "
+            f"the text embeddings are {text.width} numbers wide, the model's images {width}; use "
             f"the text tower that belongs to the weights, and create_model(num_classes="
-            f"{given_width}) where they have a projection (CLIP), num_classes=0 where not (SigLIP)"
+            f"{text.width}) where they have a projection (CLIP), num_classes=0 where not (SigLIP)"
         )
     vit.head = _new_head(vit, projection, width, count)
     with torch.no_grad():

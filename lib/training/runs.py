@@ -19,7 +19,6 @@ import pandas as pd
 import torch
 from accelerate.utils import set_seed
 from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
 
 from lib import config as cfg
 from lib.config import Config, DataConfig, RunConfig, TrainConfig
@@ -28,7 +27,7 @@ from lib.data.dataset import DATA_SETS, BirdDataset, make_dataset
 from lib.files import StorageError, make_folder, write_text
 from lib.model.predict import processes
 from lib.model.vit import SigmoidViT, create_model
-from lib.model.weights import load_weights
+from lib.model.zero_shot import read_embeddings, zero_shot
 from lib.training.controls import supervised
 from lib.training.learning import learning_blocks
 from lib.training.loop import fit, refuse_missing
@@ -39,6 +38,7 @@ from lib.training.state import (
     difference,
     from_json,
     load_kept,
+    load_start,
     made_of,
     read_made_of,
     settled,
@@ -356,19 +356,17 @@ def starting_point(
     """The model before its first step, on the GPU that is there, and its training images.
 
     With `config.init` the weights are those of that run, `config.init_which` of them; else the
-    trunk is read from `config.model.weights` and the head is new, drawn by `config.train.seed`, for
-    `classes` in their order, or for those of the data.
+    trunk is read from `config.model.weights` and the head is new, drawn by `config.train.seed` or
+    made of `config.model.zero_shot`, for `classes` in their order, or for those of the data.
     """
     if config.init is not None:
         first = Run.load(runs / config.init, config.init_which)
         model = replace(first, config=config).model(config.init_which)  # drop path is its own
         return model, training_set(model, config)
     set_seed(config.train.seed)
-    model = bare_model(config, num_classes=0)
-    if config.model.weights is not None:
-        report = load_weights(model, config.model.weights)
-        if processes().is_main_process:
-            tqdm.write(f"{config.model.weights.name}: {report}; the head is new")
+    text = read_embeddings(config.model.zero_shot) if config.model.zero_shot else None
+    model = bare_model(config, num_classes=text.width if text else 0)
+    load_start(model, config.model)
     model.classes = classes
     train_set = training_set(model, config)
     if len(train_set.classes) < 2:
@@ -378,7 +376,10 @@ def starting_point(
         )
     set_seed(config.train.seed)  # the new head is the same whatever the trunk drew
     model.classes = train_set.classes
-    model.vit.reset_classifier(len(model.classes))
+    if text:
+        zero_shot(model, text.of(model.classes))
+    else:
+        model.vit.reset_classifier(len(model.classes))
     return model.to(processes().device), train_set
 
 

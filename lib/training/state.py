@@ -28,12 +28,14 @@ from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.utils.data import Sampler
+from tqdm.auto import tqdm
 
 from lib.config import DataConfig, ModelConfig, RunConfig, T, TrainConfig
 from lib.data.dataset import read_records
 from lib.data.maps import HumanSource
 from lib.data.sources import Record
 from lib.files import one_form, write_bytes, write_text
+from lib.model.predict import processes
 from lib.model.vit import SigmoidViT
 from lib.model.weights import load_weights, save_weights, write_state
 from lib.training.learning import model_summary, precision, trained_state
@@ -49,7 +51,7 @@ HOW += ("train.checkpoint_blocks", "train.save_every", "data.cache")
 
 # Fields of a RunConfig that say where files lie, which decides nothing: what is in them does, which
 # a run keeps beside its configuration. Only that there is one, or none, is part of a run.
-PLACES = ("data.root", "data.maps_dir", "data.split_file", "model.weights")
+PLACES = ("data.root", "data.maps_dir", "data.split_file", "model.weights", "model.zero_shot")
 
 # Fields that say where human maps come from: of no weight for a model that learns without them.
 MAPS = ("maps", "maps_dir", "gaze_runs", "sigma", "sigma_unit", "weight")
@@ -263,6 +265,19 @@ def load_kept(model: SigmoidViT, file: Path, config: RunConfig) -> None:
     model.vit.load_state_dict(safetensors.torch.load_file(file), strict=False)
 
 
+def load_start(model: SigmoidViT, config: ModelConfig) -> None:
+    """The weights that the first stage starts from, if any are named, and a line about them."""
+    if config.weights is None:
+        return
+    report, head = load_weights(model, config.weights), "is new"
+    if config.zero_shot:
+        head = f"is made of {config.zero_shot.name}"
+        if "head.weight" in report.new:  # SigLIP has nothing between the tower and the texts
+            model.vit.reset_classifier(0)
+    if processes().is_main_process:
+        tqdm.write(f"{config.weights.name}: {report}; the head {head}")
+
+
 def start_log(folder: Path, config: RunConfig, model: SigmoidViT) -> None:
     """train.log of a run: what was asked for and what learns. One that goes on adds to its own."""
     if (folder / STATE).is_file() and (folder / LOG).is_file():
@@ -299,16 +314,16 @@ def made_of(config: RunConfig, runs: Path) -> dict[str, Any]:
     """What a run is made of beside its configuration, wherever it lies and whenever it was copied.
 
     Returns:
-        start: the md5 of the weights that it starts from, None for random ones. Of data on disk
-        also classes: names by label; pictures: a checksum of class, name and byte size of each
-        training picture; maps: a checksum of what people gave for each, if it is to be learned.
+        start: the md5 of the weights that it starts from, and of a zero-shot head's embeddings;
+        None for random ones. Of data on disk also classes: names by label; pictures: a checksum of
+        class, name and byte size of each training picture; maps: a checksum of what people gave for
+        each, if it is to be learned.
     """
-    start = config.model.weights
+    start = [config.model.weights, config.model.zero_shot]
     if config.init:
-        start = runs / config.init / f"{config.init_which}.safetensors"
-    found: dict[str, Any] = {"start": None}
-    if start is not None and start.is_file():
-        found["start"] = _md5_of(start)
+        start = [runs / config.init / f"{config.init_which}.safetensors"]
+    known = [_md5_of(file) for file in start if file is not None and file.is_file()]
+    found: dict[str, Any] = {"start": "+".join(known) or None}
     if config.data.name == "toy" and config.data.maps != "corrections":
         return found  # all of it is drawn from the configuration
     data = config.data

@@ -7,7 +7,7 @@ JOBS   ?= 2
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test test-lowest docs notebooks lint format clean
+.PHONY: help demo lab test test-lowest test-timm docs notebooks lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,17 @@ test-lowest: ## fast tests with the oldest versions of everything (Python 3.11)
 	$(LOWEST)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt uv
 	$(LOWEST)/bin/uv pip install -q --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[notebooks,dev]'
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest tests $(SLOW:%=--ignore tests/%) -k 'not ($(NEWER))'
+
+# The model's tests alone, as most of what timm changes from release to release is in its models.
+OLD_TIMM := $(shell sed -n 's/.*"timm>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+OLD_TIMM_AT := build/timm-$(OLD_TIMM)
+
+$(OLD_TIMM_AT): $(VENV)/installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $@ timm==$(OLD_TIMM)
+
+test-timm: $(OLD_TIMM_AT) ## the model's tests with the oldest timm that pyproject.toml allows
+	OMP_NUM_THREADS=1 PYTHONPATH=$(OLD_TIMM_AT) $(BIN)/python -m pytest -n $(JOBS) \
+		tests/test_families.py tests/test_vit.py tests/test_kinds.py tests/test_live.py tests/test_mean_edit.py
 
 $(VENV)/docs: $(VENV)/installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 def models(pattern: tyro.conf.Positional[str | None] = None) -> None:
     """Which models of timm work, what decides in each, and which are refused and why.
 
+    Families are those of the newest timm; an older one may lack some: `models PATTERN` asks yours.
+
     Args:
         pattern: of timm names, such as "*dinov3*": each of them; families when left out.
     """
@@ -48,8 +50,12 @@ def _print_family(family: Family) -> None:
 
 
 def _print_refused(family: Family) -> None:
+    import timm
+
     from lib.model.families import why_refused
 
+    if family.example not in timm.list_models():  # of another version
+        return
     print(fill(f"{family.title}: {', '.join(family.names)}", 100, subsequent_indent=" " * 8))
     reason = why_refused(family.example).partition("; ")[0]  # the way out is this list
     for told in filter(None, (reason, family.note)):

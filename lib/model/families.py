@@ -185,7 +185,7 @@ FAMILIES = (
     Family(
         "I-JEPA, AIMv2, ViTamin and others",
         ("vit_*_gap_*", "aimv2_*", "vitamin_*", "test_vit2", "test_vit4"),
-        "vit_huge_patch14_gap_224",
+        "vit_medium_patch16_gap_240",
     ),
     Family(
         "RoPE ViT",

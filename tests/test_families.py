@@ -124,7 +124,7 @@ def example_of(family: Family, dtype: torch.dtype, size: str) -> tuple[SigmoidVi
     images = pictures(model, size=(height, width)).to(dtype)
     try:
         model.vit(images)
-    except RuntimeError as error:  # mixed rotary positions before 1.0.24
+    except RuntimeError as error:  # mixed rotary positions in older versions
         pytest.skip(f"timm {timm.__version__} cannot compute {name} in {dtype}: {error}")
     return model, images
 

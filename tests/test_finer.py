@@ -307,6 +307,19 @@ def test_the_menu_says_what_more_cells_cost_and_the_scores_what_they_are(tool_of
     assert tool.controller.session.image_size == (64, 64)
 
 
+def test_a_stroke_on_cells_that_are_no_longer_there_is_lost(tool_of):
+    tool = tool_of("plain")
+    paint = tool.paint
+    said = {"page": "one", "subject": 1, "action": "", "number": 1, "cells": [(0, 0.9)]}
+    paint._receive(paint, said | {"n": 1, "of": 16}, None)
+    tool.controls["size"].value = (128, 128)
+    paint._receive(paint, said | {"n": 2, "of": 16, "cells": [(1, 0.9)]}, None)
+    assert paint.answered == {"one": 2}
+    assert int((~np.isnan(tool.controller.painted)).sum()) == 4  # of the stroke before
+    paint._receive(paint, said | {"n": 3, "number": 2, "of": 64, "cells": [(63, 0.9)]}, None)
+    assert tool.controller.painted[7, 7] == np.float32(0.9) and tool.errors == []
+
+
 def test_fewer_large_pictures_are_kept():
     session = session_of("plain")
     for size, kept in ((64, KEPT_IMAGES), (128, KEPT_IMAGES // 4), (256, 1), (32, KEPT_IMAGES)):

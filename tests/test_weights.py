@@ -405,35 +405,62 @@ def test_names_that_timm_converts_are_found_below_prefixes(tmp_path):
     assert report.taken == "state_dict.module"
 
 
-def of_jax(vit: torch.nn.Module) -> dict[str, np.ndarray]:
-    """The names and shapes of google-research/vision_transformer."""
+def of_jax(vit: torch.nn.Module, siglip: bool = False) -> dict[str, np.ndarray]:
+    """The names and shapes of google-research: vision_transformer, or big_vision's SigLIP."""
     heads, arrays = vit.blocks[0].attn.num_heads, {}
     state = {key: value.numpy() for key, value in vit.state_dict().items()}
-    arrays["cls"] = state["cls_token"]
     arrays["embedding/kernel"] = state["patch_embed.proj.weight"].transpose(2, 3, 1, 0)
     arrays["embedding/bias"] = state["patch_embed.proj.bias"]
-    arrays["Transformer/posembed_input/pos_embedding"] = state["pos_embed"]
-    arrays["head/kernel"], arrays["head/bias"] = state["head.weight"].T, state["head.bias"]
-    norms = {"norm": "encoder_norm"}
-    for index in range(len(vit.blocks)):
-        block, ours = f"encoderblock_{index}", f"blocks.{index}"
-        norms |= {f"{ours}.norm1": f"{block}/LayerNorm_0", f"{ours}.norm2": f"{block}/LayerNorm_2"}
+    arrays["pos_embedding"] = state["pos_embed"]
+    norms = {"norm": "Transformer/encoder_norm"}
+
+    def attend(of: str, ours: str, parts: tuple[str, ...], out: str) -> None:
         for kind, name in (("weight", "kernel"), ("bias", "bias")):
-            parts = np.split(state[f"{ours}.attn.qkv.{kind}"], 3)
-            attention = f"Transformer/{block}/MultiHeadDotProductAttention_1"
-            for part, value in zip(("query", "key", "value"), parts, strict=True):
-                shape = (*value.T.shape[:-1], heads, -1)
-                arrays[f"{attention}/{part}/{name}"] = value.T.reshape(shape)
-            out = state[f"{ours}.attn.proj.{kind}"].T
-            out = out.reshape(heads, -1, out.shape[-1]) if kind == "weight" else out
-            arrays[f"{attention}/out/{name}"] = out
-            for dense in (0, 1):
-                value = state[f"{ours}.mlp.fc{dense + 1}.{kind}"].T
-                arrays[f"Transformer/{block}/MlpBlock_3/Dense_{dense}/{name}"] = value
+            values = np.split(state[f"{ours}.{kind}"], len(parts))
+            for part, value in zip(parts, values, strict=True):
+                arrays[f"{of}/{part}/{name}"] = value.T.reshape(*value.T.shape[:-1], heads, -1)
+            value = state[f"{out}.{kind}"].T
+            value = value.reshape(heads, -1, value.shape[-1]) if kind == "weight" else value
+            arrays[f"{of}/out/{name}"] = value
+
+    def project(of: str, ours: str) -> None:
+        for dense in (0, 1):
+            arrays[f"{of}/Dense_{dense}/kernel"] = state[f"{ours}.fc{dense + 1}.weight"].T
+            arrays[f"{of}/Dense_{dense}/bias"] = state[f"{ours}.fc{dense + 1}.bias"]
+
+    attention, mlp, norm = (0, 0, 1) if siglip else (1, 3, 2)
+    for index in range(len(vit.blocks)):
+        block, ours = f"Transformer/encoderblock_{index}", f"blocks.{index}"
+        norms[f"{ours}.norm1"] = f"{block}/LayerNorm_0"
+        norms[f"{ours}.norm2"] = f"{block}/LayerNorm_{norm}"
+        of = f"{block}/MultiHeadDotProductAttention_{attention}"
+        attend(of, f"{ours}.attn.qkv", ("query", "key", "value"), f"{ours}.attn.proj")
+        project(f"{block}/MlpBlock_{mlp}", f"{ours}.mlp")
+    if siglip:
+        arrays["MAPHead_0/probe"] = state["attn_pool.latent"]
+        of = "MAPHead_0/MultiHeadDotProductAttention_0"
+        attend(of, "attn_pool.q", ("query",), "attn_pool.proj")
+        attend(of, "attn_pool.kv", ("key", "value"), "attn_pool.proj")
+        project("MAPHead_0/MlpBlock_0", "attn_pool.mlp")
+        norms["attn_pool.norm"] = "MAPHead_0/LayerNorm_0"
+    else:
+        arrays["cls"] = state["cls_token"]
+        arrays["Transformer/posembed_input/pos_embedding"] = arrays.pop("pos_embedding")
+        arrays["head/kernel"], arrays["head/bias"] = state["head.weight"].T, state["head.bias"]
     for ours, theirs in norms.items():
-        arrays[f"Transformer/{theirs}/scale"] = state[f"{ours}.weight"]
-        arrays[f"Transformer/{theirs}/bias"] = state[f"{ours}.bias"]
-    return arrays
+        arrays[f"{theirs}/scale"] = state[f"{ours}.weight"]
+        arrays[f"{theirs}/bias"] = state[f"{ours}.bias"]
+    return {f"params/img/{name}": value for name, value in arrays.items()} if siglip else arrays
+
+
+def test_big_visions_siglip_is_read_and_its_text_tower_is_none_of_it(tmp_path):
+    vit = tiny_vit("pooled", classes=0)
+    texts = {"params/txt/Encoder_0/encoderblock_7/LayerNorm_0/scale": np.ones(8)}
+    texts |= {"params/txt/pos_embedding": np.ones((1, 8, 32))}
+    np.savez(tmp_path / "siglip.npz", **texts, **of_jax(vit, siglip=True))
+    found, report = load_file(tmp_path / "siglip.npz", tiny_vit("pooled", classes=0, seed=2))
+    assert_same(found, vit.state_dict())
+    assert not report.new and not report.resampled
 
 
 def test_original_files_of_jax_are_read_by_timms_own_loader(tmp_path):

@@ -28,6 +28,7 @@ from test_weights_others import (
 from torch import Tensor, nn
 
 from lib import AttentionEdit, create_model, load_weights, zero_shot
+from lib.cli.data import _about_weights
 from lib.config import preset
 from lib.data.dataset import read_records
 from lib.model.live import LiveImage
@@ -249,3 +250,15 @@ def test_zero_shot_in_the_environment_is_a_file(tmp_path, monkeypatch):
         preset("folder")
     (tmp_path / "texts.npz").write_bytes(b"")
     assert preset("folder").model.zero_shot == tmp_path / "texts.npz"
+
+
+def test_check_reads_the_embeddings(config, tmp_path):
+    path = tmp_path / "texts.npz"
+    np.savez(path, embeddings=np.full((8, 32), np.nan))
+    trunk = bare_model(fine_tuning(config, 0), num_classes=0)
+    save_weights(trunk, tmp_path / "trunk.pt")
+    config.model = replace(config.model, weights=tmp_path / "trunk.pt", zero_shot=path)
+    (finding,) = _about_weights(trunk, config)
+    assert "texts.npz: text embedding 0 has values that are NaN" in str(finding)
+    np.savez(path, embeddings=np.ones((8, 32)))
+    assert not [*_about_weights(trunk, config)]

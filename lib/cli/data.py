@@ -155,6 +155,7 @@ def _about_weights(model: SigmoidViT, config: Config) -> Iterator[Finding]:
     """What would go wrong with the weights that training starts from."""
     from lib.data.check import NO_WEIGHTS, Finding
     from lib.model.weights import load_weights
+    from lib.model.zero_shot import read_embeddings
 
     path = config.model.weights
     if path is None:
@@ -162,6 +163,8 @@ def _about_weights(model: SigmoidViT, config: Config) -> Iterator[Finding]:
     try:
         there("WEIGHTS")  # names all places where they were looked for
         load_weights(model, path)
+        if config.model.zero_shot:
+            read_embeddings(config.model.zero_shot)
     except FileNotFoundError as error:
         yield Finding(NO_WEIGHTS, "", "", str(error))
     except (OSError, ValueError) as error:

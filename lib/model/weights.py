@@ -233,6 +233,8 @@ def _refuse_unlike(best: _Candidate, own: dict[str, Tensor], path: Path, kind: s
             "fc_norm stands in place of norm, as the model was trained to average its patches, so "
             "that no class row decides"
         )
+    if any(key.endswith(("attn.q_bias", "attn.qkv.bias")) for key in others):
+        remedy = "use timm's model of that name with _qkvb, which has biases there"
     if others:
         told.append(f"in the file but not in the model: {some(others)}")
     hint = _GRID_HINT if best.error or wrong == shaped == ["pos_embed"] else ""
@@ -258,7 +260,9 @@ def _refuse_unusable(value: Tensor, owner: str, name: str) -> None:
 
 def _from_jax(arrays: dict[str, Tensor], path: Path, vit: nn.Module) -> _Candidate:
     """An original file of google-research (.npz), by timm's own loader."""
-    kernel = next(value for name, value in arrays.items() if name.endswith(_OF_JAX))
+    tower = next(name for name in arrays if name.endswith(_OF_JAX)).removesuffix(_OF_JAX)
+    arrays = {name: value for name, value in arrays.items() if name.startswith(tower)}  # no texts
+    kernel = arrays[tower + _OF_JAX]
     blocks = len({found[1] for found in map(_JAX_BLOCK.search, arrays) if found})
     stacked = (len(value) for name, value in arrays.items() if name.endswith(_JAX_STACK))
     sizes = kernel.shape[-1], blocks or next(stacked, 0)

@@ -142,6 +142,9 @@ class PaintWidget(anywidget.AnyWidget if anywidget else widgets.DOMWidget):
 
     def _take(self, message: Any) -> None:
         subject, action = message["subject"], message.get("action")
+        cells = self.rows * self.columns
+        if not action and message.get("of", cells) != cells:
+            return  # it was meant for the cells of a picture size that is no longer shown
         if not action:
             # Two pages count their strokes from 1 on.
             name = f"{message['page']}-{message['number']}"

@@ -223,7 +223,8 @@ def attention_editor(
     """The attention editor for a notebook.
 
     Args:
-        session: a `lib.widgets.session.LiveSession`, or anything like it.
+        session: a `lib.widgets.session.LiveSession`, or anything like it. The menu Cells has finer
+            maps, as `LiveSession(..., image_size=)` has from the start.
         index: of the picture that is opened first.
         folder: where "Save correction" writes; made when needed.
         author: is written into the corrections.

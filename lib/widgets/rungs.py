@@ -14,7 +14,7 @@ from lib.widgets.session import blocks_in_words
 
 RUNGS = ("last", "last2", "all")  # blocks that are offered, and tried for a hint
 # With more cells, all rows are not tried unasked: each of them is edited, which takes as many
-# searches as there are tokens. (ViT-S/14, 32 x 32 cells, a CPU: 15 s.)
+# searches as there are tokens. (ViT-S/14, 32 x 32 cells, a CPU: 17 s.)
 MOST_ROWS = 1000
 WORTH = 0.1  # change of a probability from which on another part of the model is worth a word
 PROBED = 0.1  # of the cells, those that are looked at most: painted low to try a part of the model

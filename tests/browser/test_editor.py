@@ -325,6 +325,7 @@ def test_more_cells_are_painted_in_the_page_and_the_former_ones_come_back(tool):
     painted = tool.cells()
     tool.press("More settings")
     cells = tool.element.get_by_role("combobox", name="Cells")
+    cells.wait_for()
     own, finer, _ = cells.locator("option").all_inner_texts()
     assert "the model's own" in own.replace("\xa0", " ") and "x the time" in finer.replace(
         "\xa0", " "

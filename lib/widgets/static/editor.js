@@ -239,7 +239,7 @@ export class Store {
     if (!isOpen) this.openPicture();
     const painted = [...model.get("painted")];
     for (const item of this.queue) {
-      if (item.subject !== this.subject) continue;
+      if (item.subject !== this.subject || item.of !== painted.length) continue;
       for (const cells of [item.flying, item.waiting]) {
         for (const [cell, value] of cells) painted[cell] = value;
       }
@@ -272,7 +272,8 @@ export class Store {
   /** A new stroke; it counts from its first change on. A stroke that is `held` is not sent yet. */
   begin({ held = false } = {}) {
     const cells = { cells: new Map(), waiting: new Map(), flying: new Map(), told: new Set() };
-    const stroke = { ...cells, subject: this.subject, before: [...this.painted], held };
+    const { subject, painted } = this; // and how many cells there are: others at another size
+    const stroke = { ...cells, subject, of: painted.length, before: [...painted], held };
     this.drawing.add(stroke);
     return Object.assign(stroke, { shares: new Map(), done: false, over: false });
   }
@@ -346,7 +347,7 @@ export class Store {
     while (this.queue.length && isOver(this.queue[0])) this.queue.shift();
     const item = this.queue[0];
     if (this.flying || this.gone || !item || !waits(item)) return;
-    const { action = "", number, subject, waiting } = item;
+    const { action = "", number, subject, of, waiting } = item;
     Object.assign(item, { flying: waiting, waiting: new Map(), isNew: false });
     for (const cell of waiting.keys()) item.told.add(cell);
     this.flying = { item, n: ++this.sentCount };
@@ -356,7 +357,7 @@ export class Store {
     };
     this.timers = [setTimeout(late("working"), WORKING), setTimeout(late("silent"), SILENT)];
     const { page, flying } = this;
-    this.model.send({ page, n: flying.n, subject, action, number, cells: [...waiting] });
+    this.model.send({ page, n: flying.n, subject, action, number, of, cells: [...waiting] });
   }
 
   /** What is known of the kernel. Once gone it is gone: another one does not know this widget. */

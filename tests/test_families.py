@@ -267,6 +267,8 @@ def test_an_example_is_of_its_family_and_the_page_has_it(family):
     cells = [family.title, f"`{family.example}`"]
     if family.decides:
         cells += [family.decides, prefix, family.positions]
+    elif family.example in KNOWN:
+        cells.append(why_refused(family.example).partition("; ")[0])
     assert f"| {' | '.join(cells)} |" in page
 
 

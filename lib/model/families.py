@@ -17,6 +17,7 @@ from lib.model.adapter import UnsupportedModelError, refuse_unsupported
 
 CLASS, POOL = "class row", "pooling row"
 LEARNED, ROTARY = "learned", "rotary"
+LIST = "python -m lib models lists those that work"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from lib.__main__ import main
 from lib.edit import AttentionEdit
 from lib.model.families import FAMILIES, Family, default_pool, family_of, why_refused
 from lib.model.vit import SigmoidViT, UnsupportedModelError, create_model
+from lib.model.weights import WeightsError, load_weights
 
 KNOWN = set(timm.list_models())
 VITS = [
@@ -243,6 +244,24 @@ def test_what_pooling_by_the_class_token_changes(family):
     files = [timm.get_pretrained_cfg(name) for name in timm.list_pretrained() if family.has(name)]
     without_head = all(file.num_classes == 0 for file in files)
     assert without_head == (family.trained or "no head" in family.average)
+
+
+def test_a_file_of_averaged_patches_is_refused_or_renamed_as_the_page_says(tmp_path):
+    vit, path = small("eva02_tiny_patch14_336", global_pool="avg"), tmp_path / "eva02.pt"
+    torch.save(vit.state_dict(), path)
+    model = SigmoidViT(small("eva02_tiny_patch14_336", global_pool="token"))
+    with pytest.raises(WeightsError, match=r"no class row decides.*docs/models\.md says how"):
+        load_weights(model, path)
+    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(
+        "\n".join(line for line in code.splitlines() if line.startswith("state = ")),
+        here := {"vit": vit},
+    )
+    torch.save(here["state"], path)
+    report = load_weights(model, path)
+    assert report.new == ("head.weight", "head.bias") and not report.unused
+    assert torch.equal(model.vit.norm.weight, vit.fc_norm.weight)
 
 
 def test_create_model_pools_by_what_the_weights_were_trained_with():

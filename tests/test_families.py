@@ -93,6 +93,7 @@ def test_every_vit_of_timm_equals_it_or_is_refused(name):
     images = pictures(model)
     plain = model.vit(images)
     assert_close(model(images), plain, 1e-5)
+    assert_close(model(images, rows="all")[0], plain, 1e-5)  # every block is taken apart
     model.one_query = False
     assert torch.equal(model(images), plain)
     positions = [word for word, there in (

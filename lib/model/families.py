@@ -89,7 +89,7 @@ FAMILIES = (
         note="trained to fill in pixels: the class row and the head have to learn",
     ),
     Family("LingBot-Vision", ("vit_*_lingbot",), "vit_small_patch16_lingbot", CLASS, (5,), ROTARY),
-    Family("Sapiens2", ("vit_*_sapiens2",), "vit_base_patch16_sapiens2", CLASS, (9,), ROTARY),
+    Family("Sapiens2", ("vit_*_sapiens2",), "vit_large_patch16_sapiens2", CLASS, (9,), ROTARY),
     Family("TIPSv2", ("vit_*_tipsv2",), "vit_base_patch14_reg1_tipsv2", CLASS, (2,)),
     Family(
         "RADIO",

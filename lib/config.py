@@ -90,7 +90,7 @@ class ModelConfig:
     weights: Path | None = None  # .safetensors or .pt state dict; None starts from random weights
     overrides: dict[str, int | float | str] = field(default_factory=dict)  # for timm.create_model
     norm_eps: float | None = None  # epsilon of every LayerNorm; None is timm's, 1e-6
-    zero_shot: Path | None = None  # text embeddings of the classes as the first head, of CLIP, ...
+    zero_shot: Path | None = None  # text embeddings of the classes: the head to start from
 
     def __post_init__(self) -> None:
         self.weights = self.weights and resolved(self.weights)

@@ -338,7 +338,13 @@ def test_a_saved_correction_opens_as_it_was(shelf):
     name = shelf.thumbs.buttons[0].description
     assert "why" in name and controller.session.open(3).class_name in name
     assert "url(data:image" in shelf.thumbs._style.value  # the saved picture
-    for words in ("blocks all; heads mean", "strength 0.5", "by Ada", "2 of 16 cells", path.name):
+    for words in (
+        "blocks all; heads mean",
+        "strength 0.5",
+        "by Ada",
+        "2 of 4 x 4 cells",
+        path.name,
+    ):
         assert words in shelf._facts.value
     shelf.controls["open"].click()
     assert controller.index == 3 and controller.note == "why" and shelf.changes

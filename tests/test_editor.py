@@ -1024,7 +1024,8 @@ def test_one_message_is_on_its_way_and_the_end_arrives(node):
     """)
     (message,) = first
     assert message.pop("page") and waiting == 1
-    assert message == {"n": 1, "subject": 0, "action": "", "number": 1, "cells": [[0, 0]]}
+    sent = {"n": 1, "subject": 0, "action": "", "number": 1, "of": 6, "cells": [[0, 0]]}
+    assert message == sent
     assert sorted(last["cells"]) == [[k, (24 + k) / 100] for k in range(6)] and last["number"] == 1
     assert after == [2, 0, [(24 + k) / 100 for k in range(6)]]
 

@@ -246,6 +246,8 @@ def advice(name: str) -> str:
     """What is to be said of a model that was refused, beside why; "" where that says it all."""
     family = family_of(name)
     told = (family.average or family.note) if family else ""
+    if told and family.average:
+        told += "; on the command line: --model.overrides global_pool token"
     return f" ({family.title}: {told})" if told else ""
 
 

@@ -63,12 +63,12 @@ test-lowest: ## fast tests with the oldest versions of everything (Python 3.11)
 
 # The model's tests alone, as most of what timm changes from release to release is in its models.
 OLD_TIMM := $(shell sed -n 's/.*"timm>=\([0-9.]*\)".*/\1/p' pyproject.toml)
-OLD_TIMM_AT := build/timm-$(OLD_TIMM)
+OLD_TIMM_AT := $(CURDIR)/build/timm-$(OLD_TIMM)
 
-$(OLD_TIMM_AT): $(VENV)/installed
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $@ timm==$(OLD_TIMM)
+$(OLD_TIMM_AT)/timm: | $(VENV)/installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(@D) timm==$(OLD_TIMM)
 
-test-timm: $(OLD_TIMM_AT) ## the model's tests with the oldest timm that pyproject.toml allows
+test-timm: $(OLD_TIMM_AT)/timm ## the model's tests with the oldest timm that pyproject.toml allows
 	OMP_NUM_THREADS=1 PYTHONPATH=$(OLD_TIMM_AT) $(BIN)/python -m pytest -n $(JOBS) \
 		tests/test_families.py tests/test_vit.py tests/test_kinds.py tests/test_live.py tests/test_mean_edit.py
 

@@ -16,6 +16,7 @@ from lib.__main__ import main
 from lib.edit import AttentionEdit
 from lib.model.families import FAMILIES, Family, default_pool, family_of, why_refused
 from lib.model.vit import SigmoidViT, UnsupportedModelError, create_model
+from lib.model.weights import WeightsError, load_weights
 
 KNOWN = set(timm.list_models())
 VITS = [
@@ -92,6 +93,7 @@ def test_every_vit_of_timm_equals_it_or_is_refused(name):
     images = pictures(model)
     plain = model.vit(images)
     assert_close(model(images), plain, 1e-5)
+    assert_close(model(images, rows="all")[0], plain, 1e-5)  # every block is taken apart
     model.one_query = False
     assert torch.equal(model(images), plain)
     positions = [word for word, there in (
@@ -124,7 +126,7 @@ def example_of(family: Family, dtype: torch.dtype, size: str) -> tuple[SigmoidVi
     images = pictures(model, size=(height, width)).to(dtype)
     try:
         model.vit(images)
-    except RuntimeError as error:  # mixed rotary positions before 1.0.24
+    except RuntimeError as error:  # mixed rotary positions in older versions
         pytest.skip(f"timm {timm.__version__} cannot compute {name} in {dtype}: {error}")
     return model, images
 
@@ -245,6 +247,24 @@ def test_what_pooling_by_the_class_token_changes(family):
     assert without_head == (family.trained or "no head" in family.average)
 
 
+def test_a_file_of_averaged_patches_is_refused_or_renamed_as_the_page_says(tmp_path):
+    vit, path = small("eva02_tiny_patch14_336", global_pool="avg"), tmp_path / "eva02.pt"
+    torch.save(vit.state_dict(), path)
+    model = SigmoidViT(small("eva02_tiny_patch14_336", global_pool="token"))
+    with pytest.raises(WeightsError, match=r"no class row decides.*docs/models\.md says how"):
+        load_weights(model, path)
+    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(
+        "\n".join(line for line in code.splitlines() if line.startswith("state = ")),
+        here := {"vit": vit},
+    )
+    torch.save(here["state"], path)
+    report = load_weights(model, path)
+    assert report.new == ("head.weight", "head.bias") and not report.unused
+    assert torch.equal(model.vit.norm.weight, vit.fc_norm.weight)
+
+
 def test_create_model_pools_by_what_the_weights_were_trained_with():
     sizes = {"depth": 1, "embed_dim": 48, "num_heads": 4}
     for name in ("vit_small_patch16_dinov3", "vit_small_patch16_dinov3.lvd1689m"):
@@ -267,6 +287,8 @@ def test_an_example_is_of_its_family_and_the_page_has_it(family):
     cells = [family.title, f"`{family.example}`"]
     if family.decides:
         cells += [family.decides, prefix, family.positions]
+    elif family.example in KNOWN:
+        cells.append(why_refused(family.example).partition("; ")[0])
     assert f"| {' | '.join(cells)} |" in page
 
 

@@ -43,7 +43,10 @@ def test_no_edit_equals_timm(any_model):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_no_edit_equals_timm_in_half_precision(any_model, dtype):
     model, images = any_model.to(dtype), images_for(any_model).to(dtype)
-    plain = model.vit(images)
+    try:
+        plain = model.vit(images)
+    except RuntimeError as error:  # mixed rotary positions in older versions
+        pytest.skip(f"timm {timm.__version__} cannot compute it in {dtype}: {error}")
     close = (model(images) - plain).abs().max() / plain.abs().max()
     assert close < 20 * torch.finfo(dtype).eps
     model.one_query = False

@@ -24,6 +24,7 @@ PAGES = {
     "docs/commands.md": "commands",
     "docs/training.md": "training",
     "docs/cluster.md": "cluster",
+    "docs/models.md": "families",
     "docs/evidence.md": "evidence",
     "docs/original.md": "original",
     "docs/cub2011/README.md": "cub2011",

@@ -34,7 +34,7 @@ def weights(
     """Save timm's pretrained weights to a file, where the presets look for them.
 
     Args:
-        model_name: any timm ViT with a class token, e.g. vit_small_patch14_dinov2.
+        model_name: any that works (see `models`), e.g. vit_small_patch14_dinov2.
         save_dir: folder of <model name>.pt; or the file itself, ending in .pt or .safetensors.
         overwrite: fetch and write again even where the file is there.
     """

@@ -49,7 +49,7 @@ SAME_MAP = "map: same file as that of another picture"
 STOPS = {
     "path: cannot be used": "correct the variable, or unset it",
     "lists: cannot be used": "do what the sentence says",
-    "model: cannot be used": "set MODEL to a ViT of timm, such as vit_small_patch16_224",
+    "model: cannot be used": "set MODEL to one of those that `python -m lib models` lists",
     "weights: cannot be used": "set WEIGHTS to a file of this MODEL, or MODEL to that of the file",
     "picture: missing": "restore it; or delete what names it, and make the split again "
     "with `python -m lib split`",

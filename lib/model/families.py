@@ -17,6 +17,7 @@ from lib.model.adapter import UnsupportedModelError, refuse_unsupported
 
 CLASS, POOL = "class row", "pooling row"
 LEARNED, ROTARY = "learned", "rotary"
+LIST = "python -m lib models lists those that work"
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ FAMILIES = (
         note="trained to fill in pixels: the class row and the head have to learn",
     ),
     Family("LingBot-Vision", ("vit_*_lingbot",), "vit_small_patch16_lingbot", CLASS, (5,), ROTARY),
-    Family("Sapiens2", ("vit_*_sapiens2",), "vit_base_patch16_sapiens2", CLASS, (9,), ROTARY),
+    Family("Sapiens2", ("vit_*_sapiens2",), "vit_large_patch16_sapiens2", CLASS, (9,), ROTARY),
     Family("TIPSv2", ("vit_*_tipsv2",), "vit_base_patch14_reg1_tipsv2", CLASS, (2,)),
     Family(
         "RADIO",
@@ -245,6 +246,8 @@ def advice(name: str) -> str:
     """What is to be said of a model that was refused, beside why; "" where that says it all."""
     family = family_of(name)
     told = (family.average or family.note) if family else ""
+    if told and family.average:
+        told += "; on the command line: --model.overrides global_pool token"
     return f" ({family.title}: {told})" if told else ""
 
 

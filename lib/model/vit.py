@@ -37,7 +37,7 @@ from lib.model.adapter import (
     take_apart,
 )
 from lib.model.block import PlainBlock
-from lib.model.families import advice, default_pool
+from lib.model.families import LIST, advice, default_pool
 from lib.model.mean_edit import edit_mean
 
 
@@ -308,11 +308,13 @@ def create_model(
     try:
         vit = timm.create_model(name, num_classes=num_classes, img_size=image_size, **overrides)
     except TypeError as error:  # not a ViT: its constructor knows no img_size
-        raise UnsupportedModelError(f"{name} is no timm VisionTransformer: {error}") from error
+        raise UnsupportedModelError(
+            f"{name} is no Vision Transformer of timm ({error}); {LIST}"
+        ) from error
     except RuntimeError as error:  # timm does not know the name, or its weights' tag
         raise UnsupportedModelError(
-            f"timm has no model {name!r} ({error}); set MODEL to one of its ViTs, such as "
-            "vit_small_patch16_224"
+            f"timm has no model {name!r} ({error}); set MODEL to another, such as "
+            f"vit_small_patch16_224; {LIST}"
         ) from error
     for module in vit.modules():
         if norm_eps is not None and isinstance(module, nn.LayerNorm):

@@ -233,6 +233,8 @@ def _refuse_unlike(best: _Candidate, own: dict[str, Tensor], path: Path, kind: s
             "fc_norm stands in place of norm, as the model was trained to average its patches, so "
             "that no class row decides"
         )
+        if "cls_token" not in wrong:
+            remedy = "docs/models.md says how its class row can learn to decide"
     if any(key.endswith(("attn.q_bias", "attn.qkv.bias")) for key in others):
         remedy = "use timm's model of that name with _qkvb, which has biases there"
     if others:

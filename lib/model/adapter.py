@@ -231,10 +231,10 @@ def _refuse_without(module: nn.Module, used: str | Sequence[str], what: str) -> 
 
 @torch.no_grad()
 def _refuse_other_results(vit: nn.Module) -> None:
-    """Computes a few tokens with timm's first block, and pooling, and with their steps.
+    """Computes a few tokens with the first block of each kind, and the pooling, both ways.
 
-    A class that has the attributes and does something else with them is found here. All blocks of
-    a model are of one class; a pass takes about a millisecond.
+    A class that has the attributes and does something else with them is found here. It takes some
+    ten milliseconds.
     """
     own = next(vit.blocks.parameters())
     if own.is_meta or own.dtype not in (torch.float32, torch.float64):
@@ -247,12 +247,20 @@ def _refuse_other_results(vit: nn.Module) -> None:
     vit.eval()
     try:
         ropes = rotary_positions(vit, tuple(vit.patch_embed.grid_size))
-        _refuse_unequal(vit, 0, tokens, ropes[0])
+        first_of_kind = {_kind(block): i for i, block in reversed([*enumerate(vit.blocks)])}
+        for index in first_of_kind.values():
+            _refuse_unequal(vit, index, tokens, ropes[index])
         if is_pooled(vit):
             _refuse_unequal(vit, len(vit.blocks), tokens, None)
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _kind(block: nn.Module) -> tuple[object, ...]:
+    """What is the same in blocks that compute the same way."""
+    attn = block.attn
+    return type(block), type(attn), type(block.mlp), getattr(attn, "num_kv_heads", None)
 
 
 def _refuse_unequal(vit: nn.Module, index: int, tokens: Tensor, rope: Tensor | None) -> None:

@@ -146,6 +146,12 @@ def learned_parts(vit: nn.Module, blocks: int) -> list[nn.Module]:
     return [*vit.blocks[trunk:], vit.norm, *pool, vit.fc_norm, *heads]
 
 
+def learned_rotations(vit: nn.Module) -> list[nn.Parameter]:
+    """Frequencies of rotary positions that are learned (RoPE-mixed): of all blocks in one."""
+    rope = getattr(vit, "rope", None)
+    return [] if rope is None else list(rope.parameters())
+
+
 def classify(vit: nn.Module, tokens: Tensor) -> Tensor:
     """From the tokens that leave the last block, the first ones at least, to class scores."""
     if is_pooled(vit):

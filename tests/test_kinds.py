@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,13 +14,15 @@ import torch
 from conftest import tiny_config
 from PIL import Image
 
-from lib.config import Config, Evaluation, ModelConfig, Sweep
+from lib.config import Config, Evaluation, ModelConfig, Sweep, preset
 from lib.edit import AttentionEdit
 from lib.evaluation import erasing, outliers
 from lib.evaluation.per_image import per_head
 from lib.experiments.evaluate import evaluate
 from lib.experiments.simulate import simulated_corrections
 from lib.experiments.sweep import cells
+from lib.losses import attention_loss
+from lib.model.vit import create_model
 from lib.training.runs import Run, fine_tuning, human_in_the_loop, train_run
 from lib.training.teach import TeachConfig, Teacher
 
@@ -28,6 +32,7 @@ KINDS = {
     "SigLIP": ("vit_base_patch16_siglip_224", {}),
     "PE": ("vit_pe_core_tiny_patch16_384", {"attn_pool_num_heads": 4}),
 }
+THREE_MATRICES = ("eva02_base_patch16_clip_224", {})  # queries, keys and values apart
 
 
 @pytest.fixture(scope="module", params=list(KINDS))
@@ -143,3 +148,24 @@ def test_a_sweep_names_blocks_that_have_a_row(trained):
     words = {cell.words["blocks"] for cell in cells(config, sweep)} - {""}
     siglip = config.model.name == KINDS["SigLIP"][0]
     assert words == ({"last"} if siglip else {"last", "last2", "all"})
+
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+
+
+@pytest.mark.parametrize(("name", "changes"), [*KINDS.values(), THREE_MATRICES], ids=str)
+def test_notebooks_look_into_every_kind_of_model(name, changes):
+    """Gradients of notebook 04, the ladder of notebook 02: with MODEL they are of any kind."""
+    model = create_model(name, 3, (48, 48), **SIZES | changes)
+    batch = {"human": torch.eye(9)[:3], "valid": torch.ones(3, 9, dtype=torch.bool)}
+    row = model(torch.randn(3, 3, 48, 48), rows="last")[1]
+    here = {"model": model, "last": row, "batch": batch, "attention_loss": attention_loss}
+    exec(_cell("04_hitl_training", "cell-11"), here)
+    rungs = dict.fromkeys(model.layout.ladder, 0.8)
+    here = {"ladder": pd.Series({"no edit": 0.3, **rungs}), "config": preset("toy")}
+    exec(_cell("02_sigmoid_attention", "cell-39"), here)
+
+
+def _cell(notebook: str, name: str) -> str:
+    content = json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text(encoding="utf-8"))
+    return "".join(next(one["source"] for one in content["cells"] if one["id"] == name))

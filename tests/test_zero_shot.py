@@ -271,3 +271,10 @@ def test_check_finds_what_would_stop_a_run_with_these_embeddings(config, tmp_pat
             starting_point(fine_tuning(config, 0), config.runs)
     np.savez(path, embeddings=np.ones((len(classes), width)), names=classes)
     assert not [*_about_zero_shot(config)]
+
+
+def test_a_model_with_two_heads_is_refused():
+    sizes = {"depth": 1, "embed_dim": 48, "num_heads": 3}
+    model = create_model("deit_tiny_distilled_patch16_224", 8, (32, 32), **sizes)
+    with pytest.raises(ValueError, match="averages two classifiers, and text embeddings are one"):
+        zero_shot(model, torch.ones(5, 8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -356,6 +357,26 @@ def test_what_is_refused_says_why(name, changes, says):
     except AssertionError:
         pytest.skip(f"timm {timm.__version__} has no {changes}")
     with pytest.raises(UnsupportedModelError, match=says):
+        SigmoidViT(vit)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("vit_tiny_patch16_224", "blocks.0"),
+        ("vit_small_patch16_dinov3", "blocks.0"),
+        ("vit_base_patch16_siglip_224", "attn_pool"),
+    ],
+)
+def test_a_class_that_computes_something_else_is_refused(name, place):
+    """Every attribute is there, but its forward pass is another one."""
+    vit = small(name, **({"global_pool": "token"} if "dinov3" in name else {}))
+    SigmoidViT(copy.deepcopy(vit))
+    part = vit.get_submodule(place)
+    plain = type(part).forward
+    doubled = {"forward": lambda self, x, **more: 1.5 * plain(self, x, **more)}
+    part.__class__ = type("Doubled", (type(part),), doubled)
+    with pytest.raises(UnsupportedModelError, match=r"^Doubled of this .* computes something else"):
         SigmoidViT(vit)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,14 +14,25 @@ import torch
 from conftest import tiny_config
 from PIL import Image
 
-from lib.config import Config, Evaluation, ModelConfig, Sweep
+from lib.config import Config, Evaluation, ModelConfig, Sweep, preset
 from lib.edit import AttentionEdit
 from lib.evaluation import erasing, outliers
 from lib.evaluation.per_image import per_head
 from lib.experiments.evaluate import evaluate
 from lib.experiments.simulate import simulated_corrections
 from lib.experiments.sweep import cells
-from lib.training.runs import Run, fine_tuning, human_in_the_loop, train_run
+from lib.losses import attention_loss
+from lib.model.vit import create_model
+from lib.training import tokens
+from lib.training.learning import trained_modules
+from lib.training.runs import (
+    Run,
+    dataset_for,
+    fine_tuning,
+    human_in_the_loop,
+    starting_point,
+    train_run,
+)
 from lib.training.teach import TeachConfig, Teacher
 
 SIZES = {"patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -28,6 +41,7 @@ KINDS = {
     "SigLIP": ("vit_base_patch16_siglip_224", {}),
     "PE": ("vit_pe_core_tiny_patch16_384", {"attn_pool_num_heads": 4}),
 }
+THREE_MATRICES = ("eva02_base_patch16_clip_224", {})  # queries, keys and values apart
 
 
 @pytest.fixture(scope="module", params=list(KINDS))
@@ -143,3 +157,57 @@ def test_a_sweep_names_blocks_that_have_a_row(trained):
     words = {cell.words["blocks"] for cell in cells(config, sweep)} - {""}
     siglip = config.model.name == KINDS["SigLIP"][0]
     assert words == ({"last"} if siglip else {"last", "last2", "all"})
+
+
+@pytest.mark.parametrize(("name", "changes"), KINDS.values(), ids=str)
+def test_activations_computed_again_change_no_gradient(name, changes):
+    """Gradient checkpointing: rotary positions are part of what is computed again."""
+    model = create_model(name, 3, (48, 64), **SIZES | changes | {"depth": 3}).eval()
+    images, found = torch.randn(2, 3, 48, 64), []
+    for enable in (False, True):
+        model.vit.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(images).square().sum().backward()
+        found.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_pooling_that_learned_stands_on_the_same_cached_tokens(tmp_path):
+    """The second stage starts from the first one's pooling and norm, and from its very trunk."""
+    config = tiny_config(tmp_path)
+    config.model = ModelConfig(*KINDS["SigLIP"][:1], None, SIZES)
+    config.ft = replace(config.ft, trainable="last_block")
+    settings = fine_tuning(config, 0)
+    model, _ = starting_point(settings, config.runs)
+    dataset = dataset_for(model, settings, "val", augment=False)
+    first = tokens.with_cached_tokens(model, dataset, settings, tmp_path / "tokens")
+    with torch.no_grad():
+        for part in trained_modules(model, "last_block"):
+            [parameter.add_(1) for parameter in part.parameters()]
+    again = tokens.with_cached_tokens(model, dataset, settings, tmp_path / "tokens")
+    assert again.tokens is first.tokens
+    with torch.no_grad():
+        model.vit.blocks[-1].mlp.fc1.weight.add_(1)  # this one is frozen
+    other = tokens.with_cached_tokens(model, dataset, settings, tmp_path / "tokens")
+    assert not torch.equal(other.tokens, first.tokens)
+
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+
+
+@pytest.mark.parametrize(("name", "changes"), [*KINDS.values(), THREE_MATRICES], ids=str)
+def test_notebooks_look_into_every_kind_of_model(name, changes):
+    """Gradients of notebook 04, the ladder of notebook 02: with MODEL they are of any kind."""
+    model = create_model(name, 3, (48, 48), **SIZES | changes)
+    batch = {"human": torch.eye(9)[:3], "valid": torch.ones(3, 9, dtype=torch.bool)}
+    row = model(torch.randn(3, 3, 48, 48), rows="last")[1]
+    here = {"model": model, "last": row, "batch": batch, "attention_loss": attention_loss}
+    exec(_cell("04_hitl_training", "cell-11"), here)
+    rungs = dict.fromkeys(model.layout.ladder, 0.8)
+    here = {"ladder": pd.Series({"no edit": 0.3, **rungs}), "config": preset("toy")}
+    exec(_cell("02_sigmoid_attention", "cell-39"), here)
+
+
+def _cell(notebook: str, name: str) -> str:
+    content = json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text(encoding="utf-8"))
+    return "".join(next(one["source"] for one in content["cells"] if one["id"] == name))

@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
+from lib.config import TrainConfig
+from lib.model.vit import create_model
 from lib.training import learning, loop, state
 from lib.training.runs import (
     Run,
@@ -101,6 +103,18 @@ def test_layer_decay_slows_what_is_far_from_the_head(config):
     assert of[id(vit.blocks[1].mlp.fc1.weight)] == of[id(vit.norm.weight)] == 0.5
     assert of[id(vit.blocks[0].mlp.fc1.weight)] == 0.25
     assert of[id(vit.patch_embed.proj.weight)] == of[id(vit.pos_embed)] == 0.125
+
+
+def test_layer_decay_slows_learned_rotations_as_positions():
+    sizes = {"depth": 2, "embed_dim": 48, "num_heads": 4}
+    model = create_model("vit_small_patch16_rope_mixed_ape_224", 3, (32, 32), **sizes)
+    settings = TrainConfig(layer_decay=0.5, head_lr_factor=3.0, lr=1.0)
+    groups = learning.parameter_groups(model, settings)
+    of = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert len(of) == len([*model.parameters()]) == sum(len(g["params"]) for g in groups)
+    (frequencies,) = [p for name, p in model.vit.named_parameters() if "freqs" in name]
+    assert of[id(frequencies)] == of[id(model.vit.pos_embed)] == (0.125, 0.0)
+    assert of[id(model.vit.head.weight)][0] == 3.0
 
 
 def test_auto_is_what_a_card_computes_in(monkeypatch):

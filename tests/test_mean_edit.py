@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.edit import AttentionEdit, edit_logits
+from lib.model import mean_edit
 from lib.model.mean_edit import FLOOR, edit_mean, read_mean
 from lib.model.vit import SigmoidViT
 
@@ -169,3 +170,14 @@ def test_the_model_under_an_edit_of_the_mean():
         with pytest.raises(ValueError, match="strength"):
             AttentionEdit(mask, 0.5, strength=wrong)
     assert AttentionEdit(mask, 0.5, strength=0.0).is_empty
+
+
+def test_many_rows_are_edited_in_parts(monkeypatch):
+    torch.manual_seed(0)
+    logits, mask = torch.randn(2, 3, 7, 9), torch.rand(2, 8) < 0.5
+    asked = logits, mask, torch.rand(2, 8), "centred", 1, 0.7
+    whole = edit_mean(*asked)
+    assert not torch.equal(whole, logits)
+    for rows in (1, 2, 3):  # the last part is a shorter one
+        monkeypatch.setattr(mean_edit, "AT_ONCE", rows * 2 * 3 * 9)
+        assert torch.allclose(edit_mean(*asked), whole, atol=1e-6)

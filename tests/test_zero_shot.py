@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from test_weights_others import (
 from torch import Tensor, nn
 
 from lib import AttentionEdit, create_model, load_weights, zero_shot
-from lib.cli.data import _about_weights
+from lib.cli.data import _about_zero_shot
 from lib.config import preset
 from lib.data.dataset import read_records
 from lib.model.live import LiveImage
@@ -252,13 +253,28 @@ def test_zero_shot_in_the_environment_is_a_file(tmp_path, monkeypatch):
     assert preset("folder").model.zero_shot == tmp_path / "texts.npz"
 
 
-def test_check_reads_the_embeddings(config, tmp_path):
-    path = tmp_path / "texts.npz"
-    np.savez(path, embeddings=np.full((8, 32), np.nan))
+def test_check_finds_what_would_stop_a_run_with_these_embeddings(config, tmp_path):
+    path, classes = tmp_path / "texts.npz", read_records(config.data, "train")[1]
     trunk = bare_model(fine_tuning(config, 0), num_classes=0)
     save_weights(trunk, tmp_path / "trunk.pt")
     config.model = replace(config.model, weights=tmp_path / "trunk.pt", zero_shot=path)
-    (finding,) = _about_weights(trunk, config)
-    assert "texts.npz: text embedding 0 has values that are NaN" in str(finding)
-    np.savez(path, embeddings=np.ones((8, 32)))
-    assert not [*_about_weights(trunk, config)]
+    width = trunk.vit.num_features
+    for matrix, names, says in (
+        (np.full((len(classes), width), np.nan), classes, "text embedding 0 .* NaN"),
+        (np.ones((len(classes), width + 1)), classes, f"{width + 1} numbers wide"),
+        (np.ones((1, width)), classes[:1], f"no text embedding for {classes[1]}"),
+    ):
+        np.savez(path, embeddings=matrix, names=names)
+        (finding,) = _about_zero_shot(config)
+        assert re.search(says, str(finding)) and finding.problem == "path: cannot be used"
+        with pytest.raises(ValueError, match=says):
+            starting_point(fine_tuning(config, 0), config.runs)
+    np.savez(path, embeddings=np.ones((len(classes), width)), names=classes)
+    assert not [*_about_zero_shot(config)]
+
+
+def test_a_model_with_two_heads_is_refused():
+    sizes = {"depth": 1, "embed_dim": 48, "num_heads": 3}
+    model = create_model("deit_tiny_distilled_patch16_224", 8, (32, 32), **sizes)
+    with pytest.raises(ValueError, match="averages two classifiers, and text embeddings are one"):
+        zero_shot(model, torch.ones(5, 8))

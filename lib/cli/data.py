@@ -138,6 +138,8 @@ def check(
             else:
                 report = check_data(config.data, model.grid)
                 findings = [*_about_weights(model, config)]
+                if not (findings or report.stops_training):  # else that is what to mend first
+                    findings = [*_about_zero_shot(config)]
             report = replace(report, findings=(*findings, *report.findings))
     shown = config.preset if config else name or asked("PRESET")
     if json:
@@ -155,7 +157,6 @@ def _about_weights(model: SigmoidViT, config: Config) -> Iterator[Finding]:
     """What would go wrong with the weights that training starts from."""
     from lib.data.check import NO_WEIGHTS, Finding
     from lib.model.weights import load_weights
-    from lib.model.zero_shot import read_embeddings
 
     path = config.model.weights
     if path is None:
@@ -163,9 +164,26 @@ def _about_weights(model: SigmoidViT, config: Config) -> Iterator[Finding]:
     try:
         there("WEIGHTS")  # names all places where they were looked for
         load_weights(model, path)
-        if config.model.zero_shot:
-            read_embeddings(config.model.zero_shot)
     except FileNotFoundError as error:
         yield Finding(NO_WEIGHTS, "", "", str(error))
     except (OSError, ValueError) as error:
         yield Finding("weights: cannot be used", "", "", str(error))
+
+
+def _about_zero_shot(config: Config) -> Iterator[Finding]:
+    """What would go wrong with the head that is made of the classes' text embeddings."""
+    from lib.data.check import Finding
+    from lib.data.dataset import read_records
+    from lib.model.zero_shot import read_embeddings, zero_shot
+    from lib.training.runs import bare_model, fine_tuning
+    from lib.training.state import load_start
+
+    if config.model.zero_shot is None:
+        return
+    try:
+        text = read_embeddings(config.model.zero_shot)
+        model = bare_model(fine_tuning(config, seed=0), text.width)
+        load_start(model, config.model)  # may bring what lies between the tower and the texts
+        zero_shot(model, text.of(read_records(config.data, "train")[1]))
+    except (OSError, ValueError) as error:
+        yield Finding("path: cannot be used", "", "", f"ZERO_SHOT: {error}")

@@ -146,6 +146,12 @@ def learned_parts(vit: nn.Module, blocks: int) -> list[nn.Module]:
     return [*vit.blocks[trunk:], vit.norm, *pool, vit.fc_norm, *heads]
 
 
+def learned_rotations(vit: nn.Module) -> list[nn.Parameter]:
+    """Frequencies of rotary positions that are learned (RoPE-mixed): of all blocks in one."""
+    rope = getattr(vit, "rope", None)
+    return [] if rope is None else list(rope.parameters())
+
+
 def classify(vit: nn.Module, tokens: Tensor) -> Tensor:
     """From the tokens that leave the last block, the first ones at least, to class scores."""
     if is_pooled(vit):
@@ -247,7 +253,7 @@ def _refuse_other_results(vit: nn.Module) -> None:
     vit.eval()
     try:
         ropes = rotary_positions(vit, tuple(vit.patch_embed.grid_size))
-        first_of_kind = {_kind(block): i for i, block in reversed([*enumerate(vit.blocks)])}
+        first_of_kind = {_code_of(block): i for i, block in reversed([*enumerate(vit.blocks)])}
         for index in first_of_kind.values():
             _refuse_unequal(vit, index, tokens, ropes[index])
         if is_pooled(vit):
@@ -257,7 +263,7 @@ def _refuse_other_results(vit: nn.Module) -> None:
             module.training = training
 
 
-def _kind(block: nn.Module) -> tuple[object, ...]:
+def _code_of(block: nn.Module) -> tuple[object, ...]:
     """What is the same in blocks that compute the same way."""
     attn = block.attn
     return type(block), type(attn), type(block.mlp), getattr(attn, "num_kv_heads", None)

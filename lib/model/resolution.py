@@ -23,6 +23,8 @@ def at_size(model: SigmoidViT, image_size: int | Sequence[int]) -> SigmoidViT:
 
     Both have the very same weights: what one learns, the other knows. The copy's own are the
     position embedding and what the rotation is computed from, a few kilobytes; they are of now.
+    So `model` has to be on its device, and in its dtype, before: to move or to convert one of the
+    two later takes the common weights of the other along, and leaves the rest of it behind.
 
     Args:
         image_size: height and width in pixels, or one number for both; multiples of the patch.

@@ -182,7 +182,8 @@ def zero_shot(
         names, logit_scale, logit_bias: see `TextEmbeddings`; they go before those of a file.
 
     Raises:
-        ValueError: embeddings of another width than the model's, or as `read_embeddings`.
+        ValueError: embeddings of another width than the model's, a model with two heads, or as
+            `read_embeddings`.
     """
     numbers = {"logit_scale": logit_scale, "logit_bias": logit_bias}
     told: dict[str, object] = {
@@ -197,6 +198,11 @@ def zero_shot(
     else:
         text = TextEmbeddings(torch.as_tensor(embeddings).detach().float().cpu(), **told)
     vit = model.vit
+    if model.num_read > 1:
+        raise ValueError(
+            "the head of a distilled model averages two classifiers, and text embeddings are one; "
+            "use a CLIP or SigLIP"
+        )
     projection = vit.head.projection if isinstance(vit.head, ZeroShotHead) else vit.head
     width = projection.out_features if isinstance(projection, nn.Linear) else vit.num_features
     count = len(text.embeddings)

@@ -12,7 +12,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from lib.config import TrainConfig
-from lib.model.adapter import learned_parts
+from lib.model.adapter import learned_parts, learned_rotations
 from lib.model.vit import SigmoidViT
 
 # Words of `TrainConfig.mixed_precision`, once the device is known.
@@ -97,17 +97,24 @@ def parameter_groups(model: SigmoidViT, config: TrainConfig) -> list[dict]:
 
     Weight decay is for matrices only (timm's rule). With `layer_decay` d, what lies k layers below
     the head learns at d^k times `lr` (Clark et al. 2020, BEiT); the head at `head_lr_factor` times.
+    Learned rotations are positions, and learn as slowly: timm counts them to the head.
     """
     heads = {id(p) for head in trained_modules(model, "head") for p in head.parameters()}
-    groups = []
-    for group in param_groups_layer_decay(
+    turned = {id(p) for p in learned_rotations(model.vit)}
+    found = param_groups_layer_decay(
         model.vit,
         config.weight_decay,
         no_weight_decay_list=model.vit.no_weight_decay(),
         layer_decay=config.layer_decay,
-    ):
-        for is_head, scale in ((False, group["lr_scale"]), (True, config.head_lr_factor)):
-            chosen = [p for p in group["params"] if (id(p) in heads) == is_head]
+    )
+    slowest = min((group["lr_scale"] for group in found), default=1.0)
+    groups = []
+    for group in found:
+        scales = group["lr_scale"], slowest, config.head_lr_factor
+        for kind, scale in enumerate(scales):
+            chosen = [
+                p for p in group["params"] if (id(p) in turned) + 2 * (id(p) in heads) == kind
+            ]
             if chosen:
                 lr, decay = config.lr * scale, group["weight_decay"]
                 groups.append({"params": chosen, "lr": lr, "peak": lr, "weight_decay": decay})

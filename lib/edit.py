@@ -97,7 +97,9 @@ class Layout:
         """`LADDER` without rungs that are the same as the one before."""
         rungs, last = {}, None
         for name, rung in LADDER.items():
-            where = self.resolve(**rung), rung["queries"]
+            blocks = self.resolve(**rung)
+            # Of the last block, only the row that is read out leaves.
+            where = blocks, rung["queries"] if blocks[0] < self.depth - 1 else "cls"
             if where != last:
                 rungs[name], last = rung, where
         return rungs

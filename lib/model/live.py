@@ -71,9 +71,8 @@ class LiveImage:
             found = self._enter(index, tokens)
             self._kept.append(found)
             tokens = self._leave(index, found, self._attend(index, found))
-        # On the model's device, where edits add to them; `rows` is the caller's.
-        self._rows = [self._row(index, found.logits) for index, found in enumerate(self._kept)]
-        self.scores, self.rows = self._read_back(tokens, self._rows)
+        rows = [self._row(index, found.logits) for index, found in enumerate(self._kept)]
+        self.scores, self.rows = self._read_back(tokens, rows)
 
     @torch.inference_mode()
     def run(self, edit: AttentionEdit | None) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -84,8 +83,9 @@ class LiveImage:
 
         Returns:
             scores `[classes]`; rows as in `rows`, after the edit: edited cells hold the logit that
-            was asked for, blocks behind an edited one what they make of it. (The rows of
-            SigmoidViT are those before a block's own edit.) On the CPU, in the model's dtype.
+            was asked for, blocks behind an edited one what they make of it, and blocks before it
+            have the very tensors of `rows`. (The rows of SigmoidViT are those before a block's own
+            edit.) On the CPU, in the model's dtype.
 
         Raises:
             ValueError: the edit names a block or head that is not there, or another grid.
@@ -103,7 +103,7 @@ class LiveImage:
             heads = self._blocks[first].weigh(logits, found.v)
         else:
             logits, heads = self._edit(first, found, edit, wanted)
-        rows = [*self._rows[:first], self._row(first, logits)]
+        rows = [self._row(first, logits)]
         tokens = self._leave(first, found, heads)
         for index in range(first + 1, model.depth):
             found = self._enter(index, tokens)
@@ -116,7 +116,8 @@ class LiveImage:
                 heads = torch.cat([heads, others], dim=2)
             rows.append(self._row(index, logits))
             tokens = self._leave(index, found, heads)
-        return self._read_back(tokens, rows)
+        scores, changed = self._read_back(tokens, rows)
+        return scores, self.rows[:first] + changed
 
     def _heads(self, blocks: Sequence[int]) -> list[int]:
         return [self._model.layout.heads[index] for index in blocks]

@@ -55,18 +55,19 @@ SCOPES = st.fixed_dictionaries(
 def misfit(model: SigmoidViT, edit: AttentionEdit) -> str:
     """What an edit names that the model does not have, as a model of other heads or rows has not.
 
-    The sentence begins so; "" where there is nothing.
+    A pattern of the sentence; "" where there is nothing.
     """
     layout, named = model.layout, edit.blocks if isinstance(edit.blocks, tuple) else ()
     if edit.queries == "cls" and not {one % layout.depth for one in named} <= {*layout.read}:
         return "without a class token it has no single row"
+    found = set()
     for index in layout.resolve(edit.blocks, edit.queries):
         heads = layout.heads[index]
         if edit.mask.ndim == 3 and edit.mask.shape[1] not in (1, heads):
-            return "mask is"
+            found.add("mask is")
         if isinstance(edit.heads, tuple) and max(edit.heads) >= heads:
-            return "is named, but the model has"
-    return ""
+            found.add("is named, but the model has")
+    return "|".join(found)  # whichever is seen first
 
 
 VALUES = st.sampled_from([0.0, 1e-9, 0.02, 0.5, 0.9, 1 - 1e-9, 1.0, "random"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -10,6 +12,7 @@ import torch
 from conftest import images_for
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from lib import figures
 from lib.evaluation import outliers
@@ -33,6 +36,12 @@ def made_up(n: int = 20, blocks: int = 2, patches: int = 16) -> outliers.PatchTo
     )
 
 
+def flops(run: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
 def test_block_by_block_is_the_plain_model_with_its_class_rows(any_model):
     images = images_for(any_model)
     caught = []
@@ -44,6 +53,10 @@ def test_block_by_block_is_the_plain_model_with_its_class_rows(any_model):
         _, rows = any_model(images, rows="all")
         steps = list(any_model.block_by_block(images))
     assert len(steps) == any_model.depth
+    any_model.requires_grad_(False).one_query = False  # all tokens of the last block, as here
+    assert flops(lambda: list(any_model.block_by_block(images))) <= flops(
+        lambda: any_model(images, rows="all")
+    )
     for index, (tokens, row) in enumerate(steps):
         leaving = caught[min(index, len(caught) - 1)]  # those that a pooling pools
         assert torch.allclose(tokens, leaving, atol=1e-4)

@@ -163,11 +163,8 @@ class SigmoidViT(nn.Module):
 
         `[B, heads, N, N]` each; of a pooling, the last, `[B, heads, 1, N]`.
         """
-        found = []
-        for tokens, parts in self._entering(images):
-            q, k, _ = parts.queries_keys_values(parts.norm(tokens))
-            found.append(torch.softmax(parts.logits(q, k), dim=-1))
-        return found
+        steps = self._step_by_step(images)
+        return [torch.softmax(parts.logits(q, k), dim=-1) for parts, q, k, _ in steps]
 
     def block_by_block(self, images: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Every block in order: the tokens `[B, N, dim]` that leave it, and its class row.
@@ -176,19 +173,18 @@ class SigmoidViT(nn.Module):
         to read; no N x N matrix is built. The last block runs for all tokens here, though no patch
         that leaves it reaches the head. Of a pooling, the tokens are those that it pools.
         """
-        for index, (tokens, parts) in enumerate(self._entering(images)):
-            q, k, v = parts.queries_keys_values(parts.norm(tokens))
-            row = parts.class_row(q, k) if index in self.layout.read else None
-            is_pool = index == len(self.vit.blocks)
-            yield tokens if is_pool else parts.leave(tokens, parts.fused(q, k, v)), row
+        for index, (parts, q, k, tokens) in enumerate(self._step_by_step(images)):
+            yield tokens, parts.class_row(q, k) if index in self.layout.read else None
 
-    def _entering(self, images: Tensor) -> Iterator[tuple[Tensor, PlainBlock]]:
-        """The tokens that enter every block, and its steps."""
+    def _step_by_step(self, images: Tensor) -> Iterator[tuple[PlainBlock, Tensor, Tensor, Tensor]]:
+        """Every block in order: its steps, q, k, and the tokens that leave it (see above)."""
         tokens, ropes = embed(self.vit, images)
-        for index, rope in zip(range(self.depth), ropes, strict=False):
-            yield tokens, take_apart(self.vit, index, rope)
+        for index in range(self.depth):
+            parts = take_apart(self.vit, index, ropes[index])
+            q, k, v = parts.queries_keys_values(parts.norm(tokens))
             if index < len(self.vit.blocks):
-                tokens = run_block(self.vit, index, tokens, rope)
+                tokens = parts.leave(tokens, parts.fused(q, k, v))
+            yield parts, q, k, tokens
 
     def forward_tokens(
         self,

@@ -7,7 +7,8 @@ that does the same is welcome, one that does something else is refused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -168,6 +169,20 @@ def bound_classify(vit: nn.Module) -> Layer:
     return lambda tokens: chain(layers, tokens[:, 0])
 
 
+@contextmanager
+def restoring(model: nn.Module) -> Iterator[None]:
+    """Modes and `requires_grad` flags are afterwards what they are now."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
 def refuse_unsupported(vit: nn.Module) -> None:
     """Raises UnsupportedModelError, which names what decides the model's prediction otherwise."""
     name = type(vit).__name__
@@ -249,18 +264,14 @@ def _refuse_other_results(vit: nn.Module) -> None:
     tokens = torch.arange(few * vit.embed_dim, device=own.device, dtype=own.dtype)
     # Small: what a block adds is seen beside them, where layer scale is still 1e-5.
     tokens = 0.02 * tokens.sin().view(1, few, vit.embed_dim)
-    modes = [(module, module.training) for module in vit.modules()]
-    vit.eval()
-    try:
+    with restoring(vit):
+        vit.eval()
         ropes = rotary_positions(vit, tuple(vit.patch_embed.grid_size))
         first_of_kind = {_code_of(block): i for i, block in reversed([*enumerate(vit.blocks)])}
         for index in first_of_kind.values():
             _refuse_unequal(vit, index, tokens, ropes[index])
         if is_pooled(vit):
             _refuse_unequal(vit, len(vit.blocks), tokens, None)
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _code_of(block: nn.Module) -> tuple[object, ...]:

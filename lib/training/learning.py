@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -62,20 +60,6 @@ def set_train_mode(model: SigmoidViT, trainable: str | int) -> None:
         module.train()
 
 
-@contextmanager
-def restoring(model: nn.Module) -> Iterator[None]:
-    """Modes and `requires_grad` flags are afterwards what they are now."""
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
 def model_summary(model: SigmoidViT, trainable: str | int) -> str:
     """The parts of a model, a line each: how many parameters, and whether they learn."""
     learning = {id(p) for part in trained_modules(model, trainable) for p in part.parameters()}
@@ -99,8 +83,9 @@ def parameter_groups(model: SigmoidViT, config: TrainConfig) -> list[dict]:
     the head learns at d^k times `lr` (Clark et al. 2020, BEiT); the head at `head_lr_factor` times.
     Learned rotations are positions, and learn as slowly: timm counts them to the head.
     """
-    heads = {id(p) for head in trained_modules(model, "head") for p in head.parameters()}
-    turned = {id(p) for p in learned_rotations(model.vit)}
+    kind_of = {id(p): "rotation" for p in learned_rotations(model.vit)}
+    heads = trained_modules(model, "head")
+    kind_of |= {id(p): "head" for head in heads for p in head.parameters()}
     found = param_groups_layer_decay(
         model.vit,
         config.weight_decay,
@@ -110,11 +95,9 @@ def parameter_groups(model: SigmoidViT, config: TrainConfig) -> list[dict]:
     slowest = min((group["lr_scale"] for group in found), default=1.0)
     groups = []
     for group in found:
-        scales = group["lr_scale"], slowest, config.head_lr_factor
-        for kind, scale in enumerate(scales):
-            chosen = [
-                p for p in group["params"] if (id(p) in turned) + 2 * (id(p) in heads) == kind
-            ]
+        scales = {"layer": group["lr_scale"], "rotation": slowest, "head": config.head_lr_factor}
+        for kind, scale in scales.items():
+            chosen = [p for p in group["params"] if kind_of.get(id(p), "layer") == kind]
             if chosen:
                 lr, decay = config.lr * scale, group["weight_decay"]
                 groups.append({"params": chosen, "lr": lr, "peak": lr, "weight_decay": decay})

@@ -14,9 +14,10 @@ from torch.utils.data import Subset
 from lib.data.dataset import conflicting_decoys
 from lib.edit import AttentionEdit
 from lib.evaluation import metrics
+from lib.model.adapter import restoring
 from lib.model.predict import predict
 from lib.model.vit import SigmoidViT
-from lib.training.learning import restoring, trained_modules
+from lib.training.learning import trained_modules
 from lib.training.tokens import TRUNK_BATCH, CachedTokens, Tick
 
 

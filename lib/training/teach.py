@@ -31,12 +31,12 @@ from lib.data.corrections import Correction, found_again
 from lib.data.dataset import BirdDataset
 from lib.edit import AttentionEdit, resolve_heads
 from lib.losses import CORRECTION_LOSSES, HALF, correction_loss
+from lib.model.adapter import restoring
 from lib.model.vit import SigmoidViT
 from lib.training.learning import (
     freeze,
     learning_rate_factor,
     make_optimizer,
-    restoring,
     set_learning_rate,
     set_train_mode,
     trained_modules,

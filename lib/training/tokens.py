@@ -25,9 +25,10 @@ from lib.data.classes import refuse_other_labels
 from lib.data.dataset import BirdDataset
 from lib.data.pictures import pictures_key
 from lib.files import make_folder, write_bytes
+from lib.model.adapter import restoring
 from lib.model.predict import loader, tf32_products, to_device
 from lib.model.vit import SigmoidViT
-from lib.training.learning import learning_blocks, precision, restoring
+from lib.training.learning import learning_blocks, precision
 from lib.training.state import MAPS_AND_CROPS, PLACES, flat
 
 TRUNK_BATCH = 32  # pictures that pass the trunk together

@@ -123,7 +123,7 @@ def kinds(image_size: Pixels = 224, batch_size: BatchSize = 8, rounds: Rounds = 
     from lib.experiments import bench
 
     table = bench.every_kind(image_size=image_size, batch_size=batch_size, rounds=rounds)
-    middle = table.groupby(["what", "kind", "way"], sort=False)[["seconds", "ratio"]].median()
+    middle = bench.medians(table, by=("what", "kind", "way"))
     middle["milliseconds"] = 1e3 * middle.pop("seconds")
     middle["times faster"] = 1 / middle["ratio"]
     print(f"ViT-S size, {image_size} pixels, batch {batch_size} a step: median of {rounds} turns")

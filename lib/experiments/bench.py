@@ -424,9 +424,9 @@ def every_kind(
     return pd.concat(found, ignore_index=True)
 
 
-def medians(table: pd.DataFrame) -> pd.DataFrame:
-    """Median seconds and ratio of each way, in the order measured."""
-    return table.groupby("way", sort=False)[["seconds", "ratio"]].median()
+def medians(table: pd.DataFrame, by: Sequence[str] = ("way",)) -> pd.DataFrame:
+    """Median seconds and ratio of each way, or of what the columns `by` name, as measured."""
+    return table.groupby([*by], sort=False)[["seconds", "ratio"]].median()
 
 
 def conditions(missing: Sequence[str] = GPU_ONLY) -> str:

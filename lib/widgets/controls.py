@@ -167,7 +167,7 @@ class Controls(Panel):
                 lambda chosen: scope(queries=chosen),
             ),
             "offset": ("Offset", MENUS["offset"], lambda chosen: scope(offset=chosen)),
-            "size": ("Cells", self._sizes(), self._see_at),
+            "size": ("Cells", self._sizes(), self.controller.see_at),
         }
         for name, (text, entries, callback) in menus.items():
             menu = widgets.Dropdown(options=list(entries.items()), description=text, **wide())
@@ -268,9 +268,6 @@ class Controls(Panel):
     def _set_blocks(self, blocks: str) -> None:
         self._has_chosen_blocks = True
         self.controller.set_scope(blocks=(self.controller.block,) if blocks == "shown" else blocks)
-
-    def _see_at(self, image_size: tuple[int, int]) -> None:
-        self.controller.see_at(image_size)
 
     def _set_heads(self, chosen: str, _: bool) -> None:
         """The heads whose chips are pressed; without any, what they see together."""

@@ -132,11 +132,11 @@ class AttentionEditor(Controls):
         self._operate(lambda controller: controller.stroke(cells, stroke, index))
 
     def _ladder(self) -> None:
-        told = views.ladder_html(rungs.climb(self.controller))
+        ladder = views.ladder_html(rungs.climb(self.controller))
         rows, columns = self.controller.session.grid
         if rows * columns > rungs.MOST_ROWS:
-            told += f'<p class="ae-dim">All rows of {rows} x {columns} cells would take long.</p>'
-        self._html["ladder"].value = told
+            ladder += f'<p class="ae-dim">All rows of {rows} x {columns} cells would take long.</p>'
+        self._html["ladder"].value = ladder
         self._laddered = self._asked()
 
     def _asked(self) -> tuple[Any, ...]:

@@ -66,10 +66,8 @@ class SnapshotList:
         self.controller = controller
         self._kept: dict[Place, list[Snapshot]] = {}
         self._deleted: dict[Place, tuple[int, Snapshot]] = {}  # the last one, and where it stood
-        self._mean: tuple[object, torch.Tensor | None] = (
-            None,
-            None,
-        )  # of which maps, and their mean
+        # Of which maps, and their mean.
+        self._mean: tuple[object, torch.Tensor | None] = (None, None)
 
     @property
     def snapshots(self) -> tuple[Snapshot, ...]:
@@ -271,13 +269,13 @@ def _scores_html(one: Judged, controller: EditorController) -> str:
             f'style="--share:{100 * after[k]:.1f}%"><span>{after[k]:.2f} {escape(classes[k])}{tags}'
             f"</span><b>{points}</b></li>"
         )
-    told = ""
+    took = ""
     if not one.edit.is_empty:
         moved = attention_moved(one.before, one.after, block)
-        told = f"{moved:.2f} of the attention moved; {scope_in_words(one.edit, session.layout)}"
+        took = f"{moved:.2f} of the attention moved; {scope_in_words(one.edit, session.layout)}"
     return (
         f'<p class="cp-verdict cp-{"right" if right else "wrong"}">{verdict}</p>'
-        f'<ul class="cp-scores">{"".join(lines)}</ul><p class="ae-dim">{told}</p>'
+        f'<ul class="cp-scores">{"".join(lines)}</ul><p class="ae-dim">{took}</p>'
     )
 
 
